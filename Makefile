@@ -1,0 +1,44 @@
+# Every target makes .venv in the clone when it is missing and installs the package with constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a process: the machine's cores go to the test processes, and timings repeat better.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The CPU build of torch comes first, pinned: an unpinned torch pulls gigabytes of CUDA packages on Linux.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## train a teacher on digits, distil a student for 3 seeds, write runs/demo
+	$(BIN)/python recipes/train_teacher.py --config recipes/configs/digits_teacher.yaml
+	$(BIN)/python recipes/distill.py --config recipes/configs/digits.yaml
+
+test: $(VENV)/.installed ## the test-suite (offline, CPU, under 5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.installed ## the slow suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.installed ## ruff (check, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## the cost of a step, as ratios (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py
+
+clean: ## remove the environment and the runs
+	rm -rf $(VENV) runs

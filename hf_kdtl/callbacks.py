@@ -1,0 +1,79 @@
+"""What the trainer does between steps: tell the data the epoch, and stop with a whole checkpoint when asked to."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class EpochToDataset(TrainerCallback):
+    """Call `set_epoch` of the training data, by which augmentation is drawn anew.
+
+    Accelerate does it too, but not where a sampler wants the epoch as well (on several processes).
+    """
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        set_epoch = getattr(getattr(kwargs.get("train_dataloader"), "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch or 0))
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the optimizer step in hand, save a checkpoint, say how to continue, and only then stop.
+
+    An exception in the middle of a step would leave weights and optimizer state of different steps. The second
+    signal stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT and SIGTERM. Outside the main thread signals cannot be taken, and nothing changes."""
+        self.received = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt("stopped at once, at the second signal; the last checkpoint is whole.")
+        self.received = number
+        print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self._agreed(args):
+            control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._agreed(args):
+            raise KeyboardInterrupt(
+                f"stopped after step {state.global_step}, saved in {args.output_dir}/checkpoint-{state.global_step}. "
+                "Continue with trainer.train(resume_from_checkpoint=True), or the same command with "
+                "--resume_from_checkpoint true."
+            )
+
+    def _agreed(self, args: TrainingArguments) -> bool:
+        """Whether any rank was told to stop: saving is done together, so the ranks must stop at the same step."""
+        if args.world_size == 1 or not dist.is_initialized():
+            return self.received is not None
+        told = torch.tensor(float(self.received is not None), device=args.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())

@@ -1,0 +1,70 @@
+"""Writing and reading checkpoints: a clean student, and beside it what only the training needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+STATE_JSON = "distillation_state.json"
+STATE_TENSORS = "distillation_state.safetensors"
+
+
+def save_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]]) -> None:
+    """Write the objectives' parameters (safetensors) and the list they were made from (JSON)."""
+    tensors = {name: value.contiguous() for name, value in objectives.state_dict().items()}
+    if tensors:
+        save_file(tensors, Path(folder, STATE_TENSORS))
+    Path(folder, STATE_JSON).write_text(json.dumps({"version": 1, "objectives": entries}, indent=2) + "\n")
+
+
+def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]]) -> None:
+    """Load what `save_distillation_state` wrote, strictly.
+
+    Raises:
+        ValueError: when the checkpoint is of other objectives, or its file is missing.
+    """
+    path = Path(folder, STATE_JSON)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {STATE_JSON}: it is not a checkpoint of DistillationTrainer. Start from its weights "
+            "instead: AutoModelForImageClassification.from_pretrained."
+        )
+    saved = json.loads(path.read_text())["objectives"]
+    if _names(saved) != _names(entries):
+        raise ValueError(
+            f"{folder} was trained with the objectives {_names(saved)} and this run has {_names(entries)}. Resume "
+            "with the same objectives, or start a new run from the checkpoint's weights."
+        )
+    tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
+    objectives.load_state_dict(tensors, strict=True)
+
+
+def load_student(student: PreTrainedModel, folder: str | Path) -> None:
+    """Load a checkpoint's weights into the student, every one of them.
+
+    Through `from_pretrained`, because the names in a file are not the names in a model: transformers saves ViT, DeiT
+    and DINOv2 under their older names and maps them on loading, and Trainer 5.23 does not (it loads the file with
+    strict=False, so every block stays as it was, with one warning).
+
+    Raises:
+        ValueError: when the checkpoint is of another architecture, or lacks a tensor.
+    """
+    loaded: Any = type(student).from_pretrained(folder, output_loading_info=True)
+    saved, info = loaded
+    # Only what is missing or does not fit: from_pretrained would leave it at its random initial value.
+    lost = sorted(info["missing_keys"]) + [str(item) for item in info["mismatched_keys"]]
+    if lost or info["unexpected_keys"]:
+        raise ValueError(
+            f"{folder} does not fit {type(student).__name__}: missing or of another shape {lost[:5]}, unexpected "
+            f"{sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made from."
+        )
+    student.load_state_dict(saved.state_dict(), strict=True)
+
+
+def _names(entries: list[dict[str, Any]]) -> list[str]:
+    return [f"{entry.get('key', entry['name'])} ({entry['name']})" for entry in entries]

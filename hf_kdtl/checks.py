@@ -1,0 +1,89 @@
+"""What is refused before training, and what is said when a run breaks down."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_kdtl.config import DistillationConfig
+
+
+def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
+    """Raises ValueError when a teacher is missing, or given and unused."""
+    needing = [key for key, objective in config.build_objectives().items() if objective.needs_teacher]
+    if teacher is None and needing:
+        raise ValueError(
+            f"the objectives {', '.join(needing)} need a teacher and none was given. Pass teacher=<a model, Teacher, "
+            'or path>, or train without one: objectives=[{"name": "task"}].'
+        )
+    if teacher is not None and not needing:
+        raise ValueError(
+            'a teacher was given and no objective uses it. Add one, such as {"name": "logit_kd", "weight": 0.9}, or '
+            "leave the teacher out."
+        )
+    if isinstance(teacher, str) and teacher == "self":
+        raise ValueError(
+            "teacher='self' (the student with its adapters off) is not in this version; pass a copy of the model."
+        )
+
+
+def check_setting(trainer: Trainer) -> None:
+    """Refuse settings of Trainer's that could not keep their meaning. Raises ValueError, with the way out."""
+    args = trainer.args
+    assert isinstance(args, DistillationConfig)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot hold the teacher. Start one "
+            f"process a GPU: accelerate launch --num_processes {args.n_gpu} <script>."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False would weigh the images of the ranks differently; the loss here is "
+            "the mean over all images of the batch. Leave it at True."
+        )
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(f"label_names is {args.label_names}; the objectives read 'labels'. Rename the column.")
+    problem = getattr(getattr(trainer.model, "config", None), "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"the student's problem_type is {problem!r}; the objectives compare class distributions. Expected "
+            "'single_label_classification': set model.config.problem_type, or use plain Trainer."
+        )
+    if trainer.compute_loss_func is not None and "task" not in args.weights():
+        raise ValueError(
+            "compute_loss_func replaces the value of the task objective, and there is none. Add "
+            '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
+        )
+
+
+def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str | None) -> FloatingPointError:
+    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch."""
+    broken = [key for key, value in terms.items() if not math.isfinite(value)]
+    largest = max(terms, key=lambda key: math.inf if math.isnan(terms[key]) else abs(terms[key]))
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in terms.items())
+    return FloatingPointError(
+        f"the loss is {loss} at step {step}: {', '.join(broken) or 'the sum of the terms'} is not finite. Weighted "
+        f"terms: {shown}; the largest is {largest}. {_last_good(output_dir)} Lower the learning rate or that term's "
+        "weight, or check the data."
+    )
+
+
+def broken_gradient(step: int, norm: float, output_dir: str | None) -> FloatingPointError:
+    """The error for a gradient that is nan or infinite where the loss was not."""
+    return FloatingPointError(
+        f"the gradient's norm is {norm} at step {step}; the weights were left as they were. {_last_good(output_dir)} "
+        "Lower the learning rate, or check the data."
+    )
+
+
+def _last_good(output_dir: str | None) -> str:
+    try:
+        last = get_last_checkpoint(output_dir)
+    except (FileNotFoundError, TypeError):
+        last = None
+    return f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."

@@ -1,0 +1,209 @@
+"""The settings of a run: TrainingArguments, and what distillation adds to them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_kdtl.gradient_rules import GRADIENT_RULES
+from hf_kdtl.objectives import OBJECTIVES, Objective
+from hf_kdtl.objectives.base import is_number
+from hf_kdtl.objectives.task import Task
+
+DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
+    {"name": "task", "weight": 0.1},
+    {"name": "logit_kd", "weight": 0.9, "temperature": 4.0},
+]
+# What any entry of `objectives` may hold beside the objective's own options.
+ENTRY_KEYS = ("name", "key", "weight", "role")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """TrainingArguments with what is distilled, and how.
+
+    The same list works from Python, from YAML and from the command line (`--objectives '[{"name": "task"}]'`), and
+    comes back from `to_dict()`. Everything that needs no model is checked here, before any work.
+
+    A value inside the lists has a dotted name, for hyperparameter_search: `objectives.logit_kd.temperature`.
+
+    Args:
+        objectives: the terms of the loss, each `{"name": ..., "weight": 1.0, "key": <name>, "role": "task" |
+            "transfer", ...options}`. `key` names the term in logs (two entries of one name need distinct keys);
+            `role` overrides what a gradient rule takes it for. Default: task 0.1 and logit_kd 0.9 at temperature 4.
+        layer_rates: learning rates per layer. None is the only value of this version.
+        gradient_rule: how task and transfer gradients are combined. None (their sum) is the only value of this
+            version.
+        eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
+
+    Raises:
+        ValueError: for an unknown name, key or value, naming the valid ones and the closest match.
+    """
+
+    # This order of types matters: HfArgumentParser ends the program on `list[dict] | None`.
+    objectives: list[dict] | str | None = field(
+        default=None, metadata={"help": "Terms of the loss, as JSON: a list of {name, weight, ...options}."}
+    )
+    layer_rates: dict | str | None = field(default=None, metadata={"help": "Learning rates per layer, as JSON."})
+    gradient_rule: dict | str | None = field(
+        default=None, metadata={"help": "How task and transfer gradients are combined, as JSON."}
+    )
+    eval_objectives: bool = field(
+        default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
+    )
+
+    def __post_init__(self):
+        entries = _from_json("objectives", self.objectives)
+        self.objectives = copy.deepcopy(DEFAULT_OBJECTIVES if entries is None else entries)
+        self.layer_rates = _from_json("layer_rates", self.layer_rates)
+        self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
+        super().__post_init__()
+        self.build_objectives()
+        if self.layer_rates is not None:
+            raise ValueError("layer_rates: per-layer learning rates are not in this version; leave it out.")
+        if self.gradient_rule is not None:
+            rule = self.gradient_rule.get("name") if isinstance(self.gradient_rule, dict) else self.gradient_rule
+            check_known("gradient rule", rule, GRADIENT_RULES)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """`objectives` as the list that it is once parsed."""
+        assert isinstance(self.objectives, list)
+        return self.objectives
+
+    def build_objectives(self) -> dict[str, Objective]:
+        """New objectives by key, in the order of the list, without parameters yet (those need the models' widths).
+
+        Raises:
+            ValueError: as the class says.
+        """
+        entries = self.objectives
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise ValueError(
+                f"objectives is {entries!r}; expected a list of mappings such as "
+                '[{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9}].'
+            )
+        if not entries:
+            raise ValueError('objectives is empty; expected at least one, such as [{"name": "task"}].')
+        built: dict[str, Objective] = {}
+        for entry in entries:
+            key = entry_key(entry)
+            if key in built:
+                raise ValueError(
+                    f"objectives: two entries have the key {key!r}; give each one of its own, such as "
+                    f'{{"name": {entry["name"]!r}, "key": "{key}_2", ...}}.'
+                )
+            built[key] = _build_entry(entry)
+            if isinstance(task := built[key], Task):
+                self._share_smoothing(task, key)
+        if all(entry_weight(entry) == 0 for entry in entries):
+            raise ValueError("objectives: every weight is 0, so nothing would be learned; set one above 0.")
+        return built
+
+    def _share_smoothing(self, task: Task, key: str) -> None:
+        """`label_smoothing_factor` keeps its meaning: it smooths the task's labels."""
+        if task.label_smoothing is None:
+            task.label_smoothing = self.label_smoothing_factor
+        elif self.label_smoothing_factor not in (0.0, task.label_smoothing):
+            raise ValueError(
+                f"label smoothing is {task.label_smoothing} in objective {key!r} and {self.label_smoothing_factor} "
+                "in label_smoothing_factor; set one of them."
+            )
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each objective, by key."""
+        return {entry_key(entry): entry_weight(entry) for entry in self.entries}
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is no attribute: a dotted name, as hyperparameter_search asks for.
+        if "." not in name:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        holder, key = self._holder(name)
+        return holder.get(key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "." not in name:
+            return super().__setattr__(name, value)
+        holder, key = self._holder(name)
+        holder[key] = value
+        self.build_objectives()
+
+    def _holder(self, name: str) -> tuple[dict, str]:
+        root, *path = name.split(".")
+        holder = self.__dict__.get(root)
+        if root == "objectives" and isinstance(holder, list):
+            holder = {entry_key(entry): entry for entry in holder}.get(path.pop(0))
+        if len(path) != 1 or not isinstance(holder, dict):
+            raise AttributeError(
+                f"{name!r} names no setting; expected objectives.<key>.<option>, such as "
+                "objectives.logit_kd.temperature."
+            )
+        return holder, path[0]
+
+
+def entry_key(entry: Mapping[str, Any]) -> str:
+    """The key that names an entry's term: its `key`, by default its `name`."""
+    if "name" not in entry:
+        raise ValueError(f"objectives: {dict(entry)} has no name; expected one of {', '.join(OBJECTIVES)}.")
+    key = entry.get("key", entry["name"])
+    if not isinstance(key, str) or not key or "." in key:
+        raise ValueError(f"objectives: key is {key!r}; expected a word without dots, for the log.")
+    return key
+
+
+def entry_weight(entry: Mapping[str, Any]) -> float:
+    """The weight of an entry, by default 1."""
+    weight = entry.get("weight", 1.0)
+    if not is_number(weight) or weight < 0:
+        raise ValueError(f"objective {entry_key(entry)!r}: weight is {weight!r}; expected a number of at least 0.")
+    return float(weight)
+
+
+def _build_entry(entry: Mapping[str, Any]) -> Objective:
+    name = entry["name"]
+    check_known("objective", name, OBJECTIVES)
+    entry_weight(entry)
+    options = {k: v for k, v in entry.items() if k not in ENTRY_KEYS}
+    valid = [*inspect.signature(OBJECTIVES[name]).parameters, *ENTRY_KEYS]
+    for option in options:
+        check_known(f"option of objective {name!r}", option, valid)
+    objective = OBJECTIVES[name](**options)
+    if "role" in entry:
+        if entry["role"] not in ("task", "transfer"):
+            raise ValueError(f"objective {name!r}: role is {entry['role']!r}; expected 'task' or 'transfer'.")
+        objective.role = entry["role"]
+    return objective
+
+
+def check_known(what: str, name: Any, valid: Collection[str]) -> None:
+    """Refuse a name that is not valid, offering the closest one.
+
+    Raises:
+        ValueError: naming what is valid.
+    """
+    if name in valid:
+        return
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    known = ", ".join(valid) or "none in this version"
+    raise ValueError(f"unknown {what}: {name!r}.{hint} Valid: {known}.")
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """Parse what came as text from the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name} is not valid JSON ({error}): {value!r}. Quote it for the shell, such as "
+            f'--{name} \'[{{"name": "task"}}]\'.'
+        ) from error

@@ -1,0 +1,138 @@
+"""The one module that is trained: the student and the objectives, so that DDP, clipping and the optimizer see both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.functional.divergences import labelled
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.objectives.base import Batch, Objective
+
+Counts = dict[str, Tensor]
+"""{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
+wait for the CPU to read them."""
+
+
+class Distiller(nn.Module):
+    """Student and objectives in one container, whose forward computes every term of the loss.
+
+    Objectives prepared apart from the student would not be zeroed, clipped, synchronised or accumulated by Trainer,
+    which knows one model. The teacher is referenced, not registered: it is in no state_dict and no parameter list.
+
+    Args:
+        student: the model being trained.
+        objectives: key -> objective, in the order of the config.
+        weights: key -> weight in the total.
+        teacher: where teacher signals come from; None when no objective needs one.
+        task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objectives: dict[str, Objective],
+        weights: dict[str, float],
+        teacher: Teacher | None = None,
+        task_loss: Callable[..., Tensor] | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.objectives = nn.ModuleDict(objectives)
+        self.weights = weights
+        self.teacher = teacher
+        self.task_loss = task_loss
+        plan = None
+        self.student_needs, self.teacher_needs = Needs(), Needs()
+        for objective in objectives.values():
+            objective.build(plan)
+            needs = objective.needs(plan)
+            self.student_needs, self.teacher_needs = self.student_needs | needs[0], self.teacher_needs | needs[1]
+
+    # Each model is compiled as a graph of its own under torch_compile; what happens around them is bookkeeping.
+    @torch.compiler.disable(recursive=False)
+    def forward(self, inputs: dict[str, Any], draws: Draws, counts: Counts, world_size: int = 1) -> dict[str, Any]:
+        """The micro-batch's part of the loss.
+
+        Each term is summed over its images and divided by how many it counts in the whole window on all ranks, so
+        that micro-batches and ranks may be added; times `world_size`, because DDP averages. A batch statistic counts
+        once per image of its micro-batch.
+
+        Returns:
+            loss (scalar), and detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted`
+            {key: their number}.
+
+        Raises:
+            ValueError: when an objective needs labels and the batch has none.
+        """
+        needing = [key for key in self.objectives if self.objective(key).needs_labels]
+        if needing and inputs.get("labels") is None:
+            raise ValueError(
+                f"objective {needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset a "
+                "column 'labels' (-100 marks an unlabelled image), or remove the objective."
+            )
+        student, terms = self.terms(inputs, draws)
+        here = micro_batch_counts(inputs)
+        sums: dict[str, Tensor] = {}
+        counted: dict[str, Tensor] = {}
+        loss = student.logits.new_zeros((), dtype=torch.float32)
+        for key, value in terms.items():
+            objective = self.objective(key)
+            if key == "task" and self.task_loss is not None:
+                # Its contract: already divided by the items of the window.
+                total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=counts["labelled"])
+                total = total * counts["labelled"]
+            else:
+                total = value * here["images"] if objective.reduction == "batch" else value.sum()
+            loss = loss + self.weights[key] * (total / counts[objective.counts].clamp(min=1))
+            sums[key], counted[key] = total.detach(), here[objective.counts]
+        if not self.student_needs.logits:
+            # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
+            loss = loss + 0.0 * student.logits.sum()
+        return {"loss": loss * world_size, "sums": sums, "counted": counted}
+
+    def terms(self, inputs: dict[str, Any], draws: Draws) -> tuple[Capture, dict[str, Tensor]]:
+        """The student's capture, and {key: unweighted value}: (B,) per image, or a scalar for a batch statistic.
+
+        One forward of the student, and at most one of the teacher, whatever the number of objectives. Objectives
+        that need labels are left out where the data has none.
+        """
+        labels = inputs.get("labels")
+        rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values")}
+        student = capture(self.student, inputs["pixel_values"], self.student_needs, **rest)
+        teacher = Capture(logits=student.logits)
+        if self.teacher is not None and self.teacher_needs:
+            with torch.no_grad():
+                teacher = self.teacher(inputs["pixel_values"], self.teacher_needs)
+        batch: Batch = {"draws": draws}
+        if labels is not None:
+            batch["labels"] = labels
+        values = {}
+        for key, objective in self.objectives.items():
+            if labels is None and self.objective(key).needs_labels:
+                continue
+            value = objective(student, teacher, batch)
+            values[key] = value.mean(1) if value.ndim == 2 else value
+        return student, values
+
+    def objective(self, key: str) -> Objective:
+        """The objective of a key, typed."""
+        found = self.objectives[key]
+        assert isinstance(found, Objective)
+        return found
+
+
+def micro_batch_counts(inputs: dict[str, Any]) -> Counts:
+    """How many images a micro-batch holds, and how many of them have a label.
+
+    Not `labels != -100` alone, as transformers counts: soft labels (B, K) would count K times, and an objective
+    without labels counts images.
+    """
+    pixels, labels = inputs["pixel_values"], inputs.get("labels")
+    images = torch.tensor(pixels.shape[0], device=pixels.device)
+    return {"images": images, "labelled": torch.zeros_like(images) if labels is None else labelled(labels).sum()}

@@ -1,0 +1,56 @@
+"""Random draws that belong to an image, not to a process: the same whatever the split of the whole batch."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Independent random numbers for each image of a micro-batch.
+
+    The numbers of image i come from a generator seeded by (seed, step, positions[i], purpose). The position is that
+    of the image in the whole batch of the optimizer step, over all micro-batches and processes, so 8 x 1, 2 x 4 and
+    2 processes draw the same numbers; a shared stream would give every rank the same directions.
+
+    `purpose` names the use. Two objectives that give the same purpose share their draws; different ones do not.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step, from 0.
+        positions: (B,) position of each image in the whole batch.
+    """
+
+    seed: int
+    step: int
+    positions: tuple[int, ...]
+
+    def normal(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
+        """N(0, 1), (B, *shape), with the dtype and device of `like`."""
+        return self._stack(purpose, like, lambda g: torch.randn(shape, generator=g))
+
+    def uniform(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
+        """U[0, 1), (B, *shape), with the dtype and device of `like`."""
+        return self._stack(purpose, like, lambda g: torch.rand(shape, generator=g))
+
+    def rademacher(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
+        """-1 or 1 with equal probability, (B, *shape), with the dtype and device of `like`."""
+        return self._stack(purpose, like, lambda g: torch.randint(0, 2, shape, generator=g) * 2.0 - 1.0)
+
+    def permuted(self, order: Tensor) -> Draws:
+        """The draws of the same images in another order."""
+        return Draws(self.seed, self.step, tuple(self.positions[i] for i in order.tolist()))
+
+    def _stack(self, purpose, like, draw) -> Tensor:
+        # Drawn on the CPU: CUDA's generator gives other numbers, and a run must not change with its device.
+        rows = [draw(self._generator(purpose, position)) for position in self.positions]
+        return torch.stack(rows).to(device=like.device, dtype=like.dtype)
+
+    def _generator(self, purpose: str, position: int) -> torch.Generator:
+        key = f"{self.seed}/{self.step}/{position}/{purpose}".encode()
+        # Two checksums make 64 bits, so that no two images of a long run are likely to share a seed.
+        return torch.Generator().manual_seed((zlib.crc32(key) << 32) | zlib.adler32(key[::-1]))

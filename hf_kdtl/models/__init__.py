@@ -1,0 +1,7 @@
+"""The models: what they give (capture), and where the teacher's signals come from. Only here are outputs known."""
+
+from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.student import make_student
+from hf_kdtl.models.teacher import Teacher
+
+__all__ = ["Capture", "Needs", "Teacher", "capture", "make_student"]

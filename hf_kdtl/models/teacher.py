@@ -1,0 +1,140 @@
+"""Where the teacher's signals come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.pixels import PixelAdapter, PixelFormat
+
+logger = logging.get_logger(__name__)
+
+
+class Teacher:
+    """A frozen image classifier, and the pixels and classes it understands.
+
+    Not a module of the student's container: its weights are in no optimizer, no checkpoint and no gradient. It stays
+    in eval mode and keeps its own dtype. It is put in the student's terms by `match`: it sees the student's pixels
+    re-normalised and resized to its own image processor's mean, std and size, and answers in the student's class
+    order.
+
+    Args:
+        model: the classifier. It is set to eval mode and its parameters to requires_grad=False.
+        processing_class: its image processor. Without one it sees the student's pixels as they are, and says so.
+    """
+
+    def __init__(self, model: nn.Module, processing_class: Any = None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.processing_class = processing_class
+        self.notes: list[str] = []
+        self._pixels: PixelAdapter | None = None
+        self._order: list[int] | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
+        """A folder or Hub name, with the image processor saved beside the model where there is one.
+
+        Raises:
+            OSError: when nothing is there, saying what was looked for.
+        """
+        looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+        if looks_local and not Path(path).expanduser().exists():
+            raise FileNotFoundError(
+                f"the teacher's path {str(path)!r} does not exist; expected a saved model's folder."
+            )
+        source = Path(path).expanduser() if Path(path).expanduser().exists() else path
+        model = AutoModelForImageClassification.from_pretrained(source, **model_options)
+        try:
+            processor = AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError):
+            processor = None
+        return cls(model, processor)
+
+    @classmethod
+    def of(cls, teacher: Any) -> Teacher:
+        """A Teacher from whatever a user may name: a Teacher, a model, or a path."""
+        if isinstance(teacher, Teacher):
+            return teacher
+        if isinstance(teacher, str | Path):
+            return cls.from_pretrained(teacher)
+        return cls(teacher)
+
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+        """Learn the student's pixel format and class order.
+
+        Args:
+            student: the model whose pixels the teacher will be given.
+            processing_class: the student's image processor, or None where unknown.
+            compare_classes: whether any objective compares class outputs; otherwise the classes may differ.
+
+        Raises:
+            ValueError: when the teacher shares weights with the student, when its processor cannot be matched
+                because the student's is unknown, or when the classes differ.
+        """
+        own = {id(p) for p in student.parameters()}
+        if any(id(p) in own for p in self.model.parameters()):
+            raise ValueError(
+                "teacher and student share parameters, so freezing the teacher froze the student. Pass a copy: "
+                "copy.deepcopy(model)."
+            )
+        self.notes = []
+        self._order = None
+        if compare_classes:
+            self._order, note = match_labels(student.config, self.model.config)
+            self.notes.append(note)
+        self._pixels = self._match_pixels(processing_class)
+
+    def _match_pixels(self, processing_class: Any) -> PixelAdapter | None:
+        if self.processing_class is None:
+            self.notes.append("the teacher has no image processor: it sees the student's pixels as they are.")
+            return None
+        if processing_class is None:
+            raise ValueError(
+                "the teacher has its own image processor and the student's is unknown, so its pixels cannot be "
+                "re-normalised. Pass processing_class=<the student's image processor> to the trainer, or "
+                "Teacher(model) without a processor if both see the same pixels."
+            )
+        source, target = PixelFormat.of(processing_class), PixelFormat.of(self.processing_class)
+        if source == target:
+            return None
+        self.notes.append(f"the teacher's pixels: {source} -> {target}.")
+        return PixelAdapter(source, target)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move to a device. The dtype stays, and a quantised or dispatched model stays where it was put."""
+        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
+        if not placed:
+            self.model.to(device)
+        return self
+
+    def __call__(self, pixel_values: Tensor, needs: Needs) -> Capture:
+        """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
+        if self.model.training:
+            self.model.eval()
+        adapted = pixel_values if self._pixels is None else self._resized(pixel_values)
+        dtype = next(self.model.parameters()).dtype
+        captured = capture(self.model, adapted.to(dtype) if dtype.is_floating_point else adapted, needs)
+        if self._order is not None:
+            captured.logits = captured.logits[:, self._order]
+        return captured
+
+    def _resized(self, pixel_values: Tensor) -> Tensor:
+        assert self._pixels is not None
+        size = self._pixels.output_size(pixel_values)
+        if max(size) > max(pixel_values.shape[-2:]):
+            logger.warning_once(
+                f"the teacher's images are {size[0]} x {size[1]} and the student's pixels {pixel_values.shape[-2]} x "
+                f"{pixel_values.shape[-1]}: they are up-sampled, and the teacher sees less than it was trained on."
+            )
+        return self._pixels(pixel_values)

@@ -1,0 +1,69 @@
+"""What an objective is: one term of the loss, computed from what the student and the teacher gave for a batch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.capture import Capture, Needs
+
+
+class Batch(TypedDict):
+    """What the data says about the images of a micro-batch. The pixels are in `Capture.pixel_values`."""
+
+    labels: NotRequired[Tensor]  # (B,) class indices, -100 unlabelled; or (B, K) distributions
+    draws: NotRequired[Draws]  # randomness that does not depend on how the whole batch was split
+
+
+class Objective(nn.Module):
+    """One term of the training loss. Subclass it, and add a line to `OBJECTIVES`; nothing else changes.
+
+    The constructor takes keyword-only options, checks their values, and never takes **kwargs (a misspelt key must
+    fail). An objective never owns or calls a model: it says in `needs` what must be captured, and gets it in
+    `forward`. Trainable parameters it creates (in `build`, where widths are known) are optimised, saved, resumed and
+    synchronised with the student's, and never enter the student's checkpoint.
+    """
+
+    reduction: Literal["image", "batch"] = "image"
+    """"image": forward returns (B,) or (B, pairs). "batch": a scalar of the micro-batch (it depends on the split)."""
+    counts: Literal["images", "labelled"] = "images"
+    """What the sum over images is divided by: all images, or those with a label."""
+    divergence: bool = True
+    """True when the value is 0 wherever student and teacher agree. The law tests read it."""
+    needs_teacher: bool = True
+    compares_classes: bool = False
+    """True when class outputs of both models are compared: then the labels must match by name."""
+    needs_labels: bool = False
+    role: Literal["task", "transfer"] = "transfer"
+    """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
+    citation: str = ""
+    """BibTeX of the paper, for the model card."""
+
+    def build(self, plan: Any | None) -> None:
+        """Create parameters whose widths the plan knows. `plan` is None without a teacher."""
+
+    def needs(self, plan: Any | None) -> tuple[Needs, Needs]:
+        """What must be captured of (student, teacher)."""
+        return Needs(), Needs()
+
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        """(B,) per image, (B, pairs) where layers are paired, or a scalar if `reduction` is "batch"."""
+        raise NotImplementedError
+
+
+def check_option(objective: str, option: str, value: Any, valid: bool, expected: str) -> None:
+    """Refuse an option's value in the words of every other refusal.
+
+    Raises:
+        ValueError: when not `valid`.
+    """
+    if not valid:
+        raise ValueError(f"objective {objective!r}: {option} is {value!r}; expected {expected}.")
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float, and not a bool (YAML's `yes` is one)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(torch.isfinite(torch.tensor(value)))

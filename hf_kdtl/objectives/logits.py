@@ -1,0 +1,87 @@
+"""Objectives that compare the class outputs of student and teacher."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from hf_kdtl.functional.divergences import cross_entropy, jensen_shannon, kl, log_probabilities, standardize
+from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+
+DIRECTIONS = ("forward", "reverse", "jsd")
+
+
+class LogitKD(Objective):
+    """Logit distillation, per image: tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)), in nats, >= 0.
+
+    tau^2 keeps the gradient's size the same at every temperature (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    Needs no labels, so unlabelled images of the user's own kind help. A teacher that is nearly always sure of itself
+    gives little beyond its top class at a low temperature; 2 to 8 is usual.
+
+    Args:
+        temperature: tau > 0.
+        direction: "forward" as above; "reverse" KL(S || T), which prefers one mode of the teacher to covering all;
+            "jsd" the Jensen-Shannon divergence weighted by `beta`, at most tau^2 ln 2.
+        beta: weight of the teacher in "jsd", in (0, 1).
+        standardize: bring both logits of an image to mean 0 and standard deviation 1 (population) first, so that the
+            student need not match the teacher's scale (Sun et al. 2024, arXiv 2403.01427).
+        hard: cross-entropy with the teacher's top class instead, at temperature 1 (DeiT, Touvron et al. 2021, arXiv
+            2012.12877). Not 0 where student and teacher agree.
+
+    Cost: one forward of the teacher.
+
+    Raises:
+        ValueError: for a value out of range, or `hard` together with an option that it would ignore.
+    """
+
+    compares_classes = True
+    citation = """@misc{hinton2015distilling,
+  title = {Distilling the Knowledge in a Neural Network},
+  author = {Geoffrey Hinton and Oriol Vinyals and Jeff Dean},
+  year = {2015}, eprint = {1503.02531}, archivePrefix = {arXiv}
+}"""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 4.0,
+        direction: Literal["forward", "reverse", "jsd"] = "forward",
+        beta: float = 0.5,
+        standardize: bool = False,
+        hard: bool = False,
+    ):
+        super().__init__()
+        name = "logit_kd"
+        check_option(
+            name, "temperature", temperature, is_number(temperature) and temperature > 0, "a number greater than 0"
+        )
+        check_option(name, "direction", direction, direction in DIRECTIONS, " or ".join(map(repr, DIRECTIONS)))
+        check_option(name, "beta", beta, is_number(beta) and 0 < beta < 1, "a number between 0 and 1, both excluded")
+        check_option(name, "standardize", standardize, isinstance(standardize, bool), "true or false")
+        check_option(name, "hard", hard, isinstance(hard, bool), "true or false")
+        if hard and (standardize or direction != "forward"):
+            raise ValueError(
+                "objective 'logit_kd': hard takes only the teacher's top class, so direction and standardize would "
+                "be ignored; leave them out, or set hard to false."
+            )
+        self.temperature, self.direction, self.beta = temperature, direction, beta
+        self.standardize, self.hard = standardize, hard
+        self.divergence = not hard
+
+    def needs(self, plan) -> tuple[Needs, Needs]:
+        return Needs(logits=True), Needs(logits=True)
+
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        z_s, z_t = student.logits, teacher.logits.detach()
+        if self.hard:
+            return cross_entropy(z_s, z_t.argmax(-1))
+        if self.standardize:
+            z_s, z_t = standardize(z_s), standardize(z_t)
+        log_s, log_t = (log_probabilities(z, self.temperature) for z in (z_s, z_t))
+        if self.direction == "forward":
+            divergence = kl(log_t, log_s)
+        elif self.direction == "reverse":
+            divergence = kl(log_s, log_t)
+        else:
+            divergence = jensen_shannon(log_t, log_s, self.beta)
+        return self.temperature**2 * divergence

@@ -1,0 +1,48 @@
+"""The task itself: cross-entropy with the labels."""
+
+from torch import Tensor
+
+from hf_kdtl.functional.divergences import cross_entropy
+from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+
+
+class Task(Objective):
+    """Cross-entropy with the labels, per image: -sum_k t_k log softmax(z_S)_k, in nats, >= 0.
+
+    Labels are class indices (B,), with -100 for an unlabelled image (it counts 0, and is not counted), or
+    distributions (B, K) as mixup and CutMix make them. Averaged over the labelled images of the whole batch: exactly
+    what Trainer computes for hard labels. Trainer itself takes float labels for a multi-label problem (binary
+    cross-entropy); here they are distributions over the classes.
+
+    Keep it beside any distillation term; `logit_kd` alone learns the teacher's mistakes too.
+
+    Args:
+        label_smoothing: e in [0, 1); the target becomes (1 - e) t + e / K. By default `label_smoothing_factor` of
+            the training arguments.
+
+    Cost: nothing beyond the student's forward and backward.
+
+    Raises:
+        ValueError: when label_smoothing is outside [0, 1).
+    """
+
+    counts = "labelled"
+    divergence = False
+    needs_teacher = False
+    needs_labels = True
+    role = "task"
+
+    def __init__(self, *, label_smoothing: float | None = None):
+        super().__init__()
+        smoothing = 0.0 if label_smoothing is None else label_smoothing
+        check_option(
+            "task", "label_smoothing", smoothing, is_number(smoothing) and 0 <= smoothing < 1, "a number in [0, 1)"
+        )
+        self.label_smoothing = label_smoothing
+
+    def needs(self, plan) -> tuple[Needs, Needs]:
+        return Needs(logits=True), Needs()
+
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        return cross_entropy(student.logits, batch["labels"], self.label_smoothing or 0.0)

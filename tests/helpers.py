@@ -1,0 +1,68 @@
+"""What several test files need: images, quiet training arguments, two named models."""
+
+import copy
+
+import torch
+
+from hf_kdtl import DistillationConfig, DistillationTrainer
+from tests.tiny import build
+
+CLASSES = 3
+KD = [{"name": "task", "weight": 0.3}, {"name": "logit_kd", "weight": 0.7}]
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images; `labels` is "hard", "some" (every third is unlabelled) or "soft"."""
+
+    def __init__(self, number=16, labels="hard", size=32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randn(number, 3, size, size, generator=generator)
+        hard = torch.randint(0, CLASSES, (number,), generator=generator)
+        self.labels = hard
+        if labels == "some":
+            self.labels = torch.where(torch.arange(number) % 3 == 1, -100, hard)
+        elif labels == "soft":
+            self.labels = torch.softmax(torch.randn(number, CLASSES, generator=generator), -1)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.pixels[i], "labels": self.labels[i]}
+
+
+def config(folder, objectives=KD, kind=DistillationConfig, **settings):
+    """Training arguments that print nothing and write nothing."""
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "use_cpu": True}
+    if kind is DistillationConfig:
+        quiet["objectives"] = objectives
+    return kind(str(folder), **(quiet | settings))
+
+
+def pair(student="vit", teacher="vit", **options):
+    """A student and a deeper teacher."""
+    return build(student, **options), build(teacher, seed=5, **options)
+
+
+def trainer(folder, model, teacher=None, data=None, objectives=None, **settings):
+    """A trainer on a copy of the student, so that runs start from the same weights."""
+    entries = objectives or (KD if teacher is not None else [{"name": "task"}])
+    extra = {k: settings.pop(k) for k in list(settings) if k in ("eval_dataset", "callbacks", "compute_loss_func")}
+    return DistillationTrainer(
+        copy.deepcopy(model),
+        config(folder, entries, **settings),
+        teacher=teacher,
+        train_dataset=Images() if data is None else data,
+        **extra,
+    )
+
+
+def weights(model):
+    """All tensors of a model, as one list of copies."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def largest_difference(a, b):
+    """max |a - b| over two state dicts of the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)

@@ -1,0 +1,137 @@
+"""What every objective must obey, over the whole registry: a class added later is tested without a new file."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.distiller import Distiller
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models import Teacher, capture
+from hf_kdtl.objectives import OBJECTIVES
+from tests.objectives.variants import CASES
+from tests.reference.objectives import REFERENCES
+from tests.tiny import build
+
+IMAGES, CLASSES = 5, 4
+DRAWS = Draws(seed=7, step=3, positions=tuple(range(IMAGES)))
+
+
+def _models(dtype=torch.float64):
+    student, teacher = (build("vit", num_labels=CLASSES, layers=n).to(dtype) for n in (2, 3))
+    # A random model is too sure of nothing: spread the logits.
+    torch.manual_seed(1)
+    for model in (student, teacher):
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return student, teacher
+
+
+def _distiller(name, options, student, teacher):
+    objective = OBJECTIVES[name](**options)
+    wrapped = Teacher(teacher)
+    wrapped.match(student, None, objective.compares_classes)
+    return Distiller(student, {name: objective}, {name: 1.0}, wrapped).to(next(student.parameters()).dtype)
+
+
+def _inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(IMAGES, 3, 32, 32, generator=generator).to(dtype)
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 3, -100, 1, 2])}
+
+
+def _value(distiller, inputs, draws=DRAWS):
+    ((key, value),) = distiller.terms(inputs, draws)[1].items()
+    return value
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_has_a_reference_and_says_where_it_comes_from(name):
+    assert name in REFERENCES, f"write tests/reference/objectives.py:{name}"
+    doc = OBJECTIVES[name].__doc__
+    assert doc and "Cost:" in doc and "Raises:" in doc and "Args:" in doc
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_value_and_gradient_agree_with_the_reference(name, options):
+    student, teacher = _models()
+    inputs = _inputs()
+    value = _value(_distiller(name, options, student, teacher), inputs)
+    expected = REFERENCES[name](student, teacher, inputs["pixel_values"], inputs["labels"], **options)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10)
+    weights = torch.linspace(0.5, 2.0, IMAGES, dtype=torch.float64) if value.ndim else torch.ones(())
+    parameters = list(student.parameters())
+    got = torch.autograd.grad((weights * value).sum(), parameters, allow_unused=True)
+    want = torch.autograd.grad((weights * expected).sum(), parameters, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 1e-6 for g in got), "the objective moves nothing"
+    for g, w in zip(got, want, strict=True):
+        zero = torch.zeros(())
+        torch.testing.assert_close(zero if g is None else g, zero if w is None else w, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_is_zero_where_student_and_teacher_agree(name, options):
+    _, teacher = _models()
+    distiller = _distiller(name, options, copy.deepcopy(teacher), teacher)
+    value = _value(distiller, _inputs())
+    if distiller.objective(name).divergence:
+        torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-12)
+    else:
+        assert value.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_no_gradient_reaches_the_teacher(name, options):
+    student, teacher = _models()
+    distiller = _distiller(name, options, student, teacher)
+    inputs = _inputs()
+    teacher.requires_grad_(True)  # even where someone forgot to freeze it
+    signals = distiller.teacher(inputs["pixel_values"], distiller.teacher_needs)
+    assert signals.logits.requires_grad
+    mine = capture(student, inputs["pixel_values"], distiller.student_needs)
+    value = distiller.objective(name)(mine, signals, {"labels": inputs["labels"], "draws": DRAWS})
+    grads = torch.autograd.grad(value.sum(), list(teacher.parameters()), allow_unused=True)
+    assert all(g is None for g in grads)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_permuting_the_images_permutes_the_result(name, options):
+    distiller = _distiller(name, options, *_models())
+    inputs, order = _inputs(), torch.tensor([3, 0, 4, 1, 2])
+    permuted = _value(distiller, {k: v[order] for k, v in inputs.items()}, DRAWS.permuted(order))
+    value = _value(distiller, inputs)
+    batch_statistic = distiller.objective(name).reduction == "batch"
+    torch.testing.assert_close(permuted, value if batch_statistic else value[order], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_has_the_shape_it_promises(name, options):
+    distiller = _distiller(name, options, *_models())
+    value = _value(distiller, _inputs())
+    assert value.shape == (() if distiller.objective(name).reduction == "batch" else (IMAGES,))
+    assert value.dtype == torch.float64 and value.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_stays_finite_at_extreme_logits(name, options, dtype):
+    student, teacher = _models(dtype)
+    with torch.no_grad():
+        for model, signs in ((student, (1, -1, 1, -1)), (teacher, (-1, 1, 1, -1))):
+            model.classifier.bias.copy_(1e4 * torch.tensor(signs))
+    distiller = _distiller(name, options, student, teacher)
+    value = _value(distiller, _inputs(dtype))
+    assert torch.isfinite(value).all()
+    grads = torch.autograd.grad(value.sum(), list(student.parameters()), allow_unused=True)
+    assert all(torch.isfinite(g).all() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_config_round_trips_and_refuses_an_unknown_key(name, options, tmp_path):
+    entries = [{"name": name, "weight": 0.5, **options}]
+    config = DistillationConfig(str(tmp_path), objectives=entries)
+    again = DistillationConfig(**{k: v for k, v in config.to_dict().items() if not k.endswith("_token")})
+    assert again.objectives == entries and again.weights() == {name: 0.5}
+    with pytest.raises(ValueError, match=f"unknown option of objective '{name}': 'wieght'. Did you mean 'weight'"):
+        DistillationConfig(str(tmp_path), objectives=[{"name": name, "wieght": 1}])
