@@ -42,7 +42,9 @@ if __name__ == "__main__":
     out, per_device, accumulation, labels = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     finished = run(f"{out}.run", per_device, accumulation, labels)
-    logged = [{k: v for k, v in line.items() if k in finished.distiller.weights} for line in finished.state.log_history]
+    logged = [
+        {k: v for k, v in line.items() if k in finished.distiller.weights} for line in finished.state.log_history
+    ]
     if finished.is_world_process_zero():
         tensors = {k: v.contiguous() for k, v in weights(finished.distiller).items()}
         save_file(tensors, out, metadata={"world": str(finished.args.world_size), "logged": json.dumps(logged)})

@@ -39,5 +39,7 @@ def test_imports_go_down_only():
 
 
 def test_files_stay_rooms():
-    long = {str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350}
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350
+    }
     assert not long, f"split these: {long}"

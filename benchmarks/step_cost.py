@@ -1,0 +1,131 @@
+"""The cost of a training step, as ratios of paired, interleaved steps.
+
+    python benchmarks/step_cost.py            # about 3 minutes on 2 cores
+    python benchmarks/step_cost.py --steps 50 # rougher
+
+Teacher 12 layers, 192 wide, 3 heads; student 6 layers, 128 wide, 2 heads; 32 px, patch 8, batch 32, 10 classes,
+float32. Prints a table; RESULTS.md keeps one with machine and date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import default_data_collator as collate
+from transformers import get_linear_schedule_with_warmup as linear
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interleave import interleave, ratio
+
+from hf_kdtl import DistillationConfig, DistillationTrainer
+
+BATCH, CLASSES = 32, 10
+KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
+
+
+def vit(layers: int, width: int, heads: int) -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        image_size=32, patch_size=8, num_labels=CLASSES,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def settings(kind: type, steps: int, **more):
+    return kind(
+        tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-4, report_to=[],
+        disable_tqdm=True, save_strategy="no", logging_steps=50, use_cpu=True, dataloader_pin_memory=False, **more,
+    )  # fmt: skip
+
+
+def by_trainer(runner: Trainer):
+    class EachStep(TrainerCallback):
+        def __init__(self, done):
+            self.done = done
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.done()
+
+    def loop(done):
+        runner.add_callback(EachStep(done))
+        runner.train()
+
+    return loop
+
+
+def by_hand(student, teacher, data, steps: int):
+    """The same work without any trainer: data, two forwards, backward, clipping, AdamW, schedule."""
+
+    def loop(done):
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        schedule = linear(optimizer, 0, steps)
+        student.train()
+        batches = iter(())
+        for _ in range(steps):
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(DataLoader(data, BATCH, shuffle=True, collate_fn=collate))
+                batch = next(batches)
+            z_s = student(pixel_values=batch["pixel_values"]).logits
+            loss = F.cross_entropy(z_s, batch["labels"])
+            if teacher is not None:
+                with torch.no_grad():
+                    z_t = teacher(pixel_values=batch["pixel_values"]).logits
+                log_s, log_t = F.log_softmax(z_s / 4, -1), F.log_softmax(z_t / 4, -1)
+                loss = 0.1 * loss + 0.9 * 16 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+            loss.item()  # Trainer looks at every loss for nan
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            done()
+
+    return loop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    steps = parser.parse_args().steps
+    torch.set_num_threads(parser.parse_args().threads)
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    student, teacher = vit(6, 128, 2), vit(12, 192, 3).eval()
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % CLASSES} for i in range(BATCH * 50)]
+
+    def ours(objectives, given=None):
+        arguments = settings(DistillationConfig, steps, objectives=objectives)
+        return DistillationTrainer(copy.deepcopy(student), arguments, teacher=given, train_dataset=data)
+
+    plain = Trainer(copy.deepcopy(student), settings(TrainingArguments, steps), train_dataset=data)
+    print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {steps} steps", flush=True)
+    rows = []
+    times = interleave({"plain": by_trainer(plain), "task": by_trainer(ours([{"name": "task"}]))})
+    rows.append(("task, DistillationTrainer / Trainer", *ratio(times, "task", "plain")))
+    loops = {
+        "hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
+        "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
+        "task": by_trainer(ours([{"name": "task"}])),
+    }
+    times = interleave(loops)
+    rows.append(("logit_kd, DistillationTrainer / by hand", *ratio(times, "logit_kd", "hand")))
+    rows.append(("task / logit_kd", *ratio(times, "task", "logit_kd")))
+    print("| steps compared | median of paired ratios | 95 % interval |\n| --- | --- | --- |")
+    for name, middle, low, high in rows:
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

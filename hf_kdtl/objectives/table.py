@@ -1,0 +1,27 @@
+"""The table of objectives in the README, made from the registry: `python -m hf_kdtl.objectives.table`."""
+
+from __future__ import annotations
+
+import inspect
+
+from hf_kdtl.objectives import OBJECTIVES, Objective
+
+
+def objective_table() -> str:
+    """Markdown: one row an objective, with the first sentence of its docstring and its options with defaults."""
+    rows = ["| name | what it is | role | needs | options (default) |", "| --- | --- | --- | --- | --- |"]
+    rows += [_row(name, kind) for name, kind in OBJECTIVES.items()]
+    return "\n".join(rows)
+
+
+def _row(name: str, kind: type[Objective]) -> str:
+    first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
+    options = inspect.signature(kind).parameters.values()
+    shown = ", ".join(f"`{option.name}` ({option.default!r})" for option in options) or "none"
+    needs = [what for what, needed in (("teacher", kind.needs_teacher), ("labels", kind.needs_labels)) if needed]
+    cells = [f"`{name}`", first, kind.role, ", ".join(needs) or "nothing", shown]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    print(objective_table())

@@ -1,0 +1,89 @@
+"""Settings are data: checked before any work, the same from Python, text and to_dict()."""
+
+import copy
+import json
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.config import DEFAULT_OBJECTIVES
+
+
+def test_default_is_task_and_logit_kd(tmp_path):
+    config = DistillationConfig(str(tmp_path))
+    assert config.objectives == [
+        {"name": "task", "weight": 0.1},
+        {"name": "logit_kd", "weight": 0.9, "temperature": 4.0},
+    ]
+    config.objectives[0]["weight"] = 3
+    assert DEFAULT_OBJECTIVES[0]["weight"] == 0.1
+
+
+def test_round_trips_through_to_dict_and_json(tmp_path):
+    entries = [{"name": "task"}, {"name": "logit_kd", "key": "soft", "temperature": 2, "weight": 0.5, "role": "task"}]
+    first = DistillationConfig(str(tmp_path), objectives=entries, learning_rate=3e-4, eval_objectives=True)
+    kept = {k: v for k, v in first.to_dict().items() if not k.endswith("_token")}
+    second = DistillationConfig(**json.loads(json.dumps(kept)))
+    assert second.to_dict() == first.to_dict() and second.objectives == entries
+
+
+def test_the_command_line_takes_json(tmp_path):
+    text = '[{"name": "logit_kd", "temperature": 2}]'
+    parser = HfArgumentParser(DistillationConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--objectives", text])
+    assert config.objectives == [{"name": "logit_kd", "temperature": 2}]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "sentence"),
+    [
+        ([], "objectives is empty; expected at least one"),
+        ("[{'name': 'task'}]", "objectives is not valid JSON"),
+        ({"name": "task"}, "expected a list of mappings"),
+        ([{"weight": 1}], "has no name; expected one of task"),
+        ([{"name": "logitkd"}], "unknown objective: 'logitkd'. Did you mean 'logit_kd'?"),
+        ([{"name": "logit_kd", "tempreature": 2}], "Did you mean 'temperature'?"),
+        ([{"name": "logit_kd", "temperature": 0}], "temperature is 0; expected a number greater than 0"),
+        ([{"name": "logit_kd", "temperature": True}], "temperature is True; expected a number"),
+        ([{"name": "logit_kd", "direction": "back"}], "direction is 'back'; expected 'forward' or 'reverse' or 'jsd'"),
+        ([{"name": "logit_kd", "beta": 1.0}], "beta is 1.0; expected a number between 0 and 1"),
+        ([{"name": "logit_kd", "hard": True, "standardize": True}], "would be ignored"),
+        ([{"name": "task", "label_smoothing": 1.0}], "label_smoothing is 1.0; expected a number in"),
+        ([{"name": "task", "weight": -1}], "weight is -1; expected a number of at least 0"),
+        ([{"name": "task", "weight": float("nan")}], "weight is nan; expected a number of at least 0"),
+        ([{"name": "task", "weight": 0}], "every weight is 0"),
+        ([{"name": "task"}, {"name": "task"}], "two entries have the key 'task'"),
+        ([{"name": "task", "key": "a.b"}], "expected a word without dots"),
+        ([{"name": "task", "role": "teacher"}], "role is 'teacher'; expected 'task' or 'transfer'"),
+    ],
+)
+def test_refuses_in_a_sentence(tmp_path, objectives, sentence):
+    with pytest.raises(ValueError) as error:
+        DistillationConfig(str(tmp_path), objectives=objectives)
+    assert sentence in str(error.value)
+
+
+def test_what_later_versions_bring_is_refused_today(tmp_path):
+    with pytest.raises(ValueError, match="layer_rates: .* not in this version"):
+        DistillationConfig(str(tmp_path), layer_rates={"mode": "discrepancy"})
+    with pytest.raises(ValueError, match="unknown gradient rule: 'never_hurt'"):
+        DistillationConfig(str(tmp_path), gradient_rule={"name": "never_hurt"})
+
+
+def test_two_label_smoothings_are_refused(tmp_path):
+    objectives = [{"name": "task", "label_smoothing": 0.2}]
+    with pytest.raises(ValueError, match="set one of them"):
+        DistillationConfig(str(tmp_path), objectives=objectives, label_smoothing_factor=0.1)
+    config = DistillationConfig(str(tmp_path), objectives=[{"name": "task"}], label_smoothing_factor=0.1)
+    assert config.build_objectives()["task"].label_smoothing == 0.1
+
+
+def test_dotted_names_reach_into_the_list(tmp_path):
+    config = DistillationConfig(str(tmp_path))
+    setattr(config, "objectives.logit_kd.temperature", 2.0)
+    assert getattr(config, "objectives.logit_kd.temperature") == config.objectives[1]["temperature"] == 2.0
+    assert not hasattr(config, "objectives.nothing.temperature") and not hasattr(config, "learning.rate.now")
+    with pytest.raises(ValueError, match="expected a number greater than 0"):
+        setattr(config, "objectives.logit_kd.temperature", -1)
+    assert copy.deepcopy(config).objectives == config.objectives

@@ -1,0 +1,133 @@
+"""A stopped run continues as if it had never stopped, and the best checkpoint is loaded whole."""
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from hf_kdtl.checkpoint import STATE_JSON
+from tests.helpers import Images, largest_difference, trainer, weights
+from tests.tiny import build
+
+FAMILIES = ["vit", "deit", "dinov2", "swin", "convnext", "resnet"]
+RUN = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resume_is_bitwise(tmp_path, family):
+    student, teacher = build(family), build("vit", seed=5)
+    whole = trainer(tmp_path, student, teacher, **RUN)
+    whole.train()
+    for step in (2, 4):
+        again = trainer(tmp_path, student, teacher, **RUN)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.state.global_step == 6
+        assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+        assert whole.state.log_history[-2]["loss"] == again.state.log_history[-2]["loss"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_best_model_is_loaded_whole(tmp_path, family):
+    class Worse(TrainerCallback):
+        """Report a loss that rises, so that the first checkpoint is the best."""
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    runner = trainer(
+        tmp_path,
+        build(family),
+        build("vit", seed=5),
+        eval_dataset=Images(8),
+        callbacks=[Worse()],
+        **RUN,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+    )
+    seen = {}
+
+    class Remember(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            seen[state.global_step] = weights(model)
+
+    runner.add_callback(Remember())
+    runner.train()
+    assert runner.state.best_global_step == 2
+    assert largest_difference(weights(runner.model), seen[2]) == 0.0
+    assert largest_difference(seen[6], seen[2]) > 1e-5
+
+
+def test_a_checkpoint_is_a_clean_student(tmp_path):
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5, layers=3), **RUN)
+    runner.train()
+    folder = tmp_path / "checkpoint-6"
+    opened = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(opened).__name__ == "ViTForImageClassification"
+    assert largest_difference(weights(opened), weights(runner.model)) == 0.0
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any("teacher" in name or "objectives" in name or "student" in name for name in names)
+    assert (folder / STATE_JSON).is_file()
+    runner.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / STATE_JSON).exists()
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN)
+    runner.train()
+    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(name for name in tensors if "classifier.weight" in name))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit ViTForImageClassification.*classifier.weight"):
+        trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_other_objectives_is_refused(tmp_path):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    other = trainer(tmp_path, build("vit"), **RUN)
+    with pytest.raises(ValueError, match=r"was trained with the objectives .*logit_kd.*Resume with the same"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    student, teacher = build("vit"), build("vit", seed=5)
+    settings = RUN | {"gradient_accumulation_steps": 2, "save_strategy": "no"}
+    whole = trainer(tmp_path / "whole", student, teacher, **settings)
+    whole.train()
+    stopped = trainer(tmp_path / "run", student, teacher, callbacks=[Interrupt()], **settings)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 3, saved in .*checkpoint-3.*resume_from_checkpoint"):
+        stopped.train()
+    assert signal.getsignal(signal.SIGINT) is before
+    again = trainer(tmp_path / "run", student, teacher, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_dropout_and_augmented_state_resume_bitwise(tmp_path):
+    student, teacher = build("vit", hidden_dropout_prob=0.2), build("vit", seed=5)
+    whole = trainer(tmp_path, student, teacher, **RUN)
+    whole.train()
+    torch.manual_seed(99)  # what happens in between must not matter
+    again = trainer(tmp_path, student, teacher, **RUN)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0

@@ -1,0 +1,60 @@
+"""The private methods of Trainer that are overridden, and what each must still be. Fails when transformers moves on."""
+
+import inspect
+
+import pytest
+from transformers import Trainer
+
+from hf_kdtl import DistillationTrainer
+
+# name -> (parameters that the override relies on, text that must still be in Trainer, why)
+RELIED_ON = {
+    "_prepare_for_training": (
+        ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+        ["self.accelerator.prepare(self.model", "self.create_optimizer()", "self.model_wrapped = model"],
+    ),
+    "_get_num_items_in_batch": (["self", "batch_samples", "device"], ["num_items_in_batch"]),
+    "get_batch_samples": (
+        ["self", "epoch_iterator", "num_batches", "device"],
+        ["self._get_num_items_in_batch(batch_samples, device)"],
+    ),
+    "compute_loss": (["self", "model", "inputs", "return_outputs", "num_items_in_batch"], ["compute_loss_func"]),
+    "training_step": (["self", "model", "inputs", "num_items_in_batch"], ["self.loss_is_scaled_for_ga is not None"]),
+    "prediction_step": (
+        ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+        ["self.compute_loss(", "self._get_num_items_in_batch([inputs]"],
+    ),
+    "evaluation_loop": (
+        ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+        ["self.prediction_step("],
+    ),
+    "create_optimizer": (["self", "model"], ["self.model if model is None else model"]),
+    "_get_grad_norm": (["self", "model", "grad_norm"], ["clip_grad_norm_"]),
+    "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], ["load_state_dict(state_dict, False)"]),
+    "_load_best_model": (["self"], ["load_state_dict(state_dict, False)"]),
+    "save_model": (["self", "output_dir", "_internal_call"], ["self._save(output_dir)"]),
+    "_save_checkpoint": (["self", "model", "trial"], ["self.save_model(output_dir, _internal_call=True)"]),
+    "log": (["self", "logs", "start_time"], ["on_log"]),
+}
+
+
+@pytest.mark.parametrize("name", RELIED_ON)
+def test_trainer_still_has_the_hook(name):
+    parameters, texts = RELIED_ON[name]
+    method = getattr(Trainer, name)
+    assert list(inspect.signature(method).parameters) == parameters
+    source = inspect.getsource(method)
+    for text in texts:
+        assert text in source, f"Trainer.{name} changed: {text!r} is gone; look at DistillationTrainer.{name}"
+
+
+def test_every_override_is_listed():
+    ours = {n for n, v in vars(DistillationTrainer).items() if inspect.isfunction(v) and hasattr(Trainer, n)}
+    assert ours - {"__init__", "train"} <= RELIED_ON.keys()
+
+
+def test_the_order_of_a_checkpoint_is_still_ours():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = ["self.save_model(", "_save_optimizer_and_scheduler(", "_save_rng_state(", "save_to_json(", "rotate_che"]
+    places = [source.index(text) for text in order]
+    assert places == sorted(places), "trainer_state.json must be written after the rest and before rotation"
