@@ -14,13 +14,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochToDataset(TrainerCallback):
-    """Call `set_epoch` of the training data, by which augmentation is drawn anew.
+    """Call `set_epoch` of the training data at the start of each epoch, on every process.
 
-    Accelerate does it too, but not where a sampler wants the epoch as well (on several processes).
+    Accelerate does so by itself only in the plainest case: with several processes, or in the epoch in which a run is
+    resumed, it reaches the sampler and stops there, and the augmented images of epoch 0 would come again.
+    `DistillationTrainer` has this callback; a plain Trainer needs it beside a `hf_kdtl.data.ImageDataset`.
     """
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        set_epoch = getattr(getattr(kwargs.get("train_dataloader"), "dataset", None), "set_epoch", None)
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(int(state.epoch or 0))
 

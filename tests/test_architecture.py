@@ -30,7 +30,7 @@ def test_imports_go_down_only():
             seen += 1
             if room == "functional":
                 assert module.split(".")[0] not in ("transformers", "datasets", "accelerate", "peft"), path
-            if module.split(".")[0] != "hf_kdtl" or path.name == "__init__.py" and room == "top":
+            if module.split(".")[0] != "hf_kdtl" or (path.name == "__init__.py" and room == "top"):
                 continue
             other = _room(module)
             allowed = other == room or FLOORS.get(other, TOP) < FLOORS.get(room, TOP)

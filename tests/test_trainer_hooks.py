@@ -1,4 +1,4 @@
-"""The private methods of Trainer that are overridden, and what each must still be. Fails when transformers moves on."""
+"""The private methods of Trainer that are overridden, and what each must still be. Fails when Trainer moves on."""
 
 import inspect
 

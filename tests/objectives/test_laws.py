@@ -42,7 +42,7 @@ def _inputs(dtype=torch.float64):
 
 
 def _value(distiller, inputs, draws=DRAWS):
-    ((key, value),) = distiller.terms(inputs, draws)[1].items()
+    ((_, value),) = distiller.terms(inputs, draws)[1].items()
     return value
 
 

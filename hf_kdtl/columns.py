@@ -1,0 +1,131 @@
+"""Which column holds the images and which the labels, and the labels of all splits as indices of train's classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, Value
+
+UNLABELLED = -100
+
+
+def with_two_columns(
+    raw: dict[str, Dataset], image: str | None, label: str | None, notes: list[str]
+) -> dict[str, Dataset]:
+    """Each split as the two columns `image` and `label`, with the class names of train; see `load_images`.
+
+    Raises:
+        ValueError: when a column cannot be told, or a split holds a label that train does not know.
+    """
+    features = raw["train"].features
+    image = _column(features, "image", image, [name for name in features if _is_image(features[name])])
+    others = [name for name in features if name != image]
+    classes = [name for name in others if isinstance(features[name], ClassLabel)]
+    label = _column(features, "label", label, classes or [name for name in others if _is_category(features[name])])
+    if not (_is_image(features[image]) or _dtype(features[image]) in ("binary", "large_binary", "string")):
+        raise ValueError(
+            f"Column {image!r} is of type {_type(features[image])}, expected images, their bytes or paths."
+        )
+    if not _is_category(features[label]):
+        raise ValueError(f"Column {label!r} is of type {_type(features[label])}, expected ClassLabel, string or int.")
+    names = _class_names(raw["train"], label, notes)
+    splits = {}
+    for name, split in raw.items():
+        if absent := {image, label} - set(split.column_names):
+            raise ValueError(f"The split {name!r} has no column {absent.pop()!r}, only {_columns(split.features)}.")
+        pixels = split.select_columns(image).rename_columns({image: "image"})
+        pixels = pixels.cast_column("image", datasets.Image(decode=False))
+        indices = _class_indices(split, name, label, names, notes)
+        splits[name] = pixels.add_column("label", indices, feature=ClassLabel(names=names))
+    return splits
+
+
+def _column(features: datasets.Features, kind: str, named: str | None, candidates: list[str]) -> str:
+    if named is not None and named not in features:
+        close = get_close_matches(named, features, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"There is no column {named!r}, the columns are {_columns(features)}.{hint}")
+    if named is not None:
+        return named
+    if len(candidates) == 1:
+        return candidates[0]
+    found = f"are {len(candidates)} columns" if candidates else "is no column"
+    hint = " In a folder, the images of each of two or more classes go into a sub-folder with the name of the class."
+    raise ValueError(
+        f"There {found} that could be the {kind} column; the columns are {_columns(features)}. Expected one: "
+        f"name it with {kind}_column=...{hint if kind == 'label' and not candidates else ''}"
+    )
+
+
+def _is_image(feature: Any) -> bool:
+    # A struct of bytes and path is what an Image column is in a parquet file that `datasets` did not write.
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _is_category(feature: Any) -> bool:
+    kinds = ("string", "large_string", "int", "uint", "bool")
+    return isinstance(feature, ClassLabel) or _dtype(feature).startswith(kinds)
+
+
+def _dtype(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else ""
+
+
+def _type(feature: Any) -> str:
+    if isinstance(feature, ClassLabel):
+        return f"ClassLabel of {feature.num_classes}"
+    return _dtype(feature) or type(feature).__name__
+
+
+def _columns(features: datasets.Features) -> str:
+    return ", ".join(f"{name!r} ({_type(feature)})" for name, feature in features.items())
+
+
+def _class_names(train: Dataset, label: str, notes: list[str]) -> list[str]:
+    feature = train.features[label]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = sorted({value for value in train[label][:] if value is not None and value != UNLABELLED})
+    notes.append(f"Column {label!r} ({_type(feature)}) was read as {len(values)} classes: {some(values)}.")
+    return [str(value) for value in values]
+
+
+def _class_indices(split: Dataset, name: str, label: str, names: list[str], notes: list[str]) -> list[int]:
+    """The labels of a split as indices into `names`, matched by the name of the class; -100 if unlabelled."""
+    feature, values = split.features[label], split[label][:]
+    if negative := sorted({v for v in values if isinstance(v, int) and v < 0 and v != UNLABELLED}):
+        raise ValueError(
+            f"Column {label!r} of {name} holds the labels {some(negative)}, expected class indices from 0; write "
+            "-100 for an unlabelled image of train, and leave unlabelled images out of validation and test."
+        )
+    own = feature.names if isinstance(feature, ClassLabel) else None
+    if own is not None and own != names:
+        if set(own) - set(names):
+            raise ValueError(
+                f"The classes of {name} ({some(own)}) are not those of train ({some(names)}): training never sees "
+                f"{some(sorted(set(own) - set(names)))}. Expected the same names; remove or rename these."
+            )
+        notes.append(f"The classes of {name} are listed as {some(own)}: re-ordered by name to those of train.")
+    position = {class_name: index for index, class_name in enumerate(names)}
+    known = [None if v is None or v == UNLABELLED else str(v if own is None else own[v]) for v in values]
+    refuse_unseen(name, Counter(v for v in known if v is not None and v not in position))
+    return [UNLABELLED if v is None else position[v] for v in known]
+
+
+def refuse_unseen(name: str, unseen: Counter[str]) -> None:
+    """Raises ValueError when split `name` has images of classes, {class: count}, that are not in train."""
+    if unseen:
+        listed = some([f"{class_name!r} ({count} images)" for class_name, count in sorted(unseen.items())])
+        raise ValueError(
+            f"The split {name!r} has images of classes that training never saw: {listed}. Expected only classes of "
+            "train; move images of them to train, or remove them."
+        )
+
+
+def some(items: Sequence[Any], most: int = 8) -> str:
+    """The first few items of a list, for a sentence."""
+    return ", ".join(map(str, items[:most])) + (f", ... ({len(items)} in all)" if len(items) > most else "")
