@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
 from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.geometry import ModelGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.pixels import PixelAdapter, PixelFormat
 
@@ -118,23 +119,25 @@ class Teacher:
             self.model.to(device)
         return self
 
-    def __call__(self, pixel_values: Tensor, needs: Needs) -> Capture:
+    def pixels(self, pixel_values: Tensor) -> Tensor:
+        """What the teacher is shown for the student's pixel_values (B, C, h, w), in the teacher's dtype."""
+        if self._pixels is not None:
+            size = self._pixels.output_size(pixel_values)
+            if max(size) > max(pixel_values.shape[-2:]):
+                logger.warning_once(
+                    f"the teacher's images are {size[0]} x {size[1]} and the student's pixels "
+                    f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: they are up-sampled, and the teacher sees "
+                    "less than it was trained on."
+                )
+            pixel_values = self._pixels(pixel_values)
+        dtype = next(self.model.parameters()).dtype
+        return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
+
+    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
         """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
         if self.model.training:
             self.model.eval()
-        adapted = pixel_values if self._pixels is None else self._resized(pixel_values)
-        dtype = next(self.model.parameters()).dtype
-        captured = capture(self.model, adapted.to(dtype) if dtype.is_floating_point else adapted, needs)
+        captured = capture(self.model, self.pixels(pixel_values), needs, geometry)
         if self._order is not None:
             captured.logits = captured.logits[:, self._order]
         return captured
-
-    def _resized(self, pixel_values: Tensor) -> Tensor:
-        assert self._pixels is not None
-        size = self._pixels.output_size(pixel_values)
-        if max(size) > max(pixel_values.shape[-2:]):
-            logger.warning_once(
-                f"the teacher's images are {size[0]} x {size[1]} and the student's pixels {pixel_values.shape[-2]} x "
-                f"{pixel_values.shape[-1]}: they are up-sampled, and the teacher sees less than it was trained on."
-            )
-        return self._pixels(pixel_values)

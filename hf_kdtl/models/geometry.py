@@ -1,0 +1,173 @@
+"""What a model gives, block by block: read off one small forward, not off a list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.tap import attention_setting, recording
+
+AttentionKind = Literal["full", "windowed", "reduced", "none"]
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One block's output and attention.
+
+    Args:
+        layout: "tokens" (B, N, D) or "maps" (B, D, gh, gw).
+        prefix: roles of the tokens before the patches: "class", "distillation", "register"; empty for maps.
+        grid: (gh, gw) of the patches or map; None where the tokens are on no known grid.
+        width: D.
+        attention: "full" (every token to every token), "windowed", "reduced" (fewer keys than queries) or "none".
+        heads: attention heads; 0 without attention.
+    """
+
+    layout: Literal["tokens", "maps"]
+    prefix: tuple[str, ...]
+    grid: tuple[int, int] | None
+    width: int
+    attention: AttentionKind
+    heads: int
+
+    @property
+    def tokens(self) -> int:
+        """N: prefix and patches."""
+        return len(self.prefix) + (self.grid[0] * self.grid[1] if self.grid else 0)
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """What a model gives.
+
+    Args:
+        name: its class.
+        image: (h, w) of the pixels it was looked at with.
+        layers: one entry a block, in order.
+        pooled: width of what the classifier reads; 0 where it could not be found.
+        weights_only: attention comes as finished weights (`output_attentions`), not as query and key.
+    """
+
+    name: str
+    image: tuple[int, int]
+    layers: tuple[LayerGeometry, ...]
+    pooled: int
+    weights_only: bool
+
+
+@torch.no_grad()
+def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
+    """Look at a model with a forward of two images in eval mode; its mode is put back.
+
+    Args:
+        pixel_values: (B, C, h, w); only the first two images are used.
+
+    Raises:
+        ValueError: when its blocks cannot be found.
+    """
+    probe = pixel_values[:2] if pixel_values.shape[0] > 1 else pixel_values.repeat(2, 1, 1, 1)
+    probe = probe.to(next(model.parameters()).dtype)
+    every = frozenset(range(len(find_blocks(model))))
+    training = model.training
+    model.eval()
+    try:
+        with recording(model, every, every) as recorder, pooled_features(model) as pooled:
+            model(pixel_values=probe)
+        weights = [] if recorder.attention else _attention_weights(model, probe)
+    finally:
+        model.train(training)
+    image = (probe.shape[-2], probe.shape[-1])
+    shapes: list[tuple[int, ...] | None] = [None] * len(every)
+    for i, seen in recorder.attention.items():
+        assert seen.query is not None and seen.key is not None
+        shapes[i] = (*seen.query.shape[:3], seen.key.shape[2])
+    # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
+    usable = len(weights) == len(every) and all(w.ndim == 4 for w in weights)
+    if usable:
+        shapes = [tuple(w.shape) for w in weights]
+    unseen: AttentionKind = "windowed" if weights and not usable else "none"
+    roles = _prefix_roles(model)
+    layers = tuple(_layer(recorder.hidden_states[i], shapes[i], unseen, image, roles) for i in sorted(every))
+    return ModelGeometry(type(model).__name__, image, layers, pooled[0].shape[-1] if pooled else 0, usable)
+
+
+def flat_attentions(outputs: Any) -> list[Tensor]:
+    """`outputs.attentions` as one list of (B, H, Nq, Nk) weights; stages come as lists of lists in some models."""
+    found = getattr(outputs, "attentions", None) or ()
+    flat = [item for entry in found for item in (entry if isinstance(entry, list | tuple) else [entry])]
+    return flat if all(torch.is_tensor(item) for item in flat) else []
+
+
+def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+    """Every block's attention weights; empty where the architecture gives none."""
+    try:
+        with attention_setting(model, "eager"):
+            return flat_attentions(model(pixel_values=pixel_values, output_attentions=True))
+    except (TypeError, ValueError):  # the architecture has no such output
+        return []
+
+
+@contextmanager
+def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the classifier reads, (B, D): the input of the last linear layer with one output a class."""
+    found: list[Tensor] = []
+    labels = getattr(model.config, "num_labels", None)
+    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
+    heads = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels and id(m) not in inside
+    ]
+    handles = [head.register_forward_pre_hook(lambda module, args: found.append(args[0])) for head in heads]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prefix_roles(model: nn.Module) -> tuple[str, ...]:
+    """Roles of the special tokens, in the order they are put before the patches: class, distillation, registers."""
+    roles: list[str] = []
+    shapes = {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters()}
+    for role, words in (("class", ("cls_token", "class_embedding")), ("distillation", ("distillation_token",))):
+        roles += [role for word in words if word in shapes]
+    roles += ["register"] * shapes.get("register_tokens", (1, 0, 1))[1]
+    return tuple(roles)
+
+
+def _layer(
+    hidden: Tensor,
+    shape: tuple[int, ...] | None,
+    unseen: AttentionKind,
+    image: tuple[int, int],
+    roles: tuple[str, ...],
+) -> LayerGeometry:
+    heads = shape[1] if shape else 0
+    if hidden.ndim == 4:
+        kind = unseen if shape is None else "windowed"
+        return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads)
+    tokens = hidden.shape[1]
+    # A stage before the class token joins (PVT, CvT) has none.
+    prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
+    if shape is None:
+        kind = unseen
+    elif shape[0] != hidden.shape[0]:
+        kind = "windowed"
+    else:
+        kind = "full" if shape[2] == shape[3] == tokens else "reduced"
+    return LayerGeometry("tokens", prefix, _grid(tokens - len(prefix), image), hidden.shape[2], kind, heads)
+
+
+def _grid(patches: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of that many patches with the image's aspect ratio, None if there is none."""
+    if patches < 1:
+        return None
+    rows = round((patches * image[0] / image[1]) ** 0.5)
+    if rows and patches % rows == 0 and abs(rows / (patches // rows) - image[0] / image[1]) < 0.26:
+        return rows, patches // rows
+    return None

@@ -1,0 +1,156 @@
+"""Which block of the student goes with which block of the teacher: an explicit plan that one can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.models.blocks import uniform_layers
+from hf_kdtl.models.geometry import LayerGeometry, ModelGeometry, describe
+from hf_kdtl.models.teacher import Teacher
+
+Layers = Literal["uniform", "last"] | list[list[int]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A block of the student and the block of the teacher it learns from."""
+
+    student_layer: int
+    teacher_layer: int
+    student: LayerGeometry
+    teacher: LayerGeometry
+
+    def __str__(self) -> str:
+        return f"student block {self.student_layer} <-> teacher block {self.teacher_layer}"
+
+
+@dataclass(frozen=True)
+class PairingPlan:
+    """What both models give, and the pairs of a `layers` choice. `str(plan)` is a table."""
+
+    student: ModelGeometry
+    teacher: ModelGeometry
+    layers: Layers = "uniform"
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs of the plan's own `layers`."""
+        return self.pair(self.layers)
+
+    def pair(self, layers: Layers) -> list[Pair]:
+        """Pairs of blocks.
+
+        uniform: block s of the student's L_S with block floor((s + 1) L_T / L_S) - 1 of the teacher's L_T; for a
+        student that is deeper than its teacher, the same the other way round, so that no teacher block is used twice.
+        last: the last with the last. A list [[s, t], ...]: as given, negative numbers from the end.
+
+        Raises:
+            ValueError: for another word, a block that does not exist, or one that is paired twice.
+        """
+        depth_s, depth_t = len(self.student.layers), len(self.teacher.layers)
+        if layers == "last":
+            indices = [(depth_s - 1, depth_t - 1)]
+        elif layers == "uniform" and depth_s <= depth_t:
+            indices = list(enumerate(uniform_layers(depth_s, depth_t)))
+        elif layers == "uniform":
+            indices = [(s, t) for t, s in enumerate(uniform_layers(depth_t, depth_s))]
+        elif isinstance(layers, list) and layers and all(_is_pair(entry) for entry in layers):
+            indices = [(_index(s, depth_s, "student"), _index(t, depth_t, "teacher")) for s, t in layers]
+            for who, column in (("student", [s for s, _ in indices]), ("teacher", [t for _, t in indices])):
+                if repeated := sorted({i for i in column if column.count(i) > 1}):
+                    raise ValueError(f"layers pairs the {who}'s blocks {repeated} more than once; name each once.")
+        else:
+            raise ValueError(f"layers is {layers!r}; expected 'uniform', 'last', or pairs such as [[0, 1], [1, 3]].")
+        return [Pair(s, t, self.student.layers[s], self.teacher.layers[t]) for s, t in indices]
+
+    def __str__(self) -> str:
+        rows = [
+            ", ".join(
+                f"{who} {model.name} ({len(model.layers)} blocks, {_size(model.image)} px)"
+                for who, model in (("student", self.student), ("teacher", self.teacher))
+            ),
+            f"{'student':>8}  {'teacher':>8}  {'student gives':<44}  {'teacher gives':<44}  what is done",
+        ]
+        for pair in self.pairs:
+            rows.append(
+                f"{pair.student_layer:>8}  {pair.teacher_layer:>8}  {_gives(pair.student):<44}  "
+                f"{_gives(pair.teacher):<44}  {'; '.join(_done(pair)) or 'as they are'}"
+            )
+        return "\n".join(rows)
+
+
+def plan(
+    student: nn.Module, teacher: Any, layers: Layers = "uniform", pixel_values: Tensor | None = None
+) -> PairingPlan:
+    """Look at both models with one small forward each, and pair their blocks.
+
+    Args:
+        teacher: a model, or a `Teacher` (which is shown the pixels that it would see).
+        layers: uniform | last | [[student block, teacher block], ...].
+        pixel_values: (B, C, h, w) of the student; by default zeros of its config's image_size.
+
+    Raises:
+        ValueError: when blocks cannot be found, no image size is known, or `layers` does not fit.
+    """
+    if pixel_values is None:
+        pixel_values = _blank(student)
+    if isinstance(teacher, Teacher):
+        seen, teacher = teacher.pixels(pixel_values), teacher.model
+    else:
+        seen = pixel_values
+    made = PairingPlan(describe(student, pixel_values), describe(teacher, seen), layers)
+    assert made.pairs  # a wrong `layers` fails here, not at first use
+    return made
+
+
+def _blank(model: nn.Module) -> Tensor:
+    config: Any = model.config
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__}'s config names no image size; pass pixel_values=<a batch of images>."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(model.parameters()).device
+    return torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and all(type(i) is int for i in entry)
+
+
+def _index(i: int, depth: int, who: str) -> int:
+    if not -depth <= i < depth:
+        raise ValueError(
+            f"layers names block {i} of the {who}, which has the blocks 0 to {depth - 1} (-1 is the last)."
+        )
+    return i % depth
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return "?" if size is None else f"{size[0]} x {size[1]}"
+
+
+def _gives(layer: LayerGeometry) -> str:
+    prefix = "+".join(layer.prefix[:2]) + (f"+{len(layer.prefix) - 2} more" if len(layer.prefix) > 2 else "")
+    what = f"{layer.layout} {_size(layer.grid)}{' +' + prefix if prefix else ''}, width {layer.width}"
+    return what + (f", {layer.heads} heads {layer.attention}" if layer.heads else f", attention {layer.attention}")
+
+
+def _done(pair: Pair) -> list[str]:
+    done = []
+    if pair.student.grid != pair.teacher.grid:
+        done.append(f"grid {_size(pair.teacher.grid)} -> {_size(pair.student.grid)}")
+    for who, mine, other in (("teacher", pair.teacher, pair.student), ("student", pair.student, pair.teacher)):
+        dropped = [role for role in mine.prefix if role not in other.prefix or role != "class"]
+        if dropped:
+            done.append(f"{who}'s {', '.join(sorted(set(dropped)))} dropped")
+    if pair.student.width != pair.teacher.width:
+        done.append(f"width {pair.student.width} -> {pair.teacher.width} (projector)")
+    if pair.student.heads != pair.teacher.heads and pair.student.heads and pair.teacher.heads:
+        done.append(f"heads {pair.teacher.heads} and {pair.student.heads} averaged or re-split")
+    return done
