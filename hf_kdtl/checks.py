@@ -48,6 +48,13 @@ def check_setting(trainer: Trainer) -> None:
         )
     if args.label_names not in (None, ["labels"]):
         raise ValueError(f"label_names is {args.label_names}; the objectives read 'labels'. Rename the column.")
+    paired = [key for key, objective in args.build_objectives().items() if objective.needs_plan]
+    kwargs: Any = args.activation_checkpointing_kwargs
+    if paired and args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"):
+        raise ValueError(
+            f"the objectives {', '.join(paired)} would get wrong gradients under reentrant checkpointing, silently; "
+            'use activation_checkpointing_kwargs={"use_reentrant": false}.'
+        )
     problem = getattr(getattr(trainer.model, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         raise ValueError(

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
 
 Counts = dict[str, Tensor]
@@ -30,6 +32,7 @@ class Distiller(nn.Module):
         objectives: key -> objective, in the order of the config.
         weights: key -> weight in the total.
         teacher: where teacher signals come from; None when no objective needs one.
+        plan: what both models give, for objectives that pair layers.
         task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
     """
 
@@ -39,6 +42,7 @@ class Distiller(nn.Module):
         objectives: dict[str, Objective],
         weights: dict[str, float],
         teacher: Teacher | None = None,
+        plan: PairingPlan | None = None,
         task_loss: Callable[..., Tensor] | None = None,
     ):
         super().__init__()
@@ -46,11 +50,11 @@ class Distiller(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.weights = weights
         self.teacher = teacher
+        self.plan = plan
         self.task_loss = task_loss
-        plan = None
         self.student_needs, self.teacher_needs = Needs(), Needs()
-        for objective in objectives.values():
-            objective.build(plan)
+        for key, objective in objectives.items():
+            _build(key, objective, plan)
             needs = objective.needs(plan)
             self.student_needs, self.teacher_needs = self.student_needs | needs[0], self.teacher_needs | needs[1]
 
@@ -104,11 +108,12 @@ class Distiller(nn.Module):
         """
         labels = inputs.get("labels")
         rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values")}
-        student = capture(self.student, inputs["pixel_values"], self.student_needs, **rest)
+        geometries = (self.plan.student, self.plan.teacher) if self.plan is not None else (None, None)
+        student = capture(self.student, inputs["pixel_values"], self.student_needs, geometries[0], **rest)
         teacher = Capture(logits=student.logits)
         if self.teacher is not None and self.teacher_needs:
             with torch.no_grad():
-                teacher = self.teacher(inputs["pixel_values"], self.teacher_needs)
+                teacher = self.teacher(inputs["pixel_values"], self.teacher_needs, geometries[1])
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
@@ -125,6 +130,28 @@ class Distiller(nn.Module):
         found = self.objectives[key]
         assert isinstance(found, Objective)
         return found
+
+
+def _build(key: str, objective: Objective, plan: PairingPlan | None) -> None:
+    """Give an objective its widths; where this pair of models cannot serve it, say what can.
+
+    Raises:
+        ValueError: with the objectives that work for this pair.
+    """
+    try:
+        objective.build(plan)
+    except ValueError as error:
+        serving = [name for name, kind in OBJECTIVES.items() if kind.needs_plan and _serves(kind, plan)]
+        others = ", ".join(serving) or "none that pairs layers"
+        raise ValueError(f"objective {key!r}: {error} For this pair these work: {others}.") from error
+
+
+def _serves(kind: type[Objective], plan: PairingPlan | None) -> bool:
+    try:
+        kind().build(plan)
+    except ValueError:
+        return False
+    return True
 
 
 def micro_batch_counts(inputs: dict[str, Any]) -> Counts:

@@ -21,6 +21,7 @@ from hf_kdtl.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.meter import TermMeter
+from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -101,10 +102,23 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             self._match_teacher()
             self.teacher.to(self.accelerator.device)
+        objectives = self.args.build_objectives()
+        pairing = None
+        if self.teacher is not None and any(objective.needs_plan for objective in objectives.values()):
+            pairing = plan(self.model, self.teacher, pixel_values=self._some_pixels())
         distiller = Distiller(
-            self.model, self.args.build_objectives(), self.args.weights(), self.teacher, self.compute_loss_func
+            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func
         )
         return distiller.to(self.accelerator.device) if self.place_model_on_device else distiller
+
+    def _some_pixels(self) -> Tensor | None:
+        """Two images as the student will see them; None where the data has no first element to look at."""
+        data: Any = self.train_dataset
+        if not hasattr(data, "__getitem__"):
+            return None
+        with torch.random.fork_rng():  # the user's augmentation must not draw what training will draw
+            rows = [data[i] for i in (0, min(1, len(data) - 1))]
+            return self.data_collator(rows)["pixel_values"].to(self.accelerator.device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         return super().create_optimizer(self.distiller if model is None else model)

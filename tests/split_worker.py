@@ -13,9 +13,12 @@ from hf_kdtl.objectives import OBJECTIVES
 from tests.helpers import Images, pair, trainer, weights
 
 
-def per_image_objectives():
-    """Every registered objective that does not depend on the split, task first, at equal weight."""
-    return [{"name": n, "weight": 0.5} for n, c in OBJECTIVES.items() if c.reduction == "image"]
+def per_image_objectives(labels):
+    """Every registered objective that does not depend on the split and takes these labels, at equal weight."""
+    kinds = [
+        (n, c) for n, c in OBJECTIVES.items() if c.reduction == "image" and (c.takes_soft_labels or labels != "soft")
+    ]
+    return [{"name": name, "weight": 0.5} for name, _ in kinds]
 
 
 def run(folder, per_device, accumulation, labels, number=16, **settings):
@@ -25,7 +28,7 @@ def run(folder, per_device, accumulation, labels, number=16, **settings):
         student,
         teacher,
         Images(number, labels),
-        per_image_objectives(),
+        per_image_objectives(labels),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         optim="sgd",

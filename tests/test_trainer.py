@@ -211,3 +211,9 @@ def test_the_trainer_keeps_the_image_processor_with_the_student(tmp_path):
     )
     runner.save_model()
     assert (tmp_path / "preprocessor_config.json").is_file()
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_be_wrong(tmp_path):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="attention_map would get wrong gradients under reentrant checkpointing"):
+        trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=[{"name": "attention_map"}], **settings)

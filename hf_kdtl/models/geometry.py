@@ -27,6 +27,7 @@ class LayerGeometry:
         width: D.
         attention: "full" (every token to every token), "windowed", "reduced" (fewer keys than queries) or "none".
         heads: attention heads; 0 without attention.
+        attention_width: heads times the width of one (the concatenated queries); 0 where they are not seen.
     """
 
     layout: Literal["tokens", "maps"]
@@ -35,11 +36,7 @@ class LayerGeometry:
     width: int
     attention: AttentionKind
     heads: int
-
-    @property
-    def tokens(self) -> int:
-        """N: prefix and patches."""
-        return len(self.prefix) + (self.grid[0] * self.grid[1] if self.grid else 0)
+    attention_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
     shapes: list[tuple[int, ...] | None] = [None] * len(every)
     for i, seen in recorder.attention.items():
         assert seen.query is not None and seen.key is not None
-        shapes[i] = (*seen.query.shape[:3], seen.key.shape[2])
+        shapes[i] = (*seen.query.shape[:3], seen.key.shape[2], seen.query.shape[1] * seen.query.shape[3])
     # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
     usable = len(weights) == len(every) and all(w.ndim == 4 for w in weights)
     if usable:
@@ -148,9 +145,10 @@ def _layer(
     roles: tuple[str, ...],
 ) -> LayerGeometry:
     heads = shape[1] if shape else 0
+    width = shape[4] if shape and len(shape) > 4 else 0
     if hidden.ndim == 4:
         kind = unseen if shape is None else "windowed"
-        return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads)
+        return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads, width)
     tokens = hidden.shape[1]
     # A stage before the class token joins (PVT, CvT) has none.
     prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
@@ -160,7 +158,7 @@ def _layer(
         kind = "windowed"
     else:
         kind = "full" if shape[2] == shape[3] == tokens else "reduced"
-    return LayerGeometry("tokens", prefix, _grid(tokens - len(prefix), image), hidden.shape[2], kind, heads)
+    return LayerGeometry("tokens", prefix, _grid(tokens - len(prefix), image), hidden.shape[2], kind, heads, width)
 
 
 def _grid(patches: int, image: tuple[int, int]) -> tuple[int, int] | None:

@@ -68,19 +68,17 @@ class PairingPlan:
         return [Pair(s, t, self.student.layers[s], self.teacher.layers[t]) for s, t in indices]
 
     def __str__(self) -> str:
-        rows = [
-            ", ".join(
-                f"{who} {model.name} ({len(model.layers)} blocks, {_size(model.image)} px)"
-                for who, model in (("student", self.student), ("teacher", self.teacher))
-            ),
-            f"{'student':>8}  {'teacher':>8}  {'student gives':<44}  {'teacher gives':<44}  what is done",
-        ]
+        models = (("student", self.student), ("teacher", self.teacher))
+        header = ", ".join(f"{w} {m.name} ({len(m.layers)} blocks, {_size(m.image)} px)" for w, m in models)
+        rows = [("student", "teacher", "student gives", "teacher gives", "what is done")]
         for pair in self.pairs:
-            rows.append(
-                f"{pair.student_layer:>8}  {pair.teacher_layer:>8}  {_gives(pair.student):<44}  "
-                f"{_gives(pair.teacher):<44}  {'; '.join(_done(pair)) or 'as they are'}"
-            )
-        return "\n".join(rows)
+            blocks = f"{pair.student_layer:>7}", f"{pair.teacher_layer:>7}"
+            rows.append((*blocks, _gives(pair.student), _gives(pair.teacher), "; ".join(_done(pair)) or "as they are"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        return "\n".join([header, *lines])
 
 
 def plan(
@@ -97,7 +95,7 @@ def plan(
         ValueError: when blocks cannot be found, no image size is known, or `layers` does not fit.
     """
     if pixel_values is None:
-        pixel_values = _blank(student)
+        pixel_values = blank_pixels(student)
     if isinstance(teacher, Teacher):
         seen, teacher = teacher.pixels(pixel_values), teacher.model
     else:
@@ -107,7 +105,8 @@ def plan(
     return made
 
 
-def _blank(model: nn.Module) -> Tensor:
+def blank_pixels(model: nn.Module) -> Tensor:
+    """Two grey images of the size that the model's config names. Raises ValueError where it names none."""
     config: Any = model.config
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.models.pairing import PairingPlan
 
 
 class Batch(TypedDict):
@@ -37,15 +38,23 @@ class Objective(nn.Module):
     compares_classes: bool = False
     """True when class outputs of both models are compared: then the labels must match by name."""
     needs_labels: bool = False
+    takes_soft_labels: bool = True
+    """False when class indices are needed: then mixup and CutMix do not go with it."""
+    needs_plan: bool = False
+    """True when layers are paired: then `build` and `needs` get a PairingPlan."""
     role: Literal["task", "transfer"] = "transfer"
     """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
     citation: str = ""
     """BibTeX of the paper, for the model card."""
 
-    def build(self, plan: Any | None) -> None:
-        """Create parameters whose widths the plan knows. `plan` is None without a teacher."""
+    def build(self, plan: PairingPlan | None) -> None:
+        """Create parameters whose widths the plan knows. `plan` is None without a teacher, or if not `needs_plan`.
 
-    def needs(self, plan: Any | None) -> tuple[Needs, Needs]:
+        Raises:
+            ValueError: when these models do not give what is needed.
+        """
+
+    def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         """What must be captured of (student, teacher)."""
         return Needs(), Needs()
 

@@ -8,18 +8,20 @@ import torch
 from hf_kdtl import DistillationConfig
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models import Teacher, capture
+from hf_kdtl.models import Teacher, capture, plan
 from hf_kdtl.objectives import OBJECTIVES
 from tests.objectives.variants import CASES
-from tests.reference.objectives import REFERENCES
+from tests.reference.objectives import REFERENCES as UNPAIRED
+from tests.reference.paired import PAIRED
 from tests.tiny import build
 
-IMAGES, CLASSES = 5, 4
+REFERENCES = UNPAIRED | PAIRED
+IMAGES, CLASSES, SIZE = 5, 4, 16
 DRAWS = Draws(seed=7, step=3, positions=tuple(range(IMAGES)))
 
 
 def _models(dtype=torch.float64):
-    student, teacher = (build("vit", num_labels=CLASSES, layers=n).to(dtype) for n in (2, 3))
+    student, teacher = (build("vit", num_labels=CLASSES, layers=n, image_size=SIZE).to(dtype) for n in (2, 3))
     # A random model is too sure of nothing: spread the logits.
     torch.manual_seed(1)
     for model in (student, teacher):
@@ -32,12 +34,13 @@ def _distiller(name, options, student, teacher):
     objective = OBJECTIVES[name](**options)
     wrapped = Teacher(teacher)
     wrapped.match(student, None, objective.compares_classes)
-    return Distiller(student, {name: objective}, {name: 1.0}, wrapped).to(next(student.parameters()).dtype)
+    pairing = plan(student, wrapped) if objective.needs_plan else None
+    return Distiller(student, {name: objective}, {name: 1.0}, wrapped, pairing).to(next(student.parameters()).dtype)
 
 
 def _inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(2)
-    pixels = torch.randn(IMAGES, 3, 32, 32, generator=generator).to(dtype)
+    pixels = torch.randn(IMAGES, 3, SIZE, SIZE, generator=generator).to(dtype)
     return {"pixel_values": pixels, "labels": torch.tensor([0, 3, -100, 1, 2])}
 
 
@@ -57,11 +60,13 @@ def test_has_a_reference_and_says_where_it_comes_from(name):
 def test_value_and_gradient_agree_with_the_reference(name, options):
     student, teacher = _models()
     inputs = _inputs()
-    value = _value(_distiller(name, options, student, teacher), inputs)
-    expected = REFERENCES[name](student, teacher, inputs["pixel_values"], inputs["labels"], **options)
+    distiller = _distiller(name, options, student, teacher)
+    value = _value(distiller, inputs)
+    own = {"projectors": distiller.objective(name).projectors} if name == "hidden_states" else {}
+    expected = REFERENCES[name](student, teacher, inputs["pixel_values"], inputs["labels"], **options, **own)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10)
     weights = torch.linspace(0.5, 2.0, IMAGES, dtype=torch.float64) if value.ndim else torch.ones(())
-    parameters = list(student.parameters())
+    parameters = list(distiller.parameters())
     got = torch.autograd.grad((weights * value).sum(), parameters, allow_unused=True)
     want = torch.autograd.grad((weights * expected).sum(), parameters, allow_unused=True)
     assert any(g is not None and g.abs().max() > 1e-6 for g in got), "the objective moves nothing"
@@ -87,9 +92,10 @@ def test_no_gradient_reaches_the_teacher(name, options):
     distiller = _distiller(name, options, student, teacher)
     inputs = _inputs()
     teacher.requires_grad_(True)  # even where someone forgot to freeze it
-    signals = distiller.teacher(inputs["pixel_values"], distiller.teacher_needs)
+    given = distiller.plan
+    signals = distiller.teacher(inputs["pixel_values"], distiller.teacher_needs, given and given.teacher)
     assert signals.logits.requires_grad
-    mine = capture(student, inputs["pixel_values"], distiller.student_needs)
+    mine = capture(student, inputs["pixel_values"], distiller.student_needs, given and given.student)
     value = distiller.objective(name)(mine, signals, {"labels": inputs["labels"], "draws": DRAWS})
     grads = torch.autograd.grad(value.sum(), list(teacher.parameters()), allow_unused=True)
     assert all(g is None for g in grads)

@@ -14,6 +14,24 @@ VARIANTS = {
         {"standardize": True},
         {"hard": True},
     ],
+    "decoupled_kd": [{}, {"temperature": 1.0, "beta": 2.0}, {"alpha": 0.0}, {"beta": 0}],
+    "dist": [{}, {"temperature": 1.0, "beta": 2.0}, {"beta": 0}, {"gamma": 0.0}],
+    "attention_map": [
+        {},
+        {"rows": "all"},
+        {"distance": "mse", "layers": "last"},
+        {"heads": "relation", "rows": "all"},
+        {"heads": "relation", "relation_heads": 4},
+    ],
+    "attention_transfer": [{}, {"mode": "paper"}, {"layers": [[0, 0], [1, 1]]}],
+    "hidden_states": [
+        {},
+        {"projector": "identity"},
+        {"projector": "orthogonal", "distance": "cosine"},
+        {"normalize": "none", "projector": "identity", "distance": "smooth_l1"},
+        {"normalize": "teacher", "layers": "last"},
+    ],
+    "relation": [{}, {"heads": 4}],
 }
 CASES = [
     pytest.param(name, options, id=f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}")

@@ -66,11 +66,43 @@ def logit_kd(
     return torch.stack(losses)
 
 
+def decoupled_kd(student, teacher, pixel_values, labels, temperature=4.0, alpha=1.0, beta=8.0):
+    losses = []
+    logits = zip(_logits(student, pixel_values), _logits(teacher, pixel_values), labels, strict=True)
+    for z_s, z_t, label in logits:
+        if label == -100:
+            losses.append(0.0 * z_s.sum())
+            continue
+        p_s, p_t = _softmax(z_s, temperature), [p.detach() for p in _softmax(z_t, temperature)]
+        y, others = int(label), [k for k in range(len(z_s)) if k != label]
+        sure_s, sure_t = ([p[y], sum(p[k] for k in others)] for p in (p_s, p_t))
+        rest_s, rest_t = ([p[k] / sum(p[j] for j in others) for k in others] for p in (p_s, p_t))
+        value = alpha * _kl(sure_t, sure_s) + beta * _kl(rest_t, rest_s)
+        losses.append(temperature * temperature * value)
+    return torch.stack(losses)
+
+
+def dist(student, teacher, pixel_values, labels, temperature=4.0, beta=1.0, gamma=1.0):
+    p_s = [_softmax(z, temperature) for z in _logits(student, pixel_values)]
+    p_t = [[p.detach() for p in _softmax(z, temperature)] for z in _logits(teacher, pixel_values)]
+    images, classes = len(p_s), len(p_s[0])
+    over_classes = sum(1 - _pearson(p_s[i], p_t[i]) for i in range(images)) / images
+    over_images = sum(1 - _pearson([p[k] for p in p_s], [p[k] for p in p_t]) for k in range(classes)) / classes
+    return temperature * temperature * (beta * over_classes + gamma * over_images)
+
+
+def _pearson(x, y):
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    variances = sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)
+    return covariance / variances**0.5
+
+
 def _standard(z):
     mean = sum(z) / len(z)
     deviation = (sum((v - mean) * (v - mean) for v in z) / len(z)) ** 0.5
     return [(v - mean) / deviation for v in z]
 
 
-REFERENCES = {"task": task, "logit_kd": logit_kd}
+REFERENCES = {"task": task, "logit_kd": logit_kd, "decoupled_kd": decoupled_kd, "dist": dist}
 assert math.isclose(float(sum(_softmax(torch.tensor([1.0, 2.0])))), 1.0, rel_tol=1e-6)

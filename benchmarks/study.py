@@ -1,0 +1,102 @@
+"""A study: arms compared on equal terms, as a resumable list of runs.
+
+Each run is one JSON line. The list is in whole seeds: first each arm's weights are tried with the first seed and the
+best on the validation split is taken, then every arm is run with the next seed, and so on; a study that was stopped
+goes on where it was, and the same command with more seeds or arms enlarges it. The test split is read once a run and
+never chosen by.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hf_kdtl.evaluation.statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method. `objectives(weight)` is its list; `weights` are those tried on validation."""
+
+    name: str
+    objectives: Callable[[float], list[dict[str, Any]]]
+    weights: tuple[float, ...] = (1.0,)
+
+
+class Study:
+    """Runs of arms x seeds, kept in a file.
+
+    Args:
+        file: where the JSON lines are.
+        run: (objectives, seed) -> {"validation": accuracy, "test": accuracy, ...}.
+        setting: what every run has in common; a file made under another one is refused.
+    """
+
+    def __init__(
+        self, file: Path, run: Callable[[list[dict[str, Any]], int], dict[str, Any]], setting: dict[str, Any]
+    ):
+        self.file, self.run, self.setting = file, run, json.loads(json.dumps(setting))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        if any(line["setting"] != self.setting for line in self.lines):
+            raise ValueError(f"{file} holds runs of another setting; give --file another name.")
+
+    def complete(self, arms: Iterable[Arm], seeds: list[int]) -> None:
+        """Do every run that is not there yet."""
+        arms = list(arms)
+        for arm in arms:
+            for weight in arm.weights:
+                self.once(arm, weight, seeds[0])
+        for seed in seeds[1:]:
+            for arm in arms:
+                self.once(arm, self.chosen(arm, seeds[0]), seed)
+
+    def once(self, arm: Arm, weight: float, seed: int) -> dict[str, Any]:
+        """One run, from the file if it is there."""
+        for line in self.lines:
+            if (line["arm"], line["weight"], line["seed"]) == (arm.name, weight, seed):
+                return line
+        started = time.perf_counter()
+        found = self.run(arm.objectives(weight), seed)
+        line = {"arm": arm.name, "weight": weight, "seed": seed, **found}
+        line |= {"seconds": round(time.perf_counter() - started), "setting": self.setting}
+        self.lines.append(line)
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        print({k: v for k, v in line.items() if k != "setting"}, flush=True)
+        return line
+
+    def chosen(self, arm: Arm, seed: int) -> float:
+        """The weight with the best validation accuracy at the first seed."""
+        return max(arm.weights, key=lambda weight: self.once(arm, weight, seed)["validation"])
+
+    def table(self, arms: Iterable[Arm], seeds: list[int], reference: str) -> str:
+        """Markdown: test accuracy as mean and spread over seeds, and the paired difference to the reference arm."""
+        by_arm = {arm.name: [self.once(arm, self.chosen(arm, seeds[0]), s)["test"] for s in seeds] for arm in arms}
+        chosen = {arm.name: self.chosen(arm, seeds[0]) for arm in arms}
+        rows = [
+            f"| arm | weight | test accuracy, mean of {len(seeds)} | sd | minus {reference}, 95 % t interval |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for name, values in by_arm.items():
+            spread = f"{100 * stdev(values):.2f}" if len(values) > 1 else "-"
+            cells = [name, f"{chosen[name]:g}", f"{100 * mean(values):.2f} %", spread]
+            rows.append(
+                "| " + " | ".join([*cells, self._difference(values, by_arm[reference], name == reference)]) + " |"
+            )
+        return "\n".join(rows)
+
+    @staticmethod
+    def _difference(values: list[float], reference: list[float], same: bool) -> str:
+        if same:
+            return "-"
+        found = paired_difference([100 * v for v in values], [100 * v for v in reference])
+        if found["interval"] is None:
+            return f"{found['mean']:+.2f} (one seed: no interval)"
+        low, high = found["interval"]
+        return f"{found['mean']:+.2f} ({low:+.2f} to {high:+.2f})"

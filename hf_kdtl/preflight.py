@@ -1,0 +1,183 @@
+"""Before any training: what pairs, what each objective will cost, what will not work, and what to type instead."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.config import DistillationConfig
+from hf_kdtl.distiller import Distiller, micro_batch_counts
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.pairing import PairingPlan, blank_pixels, plan
+from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.objectives import Objective
+
+
+@dataclass
+class Cost:
+    """One objective beside the task, on one batch, as a multiple of the task alone."""
+
+    key: str
+    time: float
+    memory: float
+
+
+@dataclass
+class Report:
+    """What preflight found. `str(report)` is what a person reads.
+
+    Args:
+        pairing: the plan's table, or why there is none.
+        notes: labels, pixels, kernels: what was decided.
+        costs: time and memory held for the backward pass, against the plain task step.
+        warnings: what will not be as expected, and what to type instead.
+        problems: what will not run; each says what to type.
+    """
+
+    pairing: str
+    notes: list[str] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["Pairing", self.pairing, "", "Cost of a step, task alone = 1.00 (one batch, this machine)"]
+        lines += [f"  task + {c.key:<22} time {c.time:5.2f}   memory {c.memory:5.2f}" for c in self.costs]
+        for title, entries in (("Decided", self.notes), ("Mind", self.warnings), ("Will not run", self.problems)):
+            lines += ["", title, *(f"  - {entry}" for entry in entries or ["nothing"])]
+        return "\n".join(lines)
+
+
+def preflight(
+    student: nn.Module,
+    teacher: Any,
+    config: DistillationConfig,
+    pixel_values: Tensor | None = None,
+    processing_class: Any = None,
+) -> Report:
+    """Look at the pair and the settings without training. The models are left as they were.
+
+    Args:
+        teacher: a model, a `Teacher`, a path, or None.
+        pixel_values: (B, C, h, w) as the student will be given; by default blank ones of its config's image size.
+        processing_class: the student's image processor.
+
+    Cost: a few forwards and backwards of one batch for each objective.
+    """
+    pixels = blank_pixels(student) if pixel_values is None else pixel_values
+    objectives = config.build_objectives()
+    report = Report(pairing="no objective pairs layers.", warnings=_warnings(objectives, config))
+    try:
+        source = None if teacher is None else Teacher.of(teacher)
+        if source is not None:
+            source.match(student, processing_class, any(o.compares_classes for o in objectives.values()))
+            seen = {"student": pixels, "teacher": source.pixels(pixels)}
+            report.notes += [*source.notes, *(_pixel_note(who, values) for who, values in seen.items())]
+        pairing = None
+        if source is not None and any(o.needs_plan for o in objectives.values()):
+            pairing = plan(student, source, pixel_values=pixels)
+            report.pairing = str(pairing)
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error))
+        return report
+    _measure(report, student, source, objectives, pairing, pixels)
+    return report
+
+
+def _measure(
+    report: Report,
+    student: nn.Module,
+    teacher: Teacher | None,
+    objectives: dict[str, Objective],
+    pairing: PairingPlan | None,
+    pixels: Tensor,
+) -> None:
+    model_config: Any = student.config
+    labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
+    inputs = {"pixel_values": pixels, "labels": labels}
+    task = DistillationConfig("preflight", objectives=[{"name": "task"}]).build_objectives()
+    steps = {}
+    for key, objective in {"task alone": None, **objectives}.items():
+        terms = dict(task) if objective is None or key == "task" else {**task, key: objective}
+        if objective is not None and key == "task":
+            continue
+        try:
+            # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
+            distiller = Distiller(copy.deepcopy(student).train(), terms, dict.fromkeys(terms, 1.0), teacher, pairing)
+            _step(distiller.to(pixels.device), inputs)
+            steps[key] = distiller
+        except (ValueError, RuntimeError) as error:
+            report.problems.append(str(error))
+    if "task alone" not in steps:
+        return
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    for _ in range(5):  # in turns: a machine that slows down slows all of them
+        for key, distiller in steps.items():
+            times[key].append(_timed(distiller, inputs))
+    held = {key: _held(distiller, inputs) for key, distiller in steps.items()}
+    base = statistics.median(times["task alone"]), held["task alone"]
+    for key in steps.keys() - {"task alone"}:
+        report.costs.append(Cost(key, statistics.median(times[key]) / base[0], held[key] / base[1]))
+    report.costs.sort(key=lambda cost: list(objectives).index(cost.key))
+
+
+def _step(distiller: Distiller, inputs: dict[str, Tensor]) -> None:
+    draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])))
+    distiller(inputs, draws, micro_batch_counts(inputs))["loss"].backward()
+    distiller.zero_grad()
+
+
+def _timed(distiller: Distiller, inputs: dict[str, Tensor]) -> float:
+    cuda = inputs["pixel_values"].is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    _step(distiller, inputs)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _held(distiller: Distiller, inputs: dict[str, Tensor]) -> int:
+    """Bytes that the graph keeps for the backward pass: what grows with an objective, on any device."""
+    own = {p.untyped_storage().data_ptr() for p in distiller.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])))
+        distiller(inputs, draws, micro_batch_counts(inputs))
+    return sum(kept.values())
+
+
+def _pixel_note(who: str, pixels: Tensor) -> str:
+    size = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
+    return f"the {who} sees {size}, mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}."
+
+
+def _warnings(objectives: dict[str, Objective], config: DistillationConfig) -> list[str]:
+    """What the settings make of these objectives."""
+    found = []
+    batch = [key for key, objective in objectives.items() if objective.reduction == "batch"]
+    if batch and (config.gradient_accumulation_steps > 1 or config.world_size > 1):
+        found.append(
+            f"{_list(batch)} is a statistic of the micro-batch of {config.per_device_train_batch_size} images on each "
+            "process: it changes with gradient_accumulation_steps and the number of processes."
+        )
+    return found
+
+
+def _list(keys: Iterable[str]) -> str:
+    return ", ".join(keys)
