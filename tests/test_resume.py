@@ -131,3 +131,27 @@ def test_dropout_and_augmented_state_resume_bitwise(tmp_path):
     again = trainer(tmp_path, student, teacher, **RUN)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_projectors_are_trained_saved_and_resumed_and_stay_out_of_the_student(tmp_path):
+    objectives = [{"name": "task"}, {"name": "hidden_states"}, {"name": "attention_map"}]
+    student, teacher = build("vit"), build("vit", seed=5, hidden_size=48, num_attention_heads=3)
+    whole = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
+    start = weights(whole.distiller.objectives)
+    whole.train()
+    moved = largest_difference(start, weights(whole.distiller.objectives))
+    assert len(start) == 4 and moved > 1e-4, "the projectors did not learn"
+    held = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in whole.distiller.parameters()}
+    assert "projector" not in "".join(load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
+    again = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_an_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
+    objectives = [{"name": "task"}, {"name": "hidden_states"}]
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=objectives, **RUN)
+    runner.optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"does not hold the objectives' parameters .*trainer.distiller.parameters"):
+        runner.train()

@@ -73,6 +73,30 @@ def check_option(objective: str, option: str, value: Any, valid: bool, expected:
         raise ValueError(f"objective {objective!r}: {option} is {value!r}; expected {expected}.")
 
 
+HEADS = ("class", "distillation")
+
+
+def check_head(objective: str, head: str | None) -> None:
+    """Raises ValueError unless `head` is None, "class" or "distillation"."""
+    check_option(objective, "head", head, head is None or head in HEADS, "'class', 'distillation', or nothing")
+
+
+def head_logits(student: Capture, head: str | None) -> Tensor:
+    """The student's logits (B, K): its answer, or that of one head of a model with a distillation token.
+
+    Raises:
+        ValueError: when the model has no such head.
+    """
+    if head is None:
+        return student.logits
+    found = getattr(student.outputs, "cls_logits" if head == "class" else "distillation_logits", None)
+    if found is None:
+        raise ValueError(
+            f"the student has no {head} head of its own (DeiTForImageClassificationWithTeacher has); leave head out."
+        )
+    return found
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float, and not a bool (YAML's `yes` is one)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(torch.isfinite(torch.tensor(value)))

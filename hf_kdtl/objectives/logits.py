@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_kdtl.functional.divergences import cross_entropy, jensen_shannon, kl, log_probabilities, standardize
 from hf_kdtl.functional.logits import decoupled
 from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits, is_number
 
 DIRECTIONS = ("forward", "reverse", "jsd")
 
@@ -28,6 +28,8 @@ class LogitKD(Objective):
             student need not match the teacher's scale (Sun et al. 2024, arXiv 2403.01427).
         hard: cross-entropy with the teacher's top class instead, at temperature 1 (DeiT, Touvron et al. 2021, arXiv
             2012.12877). Not 0 where student and teacher agree.
+        head: of a student with a distillation token, compare the "class" or "distillation" head alone (DeiT: the
+            latter, with `task` at the class head); by default its answer, the mean of both.
 
     Cost: one forward of the teacher.
 
@@ -50,6 +52,7 @@ class LogitKD(Objective):
         beta: float = 0.5,
         standardize: bool = False,
         hard: bool = False,
+        head: str | None = None,
     ):
         super().__init__()
         name = "logit_kd"
@@ -65,7 +68,8 @@ class LogitKD(Objective):
                 "objective 'logit_kd': hard takes only the teacher's top class, so direction and standardize would "
                 "be ignored; leave them out, or set hard to false."
             )
-        self.temperature, self.direction, self.beta = temperature, direction, beta
+        check_head(name, head)
+        self.temperature, self.direction, self.beta, self.head = temperature, direction, beta, head
         self.standardize, self.hard = standardize, hard
         self.divergence = not hard
 
@@ -73,7 +77,7 @@ class LogitKD(Objective):
         return Needs(logits=True), Needs(logits=True)
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
-        z_s, z_t = student.logits, teacher.logits.detach()
+        z_s, z_t = head_logits(student, self.head), teacher.logits.detach()
         if self.hard:
             return cross_entropy(z_s, z_t.argmax(-1))
         if self.standardize:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy
 from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits, is_number
 
 
 class Task(Objective):
@@ -20,11 +20,13 @@ class Task(Objective):
     Args:
         label_smoothing: e in [0, 1); the target becomes (1 - e) t + e / K. By default `label_smoothing_factor` of
             the training arguments.
+        head: of a student with a distillation token, learn from the labels at the "class" or "distillation" head
+            alone; by default its answer, the mean of both.
 
     Cost: nothing beyond the student's forward and backward.
 
     Raises:
-        ValueError: when label_smoothing is outside [0, 1).
+        ValueError: when label_smoothing is outside [0, 1), or the student has no such head.
     """
 
     counts = "labelled"
@@ -33,16 +35,17 @@ class Task(Objective):
     needs_labels = True
     role = "task"
 
-    def __init__(self, *, label_smoothing: float | None = None):
+    def __init__(self, *, label_smoothing: float | None = None, head: str | None = None):
         super().__init__()
         smoothing = 0.0 if label_smoothing is None else label_smoothing
         check_option(
             "task", "label_smoothing", smoothing, is_number(smoothing) and 0 <= smoothing < 1, "a number in [0, 1)"
         )
-        self.label_smoothing = label_smoothing
+        check_head("task", head)
+        self.label_smoothing, self.head = label_smoothing, head
 
     def needs(self, plan) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs()
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
-        return cross_entropy(student.logits, batch["labels"], self.label_smoothing or 0.0)
+        return cross_entropy(head_logits(student, self.head), batch["labels"], self.label_smoothing or 0.0)

@@ -1,0 +1,48 @@
+"""Preflight says what pairs, what it costs and what will not run, and leaves the models as they were."""
+
+import torch
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.preflight import preflight
+from tests.helpers import largest_difference, weights
+from tests.tiny import build
+
+PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+ALL = ["task", "logit_kd", "attention_map", "hidden_states", "dist"]
+
+
+def _config(folder, names=ALL, **settings):
+    return DistillationConfig(str(folder), objectives=[{"name": name} for name in names], use_cpu=True, **settings)
+
+
+def test_reports_the_plan_the_costs_and_what_to_mind(tmp_path):
+    student, teacher = build("vit"), build("dinov2_with_registers", layers=4, seed=5)
+    before = weights(student)
+    report = preflight(student, teacher, _config(tmp_path, gradient_accumulation_steps=2), PIXELS)
+    assert not report.problems
+    assert [cost.key for cost in report.costs] == ALL[1:]
+    assert all(0.5 < cost.time < 50 and 0.9 < cost.memory < 5 for cost in report.costs)
+    assert max(report.costs, key=lambda cost: cost.memory).key == "hidden_states"
+    text = str(report)
+    for sentence in (
+        "register dropped",
+        "matched by position",
+        "statistic of the micro-batch",
+        "task + attention_map",
+    ):
+        assert sentence in text, sentence
+    assert largest_difference(before, weights(student)) == 0 and not student.training
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_says_what_will_not_run_and_what_will(tmp_path):
+    names = ["attention_map", "attention_transfer"]
+    report = preflight(build("vit"), build("resnet", seed=5), _config(tmp_path, names), PIXELS)
+    (problem,) = report.problems
+    assert "gives no attention" in problem and "these work: attention_transfer, hidden_states" in problem
+    assert [cost.key for cost in report.costs] == ["attention_transfer"]
+
+
+def test_classes_that_differ_are_a_problem_and_not_a_crash(tmp_path):
+    report = preflight(build("vit"), build("vit", num_labels=5, seed=5), _config(tmp_path), PIXELS)
+    assert "the student has 3 classes and the teacher 5" in report.problems[0]
