@@ -18,6 +18,7 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.pairing import PairingPlan, blank_pixels, plan
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import Objective
+from hf_kdtl.objectives.task import Task
 
 
 @dataclass
@@ -73,7 +74,7 @@ def preflight(
     """
     pixels = blank_pixels(student) if pixel_values is None else pixel_values
     objectives = config.build_objectives()
-    report = Report(pairing="no objective pairs layers.", warnings=_warnings(objectives, config))
+    report = Report(pairing="no teacher, no pairs.", warnings=_warnings(objectives, config))
     try:
         source = None if teacher is None else Teacher.of(teacher)
         if source is not None:
@@ -81,7 +82,7 @@ def preflight(
             seen = {"student": pixels, "teacher": source.pixels(pixels)}
             report.notes += [*source.notes, *(_pixel_note(who, values) for who, values in seen.items())]
         pairing = None
-        if source is not None and any(o.needs_plan for o in objectives.values()):
+        if source is not None:
             pairing = plan(student, source, pixel_values=pixels)
             report.pairing = str(pairing)
     except (ValueError, OSError) as error:
@@ -102,12 +103,12 @@ def _measure(
     model_config: Any = student.config
     labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
     inputs = {"pixel_values": pixels, "labels": labels}
-    task = DistillationConfig("preflight", objectives=[{"name": "task"}]).build_objectives()
     steps = {}
-    for key, objective in {"task alone": None, **objectives}.items():
-        terms = dict(task) if objective is None or key == "task" else {**task, key: objective}
-        if objective is not None and key == "task":
+    entries: dict[str, Objective | None] = {"task alone": None, **objectives}
+    for key, objective in entries.items():
+        if isinstance(objective, Task):
             continue
+        terms: dict[str, Objective] = {"task": Task()} if objective is None else {"task": Task(), key: objective}
         try:
             # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
             distiller = Distiller(copy.deepcopy(student).train(), terms, dict.fromkeys(terms, 1.0), teacher, pairing)

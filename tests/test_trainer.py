@@ -217,3 +217,23 @@ def test_reentrant_checkpointing_is_refused_where_it_would_be_wrong(tmp_path):
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="attention_map would get wrong gradients under reentrant checkpointing"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=[{"name": "attention_map"}], **settings)
+
+
+def test_auto_find_batch_size_keeps_its_meaning(tmp_path):
+    runner = trainer(
+        tmp_path, build("vit"), build("vit", seed=5), max_steps=2, auto_find_batch_size=True,
+        per_device_train_batch_size=16, objectives=[{"name": "task"}, {"name": "hidden_states"}],
+    )  # fmt: skip
+    stepped, sizes = runner.training_step, []
+
+    def full(model, inputs, *args):
+        sizes.append(len(inputs["labels"]))
+        if sizes[-1] > 8:
+            raise RuntimeError("CUDA out of memory.")
+        return stepped(model, inputs, *args)
+
+    runner.training_step = full
+    runner.train()
+    assert sizes[0] == 16 and sizes[-1] <= 8 and runner.state.global_step == 2
+    held = {id(p) for group in runner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in runner.distiller.parameters()}

@@ -127,19 +127,21 @@ def _run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any]) -> Any:
     try:
         return model(pixel_values=pixel_values, **inputs)
     except (ValueError, RuntimeError) as error:
-        raise _explained(error, model, pixel_values) from error
+        if explained := _size_mismatch(error, model, pixel_values):
+            raise ValueError(explained) from error
+        raise
 
 
-def _explained(error: Exception, model: nn.Module, pixel_values: Tensor) -> Exception:
-    """Say what to type when a model refuses pixels of another size than its own; other errors pass unchanged."""
+def _size_mismatch(error: Exception, model: nn.Module, pixel_values: Tensor) -> str | None:
+    """What to type when a model refuses pixels of another size than its own; None for any other error."""
     size = getattr(getattr(model, "config", None), "image_size", None)
     if size is None:
-        return error
+        return None
     expected = (size, size) if isinstance(size, int) else tuple(size)
     found = tuple(pixel_values.shape[-2:])
     if found == expected:
-        return error
-    return ValueError(
+        return None
+    return (
         f"{type(model).__name__} was given pixels of {found[0]} x {found[1]} and is made for {expected[0]} x "
         f"{expected[1]} (it said: {error}). Resize them, with an image processor of size={{'height': {expected[0]}, "
         f"'width': {expected[1]}}}, or make the model with image_size={found[0]}."

@@ -23,6 +23,11 @@ class PixelFormat:
     size: tuple[int, int] | int | None  # (height, width); an int is the shorter side; None keeps the size
     mode: str
 
+    def __str__(self) -> str:
+        size = self.size if isinstance(self.size, tuple) else (self.size or "?",)
+        mean, std = (" ".join(f"{v:.3g}" for v in values) for values in (self.mean, self.std))
+        return f"{' x '.join(map(str, size))}, mean {mean}, std {std}"
+
     @classmethod
     def of(cls, processor: Any) -> PixelFormat:
         """Read an image processor.

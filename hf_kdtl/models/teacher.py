@@ -109,7 +109,7 @@ class Teacher:
         source, target = PixelFormat.of(processing_class), PixelFormat.of(self.processing_class)
         if source == target:
             return None
-        self.notes.append(f"the teacher's pixels: {source} -> {target}.")
+        self.notes.append(f"the teacher sees {target} (the student {source}).")
         return PixelAdapter(source, target)
 
     def to(self, device: torch.device) -> Teacher:

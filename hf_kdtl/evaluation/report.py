@@ -1,0 +1,133 @@
+"""report.md, made from results.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_kdtl.evaluation.attention import ATTENTION_SHEET
+from hf_kdtl.evaluation.pictures import CURVES, SHEET, curves_picture
+from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.evaluation.statistics import spread
+
+ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.md and the picture of the learning curves of a run folder; return the report's path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_results`.
+    """
+    folder = Path(folder)
+    results = read_results(folder)
+    if results.get("curves"):
+        curves_picture(results["curves"], folder / CURVES)
+    report = folder / "report.md"
+    report.write_text(markdown(results, pictures=[p for p in (CURVES, SHEET) if (folder / p).exists()]), "utf-8")
+    return report
+
+
+def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The report as text. A section that the results do not have is left out."""
+    data, run = results.get("data", {}), results.get("run", {})
+    evaluation, pairing = results.get("evaluation", {}), results.get("pairing", {})
+    lines = [f"# {run.get('recipe', 'run')} on {data.get('source', 'unknown data')}", ""]
+    if evaluation.get("models"):
+        lines += [table(results), "", note(results), ""]
+    if sentence := difference(results):
+        lines += [sentence, ""]
+    if CURVES in pictures:
+        lines += [f"![learning curves]({CURVES})", ""]
+    if SHEET in pictures:
+        lines += [f"![images with the probabilities of teacher and student]({SHEET})", "", evaluation["sheet"], ""]
+    if "attention" in evaluation:
+        lines += [f"![where teacher and student look]({ATTENTION_SHEET})", "", evaluation["attention"], ""]
+    if results.get("objectives"):
+        lines += ["## Objectives", "", objectives_table(results["objectives"]), ""]
+    models = [f"{who}: {what}" for who, what in pairing.items() if who != "notes"]
+    lines += _list("Models", models + pairing.get("notes", []))
+    sizes = ", ".join(f"{count} {name}" for name, count in data.get("sizes", {}).items())
+    lines += _list("Data", [f"images: {sizes}"] * bool(sizes) + data.get("notes", []))
+    if run:
+        settings = yaml.safe_dump(run, sort_keys=False, allow_unicode=True)
+        lines += ["## Run", "", "```yaml", settings.strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each model: accuracy on validation and test (mean and standard deviation over seeds), size, speed."""
+    evaluation = results["evaluation"]
+    header = ["", "validation accuracy", "test accuracy", "seeds", "parameters", "images/s"]
+    rows = []
+    for arm, model in evaluation["models"].items():
+        accuracy = [_percent([run[split]["accuracy"] for run in model["runs"].values()]) for split in SPLITS]
+        seeds = str(len(model["runs"])) if arm in ("alone", "distilled") else "-"
+        speed = f"{model['images_per_second']:,.0f}"
+        rows.append([ARMS.get(arm, arm), *accuracy, seeds, f"{model['parameters']:,}", speed])
+    return aligned([header, *rows])
+
+
+SPLITS = ("validation", "test")
+
+
+def note(results: dict[str, Any]) -> str:
+    """What the table's columns mean."""
+    evaluation, run = results["evaluation"], results.get("run", {})
+    several = any(len(model["runs"]) > 1 for model in evaluation["models"].values())
+    first = "Accuracy: mean ± standard deviation over seeds. " if several else ""
+    size = evaluation["batch_size"]
+    return f"{first}Images/s: forward pass at batch size {size} on {run.get('device', 'this machine')}."
+
+
+def difference(results: dict[str, Any]) -> str:
+    """The paired differences of the two arms in a sentence each; empty when there is one arm."""
+    found = results.get("evaluation", {}).get("paired_difference", {})
+    lines = []
+    for split, value in found.items():
+        text = f"Distilled minus alone, {split} accuracy, paired by seed: {100 * value['mean']:+.2f} points"
+        if value["interval"] is None:
+            lines.append(f"{text} ({value['note']}).")
+            continue
+        low, high = (100 * bound for bound in value["interval"])
+        verdict = "above 0" if low > 0 else "below 0" if high < 0 else "holds 0: no difference was shown"
+        lines.append(f"{text}, {value['note']} [{low:+.2f}, {high:+.2f}] ({verdict}).")
+    return "\n".join(lines)
+
+
+def objectives_table(objectives: list[dict[str, Any]]) -> str:
+    """One row for each term of the loss."""
+    rows = [["name", "weight", "options"]]
+    for entry in objectives:
+        options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+        text = ", ".join(f"{key} {value}" for key, value in options.items()) or "-"
+        rows.append([entry["name"], str(entry.get("weight", 1.0)), text])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A markdown table that can be read as text too: the first column to the left, the others to the right."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(_pad(i, cell, widths[i]) for i, cell in enumerate(row)) + " |" for row in rows]
+    rule = (
+        "|" + "|".join("-" * (width + 2) if not i else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    )
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _pad(column: int, cell: str, width: int) -> str:
+    return cell.rjust(width) if column else cell.ljust(width)
+
+
+def _percent(values: list[float]) -> str:
+    mean, sd = spread(values)
+    return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
+
+
+def _list(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    return [f"## {title}", "", *(f"- {item}" for item in items), ""]

@@ -1,0 +1,96 @@
+"""The end of distill.py: the only place that looks at the test split."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import building
+import numpy as np
+import running
+import torch
+
+from hf_kdtl.evaluation.attention import ATTENTION_SHEET, attention_sheet, looked_at, unnormalised
+from hf_kdtl.evaluation.metrics import scores
+from hf_kdtl.evaluation.pictures import SHEET, sheet_choice, sheet_picture
+from hf_kdtl.evaluation.report import SPLITS
+from hf_kdtl.evaluation.results import update_results
+from hf_kdtl.evaluation.statistics import paired_difference
+from hf_kdtl.images import decode
+from hf_kdtl.models.labels import match_labels
+
+
+def evaluate(study: Any) -> None:
+    """Score teacher and students, and write student/, the section `evaluation`, the sheet and an example image."""
+    datasets = {split: building.pixels(getattr(study.data, split), study.processor) for split in SPLITS}
+    runs: dict[str, dict[str, Any]] = {}
+    for arm, seed, folder in study.runs():
+        logits = {split: running.predict(running.load(folder), data, study.config) for split, data in datasets.items()}
+        runs.setdefault(arm, {})[str(seed)] = {split: scores(*pair) for split, pair in logits.items()}
+        if arm == "distilled" and seed == study.seeds[0]:
+            shown = logits["test"][0]
+    student = running.load(study.runs()[-1][2])
+    teacher_data = _teacher_pixels(study)
+    taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
+    measured = {"teacher": (study.teacher.model, teacher_data["test"]), "student": (student, datasets["test"])}
+    cost = running.measured(measured, study.config)
+    teacher_runs = {"teacher": {split: scores(*pair) for split, pair in taught.items()}}
+    models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
+    models |= {arm: cost["student"] | {"runs": found} for arm, found in runs.items()}
+    value = {"models": models, "batch_size": study.config.per_device_eval_batch_size}
+    if len(runs) == 2:
+        value["paired_difference"] = {split: _difference(runs, split) for split in SPLITS}
+    if study.config.process_index == 0:
+        _keep_student(study)
+        value["sheet"] = _sheet(study, taught["test"][0], shown)
+        try:
+            first = running.load(study.folder / f"distilled-seed{study.seeds[0]}")
+            value["attention"] = _attention(study, first)
+        except ValueError as error:  # a model without any map; the run must not end for want of a picture
+            running.say(study.config, f"no attention sheet: {error}")
+        update_results(study.folder, "evaluation", value)
+
+
+def _teacher_pixels(study: Any) -> dict[str, Any]:
+    """The images as the teacher's own image processor prepares them, if it has one."""
+    processor = study.teacher.processing_class or study.processor
+    return {split: building.pixels(getattr(study.data, split), processor) for split in SPLITS}
+
+
+def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = running.predict(study.teacher.model, dataset, study.config)
+    order, _ = match_labels(student.config, study.teacher.model.config)
+    return (logits if order is None else logits[:, order]), labels
+
+
+def _difference(runs: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
+    distilled, alone = ([run[split]["accuracy"] for run in runs[arm].values()] for arm in ("distilled", "alone"))
+    return paired_difference(distilled, alone)
+
+
+def _keep_student(study: Any) -> None:
+    shutil.rmtree(study.folder / "student", ignore_errors=True)
+    shutil.copytree(study.folder / f"distilled-seed{study.seeds[0]}" / "model", study.folder / "student")
+
+
+def _attention(study: Any, student: Any, count: int = 6) -> str:
+    """The sheet of where teacher and student look, the latter before and after training, on the first test images."""
+    before = study.trainer("distilled", study.seeds[0], study.folder).model
+    data = building.pixels(study.data.test, study.processor)
+    pixels = torch.stack([row["pixel_values"] for row in data.__getitems__(list(range(min(count, len(data)))))])
+    teacher = study.teacher
+    maps = {
+        "teacher": looked_at(teacher.model, teacher.pixels(pixels.to(teacher.model.device))),
+        "student before": looked_at(before, pixels.to(before.device)),
+        "student after": looked_at(student, pixels.to(student.device)),
+    }
+    return attention_sheet(study.folder / ATTENTION_SHEET, unnormalised(pixels, study.processor), maps)
+
+
+def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
+    rows = sheet_choice(teacher, student)
+    test = study.data.test[rows]
+    images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
+    images[-1].save(study.folder / "example.png")
+    chances = [torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student)]
+    return sheet_picture(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)

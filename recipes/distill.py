@@ -1,0 +1,171 @@
+"""Distil a student from a teacher, and compare it with the same student trained alone.
+
+python recipes/distill.py --config recipes/configs/digits.yaml
+python recipes/distill.py --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/mine
+python recipes/distill.py ... --baseline true --seeds 1 2 3
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import building
+import comparing
+import running
+import torch
+from building import DataOptions
+from running import say
+from transformers import set_seed
+
+from hf_kdtl import DistillationConfig, cli, make_student
+from hf_kdtl.evaluation.report import difference, note, table, write_report
+from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.models import Teacher
+from hf_kdtl.preflight import preflight
+
+
+@dataclass
+class DistillOptions:
+    """Teacher, student, and how many runs."""
+
+    teacher: str = field(metadata={"help": "A folder or Hub name of an image classifier."})
+    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
+    student_config: dict | str | None = field(
+        default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
+    )
+    student_layers: int | None = field(
+        default=None, metadata={"help": "A student cut out of the teacher: this many of its blocks."}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
+    baseline: bool = field(default=False, metadata={"help": "Also train the student alone, everything else equal."})
+    preflight: bool = field(
+        default=False, metadata={"help": "Say what pairs, what it costs and what will not run; train nothing."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
+
+
+def new_student(options: DistillOptions, teacher: Teacher, names: Sequence[str], notes: list[str]) -> Any:
+    """The student before training; after `set_seed` with the same seed always the same weights."""
+    given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"found {' and '.join(given) or 'no student'}; expected one of --student <folder or Hub name>, "
+            "--student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's blocks>."
+        )
+    if options.student is not None:
+        return building.pretrained(options.student, names, notes)
+    if options.student_config is not None:
+        return building.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
+    assert options.student_layers is not None
+    return building.named(make_student(teacher, options.student_layers).float(), names)
+
+
+def student_processor(options: DistillOptions, teacher: Teacher, student: Any) -> Any:
+    """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
+    if options.student is not None:
+        return building.processor_of(options.student, student)
+    if options.student_layers is not None and teacher.processing_class is not None:
+        return teacher.processing_class
+    return building.new_processor(student.config, options.image_size)
+
+
+class Study:
+    """The runs of the recipe: each seed, with the teacher and (baseline) alone, from the same initial student."""
+
+    def __init__(self, options: DistillOptions, data_options: DataOptions, config: DistillationConfig):
+        self.options, self.config = options, config
+        self.folder = Path(config.output_dir)
+        self.seeds = options.seeds or [config.seed]
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}, expected different ones.")
+        self.arms = {"distilled": config.objectives}
+        if options.baseline:
+            task = [entry | {"weight": 1.0} for entry in config.entries if entry["name"] == "task"]
+            self.arms = {"alone": task or running.TASK} | self.arms
+        self.notes: list[str] = []
+        self.teacher = Teacher.from_pretrained(options.teacher)
+        with config.main_process_first(local=False):
+            data = building.open_data(data_options)
+        student = new_student(options, self.teacher, data.label_names, self.notes)
+        self.data = building.in_order(data, building.classes(student))
+        self.data_options = data_options
+        self.processor = student_processor(options, self.teacher, student)
+        self.student_summary = building.summary(student)
+
+    def trainer(self, arm: str, seed: int, folder: Path) -> Any:
+        """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
+        set_seed(seed)
+        student = new_student(self.options, self.teacher, self.data.label_names, [])
+        return running.make_trainer(
+            student,
+            running.for_run(self.config, folder, seed, self.arms[arm]),
+            self.processor,
+            f"{arm}, seed {seed}",
+            teacher=self.teacher if arm == "distilled" else None,
+            train_dataset=building.pixels(self.data.train, self.processor, self.data_options, seed),
+            eval_dataset=building.pixels(self.data.validation, self.processor),
+        )
+
+    def runs(self) -> list[tuple[str, int, Path]]:
+        """(arm, seed, folder) of every run."""
+        return [(arm, seed, self.folder / f"{arm}-seed{seed}") for seed in self.seeds for arm in self.arms]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings, train every run, evaluate, write results.json, report.md and pictures."""
+    cli.quiet()
+    options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv)
+    running.check_whole_list(config)
+    run = running.described("distill", config, options, data_options)
+    if options.preflight:
+        return say(config, *preflight_report(Study(options, data_options, config)))
+    running.check_folder(config, run, options.overwrite_output_dir)
+    study = Study(options, data_options, config)
+    first = study.trainer("distilled", study.seeds[0], study.folder)
+    running.try_once(first)
+    notes = [*study.notes, *study.teacher.notes, *building.split_notes(options.teacher, study.data, data_options)]
+    models = {"teacher": building.summary(study.teacher.model), "student": study.student_summary}
+    sections = {
+        "run": run,
+        "data": building.facts(study.data, data_options),
+        "objectives": config.objectives,
+        "pairing": models | {"notes": notes},
+    }
+    running.begin(first, sections)
+    say(config, *building.told(study.data), *(f"{who}: {what}" for who, what in models.items()))
+    say(config, *(f"- {sentence}" for sentence in notes), running.place(run))
+    for arm, seed, folder in study.runs():
+        running.train_and_save(study.trainer(arm, seed, folder), folder.name, study.folder)
+    comparing.evaluate(study)
+    if config.process_index == 0:
+        write_report(study.folder)
+        say(config, *farewell(study))
+
+
+def preflight_report(study: Study) -> list[str]:
+    """What `hf_kdtl.preflight` finds for this pair, on one batch of the training images."""
+    rows = building.pixels(study.data.train, study.processor).__getitems__(list(range(8)))
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    student = new_student(study.options, study.teacher, study.data.label_names, [])
+    return [str(preflight(student, study.teacher, study.config, pixels, study.processor))]
+
+
+def farewell(study: Study) -> list[str]:
+    """Where everything is, the table, the difference, and the next command."""
+    results, folder = read_results(study.folder), study.folder
+    command = f"pipeline('image-classification', '{folder / 'student'}')('{folder / 'example.png'}')"
+    return [
+        f"\n{table(results)}\n\n{note(results)}",
+        difference(results),
+        f"\nThe student is in {folder / 'student'}, the report in {folder / 'report.md'}. Next:\n",
+        f'  {running.interpreter()} -c "from transformers import pipeline; print({command})"',
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,275 @@
+"""What the recipes do with what they built: claim a folder, train once, predict, say what happened."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, default_data_collator
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+
+import hf_kdtl
+from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.evaluation.cost import images_per_second, parameters
+from hf_kdtl.evaluation.metrics import compute_metrics
+from hf_kdtl.evaluation.results import FILE, read_results, update_results
+
+YES = ("true", "yes", "1")
+TASK = [{"name": "task"}]
+# Settings that change where and how fast a run goes, and not what comes out.
+FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "seeds", "baseline", "disable_tqdm",
+        "dataloader_num_workers", "save_total_limit", "use_cpu", "preflight")  # fmt: skip
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar with the last values beside it, instead of a line of text for each of them."""
+
+    def __init__(self, title: str = ""):
+        super().__init__()
+        self.title, self.shown = title, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_accuracy") if key in (logs or {})}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.shown, refresh=False)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        # A second bar only where there is time to read it.
+        if len(eval_dataloader or ()) > 20:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+
+def make_trainer(model: Any, config: DistillationConfig, processor: Any, title: str = "", **parts: Any) -> Any:
+    """A DistillationTrainer as all recipes use it."""
+    trainer = DistillationTrainer(model, config, processing_class=processor, compute_metrics=compute_metrics, **parts)
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(title))
+    return trainer
+
+
+def for_run(config: DistillationConfig, folder: str | Path, seed: int, objectives: list[dict]) -> DistillationConfig:
+    """The settings of one run of several: another folder, seed and objectives, the rest as it was."""
+    settings = copy.copy(config)
+    settings.output_dir, settings.seed, settings.objectives = str(folder), seed, objectives
+    settings.build_objectives()
+    return settings
+
+
+def try_once(trainer: Any) -> None:
+    """Run two images through everything, so that what does not fit is told before anything is written or removed."""
+    trainer.model.eval()  # in train mode BatchNorm would remember them
+    trainer.objective_terms(default_data_collator([trainer.train_dataset[i] for i in range(2)]))
+
+
+# ---- The run folder ----
+
+
+def resumes(config: DistillationConfig) -> bool:
+    """Whether `resume_from_checkpoint` asks to continue, by true or by a checkpoint's path."""
+    return str(config.resume_from_checkpoint).lower() not in ("none", "false", "no", "")
+
+
+def check_folder(config: DistillationConfig, run: dict[str, Any], overwrite: bool) -> None:
+    """Stop where output_dir holds another run, unless it is to be continued or overwritten; continuing wins.
+
+    Raises:
+        ValueError: saying what to type; also when the run to continue has other settings.
+    """
+    folder = Path(config.output_dir)
+    if not remains(folder):
+        return
+    if resumes(config):
+        before = read_results(folder)["run"] if (folder / FILE).is_file() else run
+        for name in sorted({*before["settings"], *run["settings"]} - {*FREE}):
+            was, is_now = (found["settings"].get(name, "the default") for found in (before, run))
+            if was != is_now:
+                raise ValueError(
+                    f"{folder} was begun with {name} {was!r} and is now asked to continue with {is_now!r}. Set it "
+                    "back, begin anew with --overwrite_output_dir true --resume_from_checkpoint no, or use another "
+                    "--output_dir."
+                )
+    elif not overwrite:
+        raise ValueError(
+            f"{folder} holds another run. Continue it with --resume_from_checkpoint true, remove it with "
+            "--overwrite_output_dir true, or name another folder with --output_dir."
+        )
+
+
+def check_whole_list(config: DistillationConfig) -> None:
+    """Raises ValueError when one checkpoint is named, where a list of runs is to be continued."""
+    if resumes(config) and str(config.resume_from_checkpoint).lower() not in YES:
+        raise ValueError(
+            f"resume_from_checkpoint is {config.resume_from_checkpoint!r}; each run here continues from its own last "
+            "checkpoint: type --resume_from_checkpoint true. To start from other weights, use --student <folder>."
+        )
+
+
+def remains(folder: Path) -> list[Path]:
+    """What a recipe has written into a folder; a user's other files are not among it."""
+    patterns = (FILE, "report.md", "curves.png", "sheet.png", "attention.png", "example.png", "model", "model.part",
+                "student", "checkpoint-*", "alone-seed*", "distilled-seed*")  # fmt: skip
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def clear(folder: Path) -> None:
+    """Remove what `remains` lists."""
+    for path in remains(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def described(recipe: str, config: DistillationConfig, *options: Any) -> dict[str, Any]:
+    """The section `run` of results.json: what was set, and what it ran on. Nothing that names a machine or a user."""
+    settings = {name: value for group in (*options, config) for name, value in _changed(group).items()}
+    device = torch.cuda.get_device_name() if config.device.type == "cuda" else f"{platform.machine()} CPU"
+    hidden = ("output_dir", "objectives", "hub_token", "push_to_hub_token")  # objectives have their own section
+    return {
+        "recipe": recipe,
+        "settings": {name: value for name, value in settings.items() if name not in hidden},
+        "processes": config.world_size,
+        "device": device if config.device.type == "cuda" else f"{device}, {_count(torch.get_num_threads(), 'thread')}",
+        "versions": {"hf_kdtl": hf_kdtl.__version__, **_versions("torch", "transformers", "accelerate", "datasets")},
+    }
+
+
+def _changed(options: Any) -> dict[str, Any]:
+    """The settings that are not their field's default.
+
+    Not by comparing with a new config: making a second one resets accelerate's state, and on several processes every
+    one of them is then alone.
+    """
+    values = options.to_dict() if hasattr(options, "to_dict") else dataclasses.asdict(options)
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    off = (None, False, "", "none", [], {}, dataclasses.MISSING)  # what __post_init__ turns into one another
+    return {
+        name: values[name]
+        for name, default in defaults.items()
+        if name in values and values[name] != default and not (values[name] in off and default in off)
+    }
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{plural if number > 1 else ''}"
+
+
+def _versions(*names: str) -> dict[str, str]:
+    return {name: metadata.version(name) for name in names}
+
+
+def begin(trainer: Any, sections: dict[str, Any]) -> None:
+    """Make output_dir this run's: what another one left is removed unless it is continued, and results.json begun."""
+    config = trainer.args
+    if config.process_index == 0:
+        if not resumes(config):
+            clear(Path(config.output_dir))
+        for name, value in sections.items():
+            update_results(config.output_dir, name, value)
+    trainer.accelerator.wait_for_everyone()
+
+
+def place(run: dict[str, Any]) -> str:
+    """Where a run runs, in a few words."""
+    return f"{_count(run['processes'], 'process', 'es')}, {run['device']}"
+
+
+def interpreter() -> str:
+    """How to type the Python that is running: by its path where it lies below the working directory."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+
+
+# ---- One run ----
+
+
+def finished(folder: str | Path) -> bool:
+    """Whether a run has its final model, which is put in place last."""
+    return Path(folder, "model", "config.json").is_file()
+
+
+def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -> None:
+    """Train, unless it was done before; note the curve in results.json as `name`, and keep the final model.
+
+    The model is put in place last, whole, with its image processor and without a pickle: then the run is finished.
+    """
+    folder = Path(trainer.args.output_dir)
+    if finished(folder):
+        return say(trainer.args, f"{name}: finished before, kept.")
+    log = _train(trainer, trainer.args)
+    trainer.save_model(str(folder / "model.part"))
+    if trainer.is_world_process_zero():
+        results = results or folder
+        update_results(results, "curves", read_results(results).get("curves", {}) | {name: log})
+        (folder / "model.part" / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        os.replace(folder / "model.part", folder / "model")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
+    """Train, from the checkpoint that is asked for or the last one there is; return Trainer's log."""
+    folder, asked = config.output_dir, str(config.resume_from_checkpoint)
+    path = get_last_checkpoint(folder) if resumes(config) and Path(folder).is_dir() else None
+    if resumes(config) and asked.lower() not in YES:
+        path = asked
+    trainer.train(resume_from_checkpoint=path)
+    timing = ("runtime", "per_second", "total_flos")
+    return [{k: v for k, v in entry.items() if not k.endswith(timing)} for entry in trainer.state.log_history]
+
+
+def load(folder: str | Path) -> Any:
+    """A finished run's model."""
+    return AutoModelForImageClassification.from_pretrained(Path(folder, "model"))
+
+
+def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(logits, labels) of a dataset, on every process."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = default_data_collator(rows)
+        return batch | {"pixel_values": batch["pixel_values"].to(model.dtype)}  # a teacher may be in half precision
+
+    settings = for_run(config, config.output_dir, config.seed, TASK)
+    settings.eval_strategy = IntervalStrategy.NO
+    trainer = DistillationTrainer(model, settings, data_collator=collate)
+    trainer.remove_callback(ProgressCallback)
+    output = trainer.predict(dataset)
+    logits = output.predictions
+    return (logits[0] if isinstance(logits, tuple) else logits), output.label_ids
+
+
+def measured(models: dict[str, tuple[Any, Any]], config: DistillationConfig) -> dict[str, dict[str, float]]:
+    """{name: {"parameters": ..., "images_per_second": ...}} from {name: (model, dataset)}."""
+    size, device = config.per_device_eval_batch_size, config.device
+    batches = {}
+    for name, (model, dataset) in models.items():
+        rows = dataset.__getitems__([i % len(dataset) for i in range(size)])
+        batches[name] = model.to(device), default_data_collator(rows)["pixel_values"].to(device, model.dtype)
+    speeds = images_per_second(batches)
+    return {
+        name: {"parameters": parameters(model), "images_per_second": speeds[name]}
+        for name, (model, _) in models.items()
+    }
+
+
+def say(config: DistillationConfig, *lines: str) -> None:
+    """Print, on the main process."""
+    if config.process_index == 0:
+        tqdm.write("\n".join(lines))

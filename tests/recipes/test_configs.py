@@ -1,0 +1,24 @@
+"""Every YAML in recipes/configs is readable by its recipe, and says what a reader needs first."""
+
+import pytest
+
+from hf_kdtl import DistillationConfig, cli
+from tests.recipes.conftest import RECIPES
+
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config(recipe, path):
+    module, options = ("train_teacher", "TeacherOptions") if "teacher" in path.stem else ("distill", "DistillOptions")
+    types = (getattr(recipe(module), options), recipe("building").DataOptions, DistillationConfig)
+    extra = ["--teacher", "x"] if module == "distill" else []
+    cli.parse(*types, argv=["--config", str(path), *extra])
+    text = path.read_text()
+    for needed in ("# What it is for:", "# How to run it", "# What it costs:", "# The number to expect:"):
+        assert needed in text
+    assert text.startswith("#") and max(map(len, text.splitlines())) < 120
+
+
+def test_there_are_configs():
+    assert {path.stem for path in CONFIGS} >= {"digits_teacher", "digits", "folder", "cifar10"}
