@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -92,6 +93,9 @@ def run(program: Callable[[], None]) -> int:
         if os.environ.get(TRACEBACK):
             raise
         return _told(f"error: {' '.join(str(error).split())} ({TRACEBACK}=1 shows where.)", 2)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # else its threads may abort the process at its exit
 
 
 def _told(sentence: str, code: int) -> int:

@@ -157,7 +157,8 @@ def _changed(options: Any) -> dict[str, Any]:
     """
     values = options.to_dict() if hasattr(options, "to_dict") else dataclasses.asdict(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    known = AcceleratorConfig().to_dict()  # less one key, which TrainingArguments takes out
+    defaults["accelerator_config"] = {key: known[key] for key in values.get("accelerator_config", ())}
     off = (None, False, "", "none", [], {}, dataclasses.MISSING)  # what __post_init__ turns into one another
     return {
         name: values[name]

@@ -51,3 +51,4 @@ if __name__ == "__main__":
     if finished.is_world_process_zero():
         tensors = {k: v.contiguous() for k, v in weights(finished.distiller).items()}
         save_file(tensors, out, metadata={"world": str(finished.args.world_size), "logged": json.dumps(logged)})
+    finished.end()  # else gloo's threads may abort the process at its exit

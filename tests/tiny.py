@@ -3,6 +3,7 @@
     build("vit")                              2 blocks of width 32, 32 x 32 images, 3 classes
     build("swin", layers=[1, 2], num_labels=5)
     TINY["clip"](layers=4, seed=1)
+    build("perceiver_learned")                a key of EVERY: TINY, and what differs in its depth or in what it reads
 
 Weights are transformers' initialisation plus noise on every parameter, because zero biases, unit norms and a layer
 scale of 1e-6 would hide a tensor that was not copied or a block that does nothing.
@@ -48,8 +49,27 @@ _STAGED = {
     "efficientnet": "EfficientNet",
     "mobilevit": "MobileViT",
 }
+# Further families: name -> (config class, model class). Their depth is fixed, or is not what the families above say.
+_FURTHER = {
+    "donut-swin": ("DonutSwinConfig", "DonutSwinForImageClassification"),
+    "pvt_v2": ("PvtV2Config", "PvtV2ForImageClassification"),
+    "levit_teacher": ("LevitConfig", "LevitForImageClassificationWithTeacher"),
+    "mobilevitv2": ("MobileViTV2Config", "MobileViTV2ForImageClassification"),
+    "swiftformer": ("SwiftFormerConfig", "SwiftFormerForImageClassification"),
+    "bit": ("BitConfig", "BitForImageClassification"),
+    "mobilenet_v1": ("MobileNetV1Config", "MobileNetV1ForImageClassification"),
+    "mobilenet_v2": ("MobileNetV2Config", "MobileNetV2ForImageClassification"),
+    "hgnet_v2": ("HGNetV2Config", "HGNetV2ForImageClassification"),
+    "pp_lcnet": ("PPLCNetConfig", "PPLCNetForImageClassification"),
+    "textnet": ("TextNetConfig", "TextNetForImageClassification"),
+    "perceiver_learned": ("PerceiverConfig", "PerceiverForImageClassificationLearned"),
+    "perceiver_fourier": ("PerceiverConfig", "PerceiverForImageClassificationFourier"),
+    "perceiver_conv": ("PerceiverConfig", "PerceiverForImageClassificationConvProcessing"),
+    "imagegpt": ("ImageGPTConfig", "ImageGPTForImageClassification"),  # reads colour ids, not pixels
+    "siglip2": ("Siglip2Config", "Siglip2ForImageClassification"),  # reads flattened patches, a mask and their grid
+}
 VIT_LIKE, STAGED = tuple(_VIT_LIKE), tuple(_STAGED)
-_TWO_TOWERS = ("siglip", "clip", "metaclip_2")  # their vision settings lie in config.vision_config
+_TWO_TOWERS = ("siglip", "clip", "metaclip_2", "siglip2")  # their vision settings lie in config.vision_config
 
 
 def _vit_like(name: str, image_size: int, layers: int) -> dict[str, Any]:
@@ -142,6 +162,43 @@ _CVT = {
 }
 
 
+def _further(name: str, image_size: int, depths: list[int]) -> dict[str, Any]:
+    n = len(depths)
+    widths, heads = [16 * 2**i for i in range(n)], [2**i for i in range(n)]
+    if name == "levit_teacher":
+        return _staged("levit", image_size, depths)
+    if name == "donut-swin":
+        return _staged("swin", image_size, depths)
+    if name == "siglip2":
+        settings = _vit_like("siglip", image_size, 2) | {"num_patches": (image_size // 8) ** 2}
+        del settings["image_size"]
+        return settings
+    if name.startswith("perceiver"):
+        # 16 latents: a square number, so that counting alone would put them on a grid.
+        settings = {"num_self_attends_per_block": 2, "num_self_attention_heads": 2, "num_cross_attention_heads": 1}
+        return settings | {"image_size": image_size, "num_latents": 16, "d_latents": 64}
+    further: dict[str, dict[str, Any]] = {
+        "pvt_v2": {"image_size": image_size, "depths": depths, "hidden_sizes": widths, "num_encoder_blocks": n}
+        | {"patch_sizes": [7, 3, 3, 3][:n], "strides": [4, 2, 2, 2][:n], "mlp_ratios": [2] * n}
+        | {"num_attention_heads": heads, "sr_ratios": [2] * (n - 1) + [1]},
+        "mobilevitv2": {"image_size": image_size, "width_multiplier": 0.25, "n_attn_blocks": [1, 1, 1]}
+        | {"base_attn_unit_dims": [32, 48, 64]},
+        "swiftformer": {"image_size": image_size, "depths": depths, "embed_dims": widths, "mlp_ratio": 2}
+        | {"downsamples": [True] * n},
+        "bit": {"depths": depths, "hidden_sizes": widths, "embedding_size": 8, "num_groups": 4},
+        "mobilenet_v1": {"image_size": image_size, "depth_multiplier": 0.25},
+        "mobilenet_v2": {"image_size": image_size, "depth_multiplier": 0.25},
+        # `depths` is left at its default, which HGNetV2's stages do not follow.
+        "hgnet_v2": {"embedding_size": 8, "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 16]}
+        | {"stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1, 1, 2, 1]}
+        | {"stage_numb_of_layers": [2] * 4, "hidden_sizes": [16] * 4},
+        "pp_lcnet": {"scale": 0.25, "class_expand": 64},
+        "textnet": {"image_size": image_size, "stem_out_channels": 8, "hidden_sizes": [8, 8, 16, 16, 32]},
+        "imagegpt": {"vocab_size": 17, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2},
+    }
+    return further[name]
+
+
 def build(
     name: str,
     *,
@@ -151,27 +208,30 @@ def build(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A tiny random classifier of family `name` (a key of TINY), in eval mode, the same for the same arguments.
+    """A tiny random classifier of family `name` (a key of EVERY), in eval mode, the same for the same arguments.
 
     `layers` is the depth of ViT-like families; staged ones take depths, one per stage (an int: two stages of it, three
-    for levit; mobilevit's depth is fixed). `overrides` are config fields (of the vision tower for CLIP and SigLIP).
-    The global random stream is left where it was.
+    for levit); some have a fixed depth. `overrides` are config fields (of the vision tower for CLIP and SigLIP). The
+    global random stream is left where it was.
     """
+    depths = [layers] * (3 if name.startswith("levit") else 2) if isinstance(layers, int) else list(layers)
     if name in _VIT_LIKE:
         assert isinstance(layers, int), f"{name} takes one depth, not {layers!r}"
         stem, settings = _VIT_LIKE[name], _vit_like(name, image_size, layers)
-    else:
-        depths = [layers] * (3 if name == "levit" else 2) if isinstance(layers, int) else list(layers)
+    elif name in _STAGED:
         stem, settings = _STAGED[name], _staged(name, image_size, depths)
+    else:
+        stem, settings = "", _further(name, image_size, depths)
     settings |= overrides
     if name in _TWO_TOWERS:
         # No text tower is built; its default token ids would be outside its default vocabulary, with a warning.
         settings = {"vision_config": settings, "text_config": {"bos_token_id": 0, "eos_token_id": 1}}
-    config = getattr(transformers, f"{stem}Config")(num_labels=num_labels, **settings)
     suffix = "ForImageClassificationWithTeacher" if name.endswith("_teacher") else "ForImageClassification"
+    config_class, model_class = _FURTHER.get(name, (f"{stem}Config", stem + suffix))
+    config = getattr(transformers, config_class)(num_labels=num_labels, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, stem + suffix)(config)
+        model = getattr(transformers, model_class)(config)
         norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_parameters()  # EfficientNet draws them around 0, and then does not see its input
@@ -194,3 +254,4 @@ def _calibrate(model: PreTrainedModel, norms: list[Any], pixel_values: torch.Ten
 
 
 TINY: dict[str, Callable[..., PreTrainedModel]] = {name: partial(build, name) for name in (*VIT_LIKE, *STAGED)}
+EVERY = TINY | {name: partial(build, name) for name in _FURTHER}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_kdtl.models.geometry import ModelGeometry, describe, flat_attentions, pooled_features
-from hf_kdtl.models.tap import Attention, attention_setting, recording
+from hf_kdtl.models.tap import Attention, attention_setting, recording, run
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def capture(
         inputs: further keyword arguments of the model's forward.
 
     Raises:
-        ValueError: when the model gives no logits, cannot take pixels of this size, has no such layer, or gives
-            nothing for a layer that was asked for.
+        ValueError: when the model gives no logits, does not run on images of this size or on images alone, has no
+            such layer, or gives nothing for a layer that was asked for.
     """
     layers = needs.attention | needs.hidden_states
     if layers and geometry is None:
@@ -92,21 +92,14 @@ def capture(
         if by_weights:
             stack.enter_context(attention_setting(model, "eager"))
             inputs = {**inputs, "output_attentions": True}
-        outputs = _run(model, pixel_values, inputs)
-    logits = getattr(outputs, "logits", None)
-    if logits is None:
-        raise ValueError(
-            f"{type(model).__name__} gave no logits; expected an image classifier. Load it with "
-            "AutoModelForImageClassification.from_pretrained."
-        )
+        outputs = run(model, pixel_values, inputs)
     attention = recorder.attention
     if by_weights:
         weights = flat_attentions(outputs)
         attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.attention}
     _check_complete(model, needs, attention, recorder.hidden_states, pooled)
-    return Capture(
-        logits, pixel_values, outputs, pooled[0] if pooled else None, recorder.hidden_states, attention, geometry
-    )
+    first = pooled[0] if pooled else None
+    return Capture(outputs.logits, pixel_values, outputs, first, recorder.hidden_states, attention, geometry)
 
 
 def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, pooled: list) -> None:
@@ -121,28 +114,3 @@ def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, p
         raise ValueError(f"{name} did not run the blocks {missing} in this forward (layer drop?); set it to 0.")
     if needs.pooled and not pooled:
         raise ValueError(f"{name} has no linear classifier with one output a class, so its pooled feature is unknown.")
-
-
-def _run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any]) -> Any:
-    try:
-        return model(pixel_values=pixel_values, **inputs)
-    except (ValueError, RuntimeError) as error:
-        if explained := _size_mismatch(error, model, pixel_values):
-            raise ValueError(explained) from error
-        raise
-
-
-def _size_mismatch(error: Exception, model: nn.Module, pixel_values: Tensor) -> str | None:
-    """What to type when a model refuses pixels of another size than its own; None for any other error."""
-    size = getattr(getattr(model, "config", None), "image_size", None)
-    if size is None:
-        return None
-    expected = (size, size) if isinstance(size, int) else tuple(size)
-    found = tuple(pixel_values.shape[-2:])
-    if found == expected:
-        return None
-    return (
-        f"{type(model).__name__} was given pixels of {found[0]} x {found[1]} and is made for {expected[0]} x "
-        f"{expected[1]} (it said: {error}). Resize them, with an image processor of size={{'height': {expected[0]}, "
-        f"'width': {expected[1]}}}, or make the model with image_size={found[0]}."
-    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.tap import attention_setting, recording
+from hf_kdtl.models.tap import attention_setting, recording, run
 
 AttentionKind = Literal["full", "windowed", "reduced", "none"]
 
@@ -23,7 +23,7 @@ class LayerGeometry:
     Args:
         layout: "tokens" (B, N, D) or "maps" (B, D, gh, gw).
         prefix: roles of the tokens before the patches: "class", "distillation", "register"; empty for maps.
-        grid: (gh, gw) of the patches or map; None where the tokens are on no known grid.
+        grid: (gh, gw) of the patches or map; None where the tokens are on no known grid, or not in its order.
         width: D.
         attention: "full" (every token to every token), "windowed", "reduced" (fewer keys than queries) or "none".
         heads: attention heads; 0 without attention.
@@ -60,24 +60,35 @@ class ModelGeometry:
 
 @torch.no_grad()
 def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
-    """Look at a model with a forward of two images in eval mode; its mode is put back.
+    """Look at a model with one forward of five images in eval mode; its mode is put back.
+
+    Whether tokens stand row by row on their grid is seen, not assumed: other pixels in one half of the image must
+    change the tokens of that half. Perceiver's latents stand for no place, and Hiera works in another order.
 
     Args:
-        pixel_values: (B, C, h, w); only the first two images are used.
+        pixel_values: (B, C, h, w); only the first image is used.
 
     Raises:
-        ValueError: when its blocks cannot be found.
+        ValueError: when its blocks cannot be found, or it does not run on images alone.
     """
-    probe = pixel_values[:2] if pixel_values.shape[0] > 1 else pixel_values.repeat(2, 1, 1, 1)
-    probe = probe.to(next(model.parameters()).dtype)
-    every = frozenset(range(len(find_blocks(model))))
+    probe = _halves_changed(pixel_values[:1].to(next(model.parameters()).dtype))
+    blocks = find_blocks(model)
+    every = frozenset(range(len(blocks)))
+    entering: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        entering.extend(x for x in tensors if x.ndim in (3, 4) and len(x) == len(probe))
+
+    handle = blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True)
     training = model.training
     model.eval()
     try:
         with recording(model, every, every) as recorder, pooled_features(model) as pooled:
-            model(pixel_values=probe)
+            run(model, probe)
         weights = [] if recorder.attention else _attention_weights(model, probe)
     finally:
+        handle.remove()
         model.train(training)
     image = (probe.shape[-2], probe.shape[-1])
     shapes: list[tuple[int, ...] | None] = [None] * len(every)
@@ -90,8 +101,48 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
         shapes = [tuple(w.shape) for w in weights]
     unseen: AttentionKind = "windowed" if weights and not usable else "none"
     roles = _prefix_roles(model)
-    layers = tuple(_layer(recorder.hidden_states[i], shapes[i], unseen, image, roles) for i in sorted(every))
-    return ModelGeometry(type(model).__name__, image, layers, pooled[0].shape[-1] if pooled else 0, usable)
+    layers = []
+    before = entering[0] if entering else recorder.hidden_states[0]
+    # Asked before the first block, where tokens have not mixed. A residual block keeps their order, so it is asked
+    # again only where their number changes.
+    ordered = _row_by_row(before, image, roles)
+    for i in sorted(every):
+        hidden = recorder.hidden_states[i]
+        if not ordered and hidden.shape[1] != before.shape[1]:
+            ordered = _row_by_row(hidden, image, roles)
+        layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
+        before = hidden
+    return ModelGeometry(type(model).__name__, image, tuple(layers), pooled[0].shape[-1] if pooled else 0, usable)
+
+
+def _halves_changed(image: Tensor) -> Tensor:
+    """(5, C, h, w): the image (1, C, h, w), and it with noise added to its top, bottom, left and right half."""
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    rows, columns = image.shape[-2] // 2, image.shape[-1] // 2
+    where = image.new_zeros(5, 1, *image.shape[-2:])
+    where[1, :, :rows] = where[2, :, -rows:] = where[3, :, :, :columns] = where[4, :, :, -columns:] = 1
+    return image + where * noise
+
+
+def _row_by_row(hidden: Tensor, image: tuple[int, int], roles: tuple[str, ...]) -> bool:
+    """Whether the patches' tokens stand on their grid row by row; `hidden` is of the images of `_halves_changed`.
+
+    A ratio that does not depend on how strongly each token answers: about 1 for tokens in another order or of no
+    place, in the hundreds or infinite for those in order.
+    """
+    if hidden.ndim == 4:
+        return True
+    prefix, grid = _places(hidden.shape[1], image, roles)
+    if grid is None:
+        return False
+    change = (hidden[1:] - hidden[:1]).float().norm(dim=-1)[:, len(prefix) :].unflatten(1, grid)
+    for first, last in ((change[0], change[1]), (change[2].T, change[3].T)):
+        if half := len(first) // 2:
+            own = first[:half].mean() * last[-half:].mean()
+            other = first[-half:].mean() * last[:half].mean()
+            if own < 2 * other:
+                return False
+    return True
 
 
 def flat_attentions(outputs: Any) -> list[Tensor]:
@@ -114,12 +165,17 @@ def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
 def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
     """What the classifier reads, (B, D): the input of the last linear layer with one output a class."""
     found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Perceiver's decoder answers one query: (B, 1, D).
+        found.append(args[0].squeeze(1) if args[0].ndim == 3 and args[0].shape[1] == 1 else args[0])
+
     labels = getattr(model.config, "num_labels", None)
     inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
     heads = [
         m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels and id(m) not in inside
     ]
-    handles = [head.register_forward_pre_hook(lambda module, args: found.append(args[0])) for head in heads]
+    handles = [head.register_forward_pre_hook(keep) for head in heads]
     try:
         yield found
     finally:
@@ -143,6 +199,7 @@ def _layer(
     unseen: AttentionKind,
     image: tuple[int, int],
     roles: tuple[str, ...],
+    ordered: bool,
 ) -> LayerGeometry:
     heads = shape[1] if shape else 0
     width = shape[4] if shape and len(shape) > 4 else 0
@@ -150,15 +207,23 @@ def _layer(
         kind = unseen if shape is None else "windowed"
         return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads, width)
     tokens = hidden.shape[1]
-    # A stage before the class token joins (PVT, CvT) has none.
-    prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
+    prefix, grid = _places(tokens, image, roles)
     if shape is None:
         kind = unseen
     elif shape[0] != hidden.shape[0]:
         kind = "windowed"
     else:
         kind = "full" if shape[2] == shape[3] == tokens else "reduced"
-    return LayerGeometry("tokens", prefix, _grid(tokens - len(prefix), image), hidden.shape[2], kind, heads, width)
+    return LayerGeometry("tokens", prefix, grid if ordered else None, hidden.shape[2], kind, heads, width)
+
+
+def _places(
+    tokens: int, image: tuple[int, int], roles: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """Which of that many tokens come before the patches, and the patches' grid."""
+    # A stage before the class token joins (PVT, CvT) has none.
+    prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
+    return prefix, _grid(tokens - len(prefix), image)
 
 
 def _grid(patches: int, image: tuple[int, int]) -> tuple[int, int] | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -83,13 +86,13 @@ def recording(model: nn.Module, attention: frozenset[int], hidden_states: frozen
     do not disturb each other, a saved config never names the tap, and a recomputation in the backward pass (gradient
     checkpointing) is not recorded a second time.
     """
-    blocks = find_blocks(model) if attention or hidden_states else []
-    layer_of = {id(m): i for i, (_, block) in enumerate(blocks) for m in block.modules()} if attention else {}
-    own = next((config._attn_implementation for config in _configs(model)), "eager") or "eager"
-    recorder = Recorder(layer_of, attention, own)
-    handles = [
-        block.register_forward_hook(_keep(recorder, i)) for i, (_, block) in enumerate(blocks) if i in hidden_states
-    ]
+    if not attention and not hidden_states:
+        yield Recorder({}, attention, "eager")
+        return
+    wiring = _wired(model)
+    own = next((config._attn_implementation for config in wiring.configs), None)
+    recorder = Recorder(wiring.layer_of, attention, own or "eager")
+    handles = [wiring.blocks[i].register_forward_hook(_keep(recorder, i)) for i in hidden_states]
     _active.append(recorder)
     try:
         with attention_setting(model, NAME) if attention else nullcontext():
@@ -100,10 +103,31 @@ def recording(model: nn.Module, attention: frozenset[int], hidden_states: frozen
             handle.remove()
 
 
+class _Wiring(NamedTuple):
+    blocks: list[nn.Module]
+    layer_of: dict[int, int]
+    configs: list[Any]  # that the model's modules read; CLIP's attention reads the vision tower's own
+
+
+_known: WeakKeyDictionary[nn.Module, _Wiring] = WeakKeyDictionary()
+
+
+def _wired(model: nn.Module) -> _Wiring:
+    """Where to listen, found once a model: walking its modules at every step would cost a percent of it.
+
+    Should the blocks be exchanged later, those listened to give nothing, which `capture` refuses.
+    """
+    if model not in _known:
+        blocks = [block for _, block in find_blocks(model)]
+        layer_of = {id(module): i for i, block in enumerate(blocks) for module in block.modules()}
+        _known[model] = _Wiring(blocks, layer_of, _configs(model))
+    return _known[model]
+
+
 @contextmanager
 def attention_setting(model: nn.Module, name: str) -> Iterator[None]:
     """Every attention of the model by this name of transformers', for the while of this context."""
-    configs = _configs(model)
+    configs = _wired(model).configs
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation_internal = name
@@ -115,7 +139,6 @@ def attention_setting(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs that the model's modules read; CLIP's attention reads the vision tower's own."""
     found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
 
@@ -126,3 +149,59 @@ def _keep(recorder: Recorder, layer: int) -> Callable:
         recorder.hidden_states[layer] = output[0] if isinstance(output, tuple) else output
 
     return hook
+
+
+def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = None) -> Any:
+    """The model's own forward on (B, C, h, w), with what does not fit said in words.
+
+    Raises:
+        ValueError: for pixels of another size than the model's, a model that does not run on images alone, or one
+            that gives no logits. Other errors of the model pass unchanged.
+    """
+    inputs = inputs or {}
+    try:
+        outputs = model(pixel_values=pixel_values, **inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if explained := _other_size(error, model, pixel_values) or _other_inputs(error, model, pixel_values, inputs):
+            raise ValueError(explained) from error
+        raise
+    if getattr(outputs, "logits", None) is None:
+        given = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        raise ValueError(
+            f"{type(model).__name__} gave no logits, only {given}; expected an image classifier, whose output has "
+            "them. Load it with AutoModelForImageClassification.from_pretrained; a few architectures (PP-LCNet) give "
+            "none even so: choose another."
+        )
+    return outputs
+
+
+def _other_size(error: Exception, model: nn.Module, pixel_values: Tensor) -> str | None:
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if size is None:
+        return None
+    expected = (size, size) if isinstance(size, int) else tuple(size)
+    found = tuple(pixel_values.shape[-2:])
+    if found == expected:
+        return None
+    return (
+        f"{type(model).__name__} was given pixels of {found[0]} x {found[1]} and is made for {expected[0]} x "
+        f"{expected[1]} (it said: {error}). Resize them, with an image processor of size={{'height': {expected[0]}, "
+        f"'width': {expected[1]}}}, or make the model with image_size={found[0]}."
+    )
+
+
+def _other_inputs(error: Exception, model: nn.Module, pixel_values: Tensor, given: dict[str, Any]) -> str | None:
+    """Tensors that the forward names and was not given: ImageGPT reads colour ids, SigLIP 2 patches and a mask."""
+    named = inspect.signature(model.forward).parameters.values()
+    tensors = [p.name for p in named if "Tensor" in str(p.annotation)]
+    # A mask over tokens is what any transformer may be given, and none needs.
+    others = [name for name in tensors if name not in ("pixel_values", "labels", "attention_mask", *given)]
+    if not others:
+        return None
+    shape = " x ".join(map(str, pixel_values.shape))
+    return (
+        f"{type(model).__name__} does not run on pixel_values of {shape} (B, C, h, w) alone: its forward also takes "
+        f"{', '.join(others)} (it said: {error}). Choose a model that classifies plain images, such as ViT."
+    )

@@ -48,7 +48,9 @@ def test_hidden_states_are_the_outputs_of_the_blocks(name):
     assert got.hidden_states.keys() == _every(model)
     for i, hidden in got.hidden_states.items():
         layer = geometry.layers[i]
-        assert layer.grid is not None
+        if layer.grid is None:
+            assert name == "hiera", "tokens in another order"  # test_architectures.py shows that they are
+            continue
         patches = layer.grid[0] * layer.grid[1]
         if layer.layout == "maps":
             assert hidden.shape == (3, layer.width, *layer.grid)
