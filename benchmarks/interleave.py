@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import threading
 import time
@@ -11,45 +12,53 @@ Loop = Callable[[Callable[[], None]], None]
 """A training loop. It calls the function it is given after every step."""
 
 
-def interleave(loops: dict[str, Loop], warm_up: int = 5) -> dict[str, list[float]]:
-    """Run the loops in threads of which one at a time moves, by one step; seconds per step and loop, in turns.
+class _Driven:
+    """A loop in a thread of its own that moves by one step when told to."""
 
-    All loops must take the same number of steps. The first `warm_up` steps are left out.
-    """
-    names = list(loops)
-    turns = {name: threading.Semaphore(0) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    errors: list[BaseException] = []
+    def __init__(self, loop: Loop):
+        self.seconds: list[float] = []
+        self.error: BaseException | None = None
+        self.finished = False
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        threading.Thread(target=self._run, args=(loop,), daemon=True).start()
 
-    def drive(name: str) -> None:
-        following = names[(names.index(name) + 1) % len(names)]
-        started = 0.0
-
-        def step_done() -> None:
-            nonlocal started
-            times[name].append(time.perf_counter() - started)
-            turns[following].release()
-            turns[name].acquire()
-            started = time.perf_counter()
-
-        turns[name].acquire()
+    def step(self) -> None:
         started = time.perf_counter()
-        try:
-            loops[name](step_done)
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            turns[following].release()
+        self._go.release()
+        self._done.acquire()
+        if not self.finished:
+            self.seconds.append(time.perf_counter() - started)
 
-    threads = [threading.Thread(target=drive, args=(name,), daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    turns[names[0]].release()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return {name: values[warm_up:] for name, values in times.items()}
+    def _run(self, loop: Loop) -> None:
+        self._go.acquire()
+        try:
+            loop(self._pause)
+        except BaseException as error:
+            self.error = error
+        self.finished = True
+        self._done.release()
+
+    def _pause(self) -> None:
+        self._done.release()
+        self._go.acquire()
+
+
+def interleave(loops: dict[str, Loop], warm_up: int = 5) -> dict[str, list[float]]:
+    """Seconds per step of each loop, where every round steps each loop once, in a new random order.
+
+    The order matters: what ran before leaves caches and the allocator warm or cold for what comes next. All loops must
+    take the same number of steps. The first `warm_up` rounds are left out.
+    """
+    driven = {name: _Driven(loop) for name, loop in loops.items()}
+    order, shuffler = list(driven), random.Random(0)
+    while not any(one.finished for one in driven.values()):
+        shuffler.shuffle(order)
+        for name in order:
+            driven[name].step()
+            if error := driven[name].error:
+                raise error
+    rounds = min(len(one.seconds) for one in driven.values())
+    return {name: one.seconds[warm_up:rounds] for name, one in driven.items()}
 
 
 def ratio(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:

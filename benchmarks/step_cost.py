@@ -1,7 +1,8 @@
 """The cost of a training step, as ratios of paired, interleaved steps.
 
-    python benchmarks/step_cost.py            # about 3 minutes on 2 cores
-    python benchmarks/step_cost.py --steps 50 # rougher
+    python benchmarks/step_cost.py                 # both tables, about 6 minutes on 2 cores
+    python benchmarks/step_cost.py --tables trainer # the overhead of the trainer alone
+    python benchmarks/step_cost.py --steps 50      # rougher
 
 Teacher 12 layers, 192 wide, 3 heads; student 6 layers, 128 wide, 2 heads; 32 px, patch 8, batch 32, 10 classes,
 float32. Prints a table; RESULTS.md keeps one with machine and date.
@@ -94,12 +95,62 @@ def by_hand(student, teacher, data, steps: int):
     return loop
 
 
+def the_usual_way(student, teacher, data, steps: int):
+    """Logit KD and attention rows as public code takes them: eager kernels, output_attentions, all N x N kept."""
+
+    def loop(done):
+        for model in (student, teacher):
+            model.set_attn_implementation("eager")
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        student.train()
+        batches = iter(())
+        for _ in range(steps):
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(DataLoader(data, BATCH, shuffle=True, collate_fn=collate))
+                batch = next(batches)
+            out_s = student(pixel_values=batch["pixel_values"], output_attentions=True)
+            with torch.no_grad():
+                out_t = teacher(pixel_values=batch["pixel_values"], output_attentions=True)
+            log_s, log_t = F.log_softmax(out_s.logits / 4, -1), F.log_softmax(out_t.logits / 4, -1)
+            loss = 0.1 * F.cross_entropy(out_s.logits, batch["labels"])
+            loss = loss + 0.9 * 16 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
+            for a_s, a_t in zip(out_s.attentions, out_t.attentions[1::2], strict=True):
+                rows_s, rows_t = a_s.mean(1)[:, 0], a_t.mean(1)[:, 0]
+                loss = loss + F.kl_div(rows_s.log(), rows_t, reduction="batchmean") / 6
+            loss.item()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            done()
+
+    return loop
+
+
+BESIDE_KD = {
+    "attention_map, rows cls": {"name": "attention_map"},
+    "attention_map, rows all": {"name": "attention_map", "rows": "all"},
+    "attention_transfer": {"name": "attention_transfer"},
+    "hidden_states": {"name": "hidden_states"},
+    "relation, last pair": {"name": "relation"},
+}
+
+
+def show(rows: list[tuple[str, float, float, float]]) -> None:
+    print("| steps compared | median of paired ratios | 95 % interval |\n| --- | --- | --- |")
+    for name, middle, low, high in rows:
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
-    steps = parser.parse_args().steps
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--tables", nargs="+", default=["trainer", "objectives"])
+    options = parser.parse_args()
+    steps = options.steps
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     torch.manual_seed(0)
     student, teacher = vit(6, 128, 2), vit(12, 192, 3).eval()
@@ -109,22 +160,31 @@ def main() -> None:
         arguments = settings(DistillationConfig, steps, objectives=objectives)
         return DistillationTrainer(copy.deepcopy(student), arguments, teacher=given, train_dataset=data)
 
-    plain = Trainer(copy.deepcopy(student), settings(TrainingArguments, steps), train_dataset=data)
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {steps} steps", flush=True)
-    rows = []
-    times = interleave({"plain": by_trainer(plain), "task": by_trainer(ours([{"name": "task"}]))})
-    rows.append(("task, DistillationTrainer / Trainer", *ratio(times, "task", "plain")))
-    loops = {
-        "hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
-        "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
-        "task": by_trainer(ours([{"name": "task"}])),
-    }
-    times = interleave(loops)
-    rows.append(("logit_kd, DistillationTrainer / by hand", *ratio(times, "logit_kd", "hand")))
-    rows.append(("task / logit_kd", *ratio(times, "task", "logit_kd")))
-    print("| steps compared | median of paired ratios | 95 % interval |\n| --- | --- | --- |")
-    for name, middle, low, high in rows:
-        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |")
+    if "trainer" in options.tables:
+        plain = Trainer(copy.deepcopy(student), settings(TrainingArguments, steps), train_dataset=data)
+        times = interleave({"plain": by_trainer(plain), "task": by_trainer(ours([{"name": "task"}]))})
+        rows = [("task, DistillationTrainer / Trainer", *ratio(times, "task", "plain"))]
+        loops = {
+            "hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
+            "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
+            "task": by_trainer(ours([{"name": "task"}])),
+        }
+        times = interleave(loops)
+        rows.append(("logit_kd, DistillationTrainer / by hand", *ratio(times, "logit_kd", "hand")))
+        show([*rows, ("task / logit_kd", *ratio(times, "task", "logit_kd"))])
+    if "objectives" in options.tables:
+        loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
+        loops |= {name: by_trainer(ours([*KD, entry], copy.deepcopy(teacher))) for name, entry in BESIDE_KD.items()}
+        loops["the usual way"] = the_usual_way(copy.deepcopy(student), copy.deepcopy(teacher), data, steps)
+        times = interleave(loops)
+        show(
+            [
+                (f"logit_kd + {name} / logit_kd", *ratio(times, name, "logit_kd"))
+                for name in loops
+                if name != "logit_kd"
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class AttentionTransfer(PairedObjective):
     Cost: no further forward; O(B P D) a pair.
 
     Raises:
-        ValueError: for a wrong option; and when the pair is known, for tokens that lie on no grid.
+        ValueError: for a wrong option; and when the pair is known, for tokens that lie on no grid,
+            or a student's map of one cell.
 
     Label: [paper], Zagoruyko & Komodakis 2017, arXiv 1612.03928, the authors' code; the change of grid is [ours].
     """
@@ -51,6 +52,11 @@ class AttentionTransfer(PairedObjective):
 
     def check(self, pair: Pair, plan: PairingPlan) -> None:
         check_grids(pair)
+        if pair.student.grid == (1, 1):
+            raise ValueError(
+                f"{pair}: the student's map is one cell, whose normalised energy is 1 whatever it learns. Name other "
+                "layers: layers=[[student, teacher], ...]."
+            )
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
         assert pair.student.grid is not None and pair.teacher.grid is not None

@@ -76,8 +76,8 @@ def check_grids(pair: Pair) -> None:
     for who, layer in (("student", pair.student), ("teacher", pair.teacher)):
         if layer.grid is None:
             raise ValueError(
-                f"{pair}: the {who}'s tokens are on no grid of the image's aspect ratio, so patches cannot be "
-                "matched. Name other layers: layers=[[student, teacher], ...]."
+                f"{pair}: the {who}'s tokens are on no grid of the image's aspect ratio, or not in its order, so "
+                "patches cannot be matched. Name other layers: layers=[[student, teacher], ...]."
             )
 
 
