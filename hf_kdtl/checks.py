@@ -31,41 +31,50 @@ def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
 
 
 def check_setting(trainer: Trainer) -> None:
-    """Refuse settings of Trainer's that could not keep their meaning. Raises ValueError, with the way out."""
+    """Refuse what could not keep its meaning. Raises ValueError, with the way out."""
     args = trainer.args
     assert isinstance(args, DistillationConfig)
+    problems = setting_problems(args, trainer.model)
+    if trainer.is_deepspeed_enabled:
+        problems.append("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
+    if trainer.compute_loss_func is not None and "task" not in args.weights():
+        problems.append(
+            "compute_loss_func replaces the value of the task objective, and there is none. Add "
+            '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
+        )
+    if problems:
+        raise ValueError(problems[0])
+
+
+def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
+    """What of the training arguments cannot keep its meaning with this student, each with what to type instead."""
+    found = []
     if args.n_gpu > 1:
-        raise ValueError(
+        found.append(
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot hold the teacher. Start one "
             f"process a GPU: accelerate launch --num_processes {args.n_gpu} <script>."
         )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
     if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError(
+        found.append(
             "average_tokens_across_devices=False would weigh the images of the ranks differently; the loss here is "
             "the mean over all images of the batch. Leave it at True."
         )
     if args.label_names not in (None, ["labels"]):
-        raise ValueError(f"label_names is {args.label_names}; the objectives read 'labels'. Rename the column.")
+        found.append(f"label_names is {args.label_names}; the objectives read 'labels'. Rename the column.")
     paired = [key for key, objective in args.build_objectives().items() if objective.needs_plan]
     kwargs: Any = args.activation_checkpointing_kwargs
     if paired and args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"):
-        raise ValueError(
+        found.append(
             f"the objectives {', '.join(paired)} would get wrong gradients under reentrant checkpointing, silently; "
             'use activation_checkpointing_kwargs={"use_reentrant": false}.'
         )
-    problem = getattr(getattr(trainer.model, "config", None), "problem_type", None)
+    problem = getattr(getattr(student, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
-        raise ValueError(
+        found.append(
             f"the student's problem_type is {problem!r}; the objectives compare class distributions. Expected "
             "'single_label_classification': set model.config.problem_type, or use plain Trainer."
         )
-    if trainer.compute_loss_func is not None and "task" not in args.weights():
-        raise ValueError(
-            "compute_loss_func replaces the value of the task objective, and there is none. Add "
-            '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
-        )
+    return found
 
 
 def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str | None) -> FloatingPointError:

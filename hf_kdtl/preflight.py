@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_kdtl.checks import setting_problems
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Distiller, micro_batch_counts
 from hf_kdtl.functional.random import Draws
@@ -75,6 +76,7 @@ def preflight(
     pixels = blank_pixels(student) if pixel_values is None else pixel_values
     objectives = config.build_objectives()
     report = Report(pairing="no teacher, no pairs.", warnings=_warnings(objectives, config))
+    report.problems += setting_problems(config, student)
     try:
         source = None if teacher is None else Teacher.of(teacher)
         if source is not None:
@@ -85,6 +87,11 @@ def preflight(
         if source is not None:
             pairing = plan(student, source, pixel_values=pixels)
             report.pairing = str(pairing)
+            report.notes += [
+                f"the {who}'s attention comes as finished weights: objectives on it run the eager kernel."
+                for who, model in (("student", pairing.student), ("teacher", pairing.teacher))
+                if model.weights_only
+            ]
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
         return report

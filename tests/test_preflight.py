@@ -46,3 +46,10 @@ def test_says_what_will_not_run_and_what_will(tmp_path):
 def test_classes_that_differ_are_a_problem_and_not_a_crash(tmp_path):
     report = preflight(build("vit"), build("vit", num_labels=5, seed=5), _config(tmp_path), PIXELS)
     assert "the student has 3 classes and the teacher 5" in report.problems[0]
+
+
+def test_settings_that_would_be_wrong_are_problems(tmp_path):
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    report = preflight(build("vit"), build("pvt", seed=5), _config(tmp_path, ["attention_transfer"], **kwargs), PIXELS)
+    assert "wrong gradients under reentrant checkpointing" in report.problems[0]
+    assert any("the teacher's attention comes as finished weights" in note for note in report.notes)
