@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -36,11 +37,12 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._owner = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take over SIGINT and SIGTERM. Outside the main thread signals cannot be taken, and nothing changes."""
-        self.received = None
+        self.received, self._owner = None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -52,6 +54,8 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a data-loading worker: it inherits the handler, and is ended with its parent
         if self.received is not None:
             raise KeyboardInterrupt("stopped at once, at the second signal; the last checkpoint is whole.")
         self.received = number
@@ -64,13 +68,24 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
         return control
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        return self.on_step_end(args, state, control)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._agreed(args):
+            lost = " (save_only_model: without the optimizer's state, so not as if never stopped)"
             raise KeyboardInterrupt(
                 f"stopped after step {state.global_step}, saved in {args.output_dir}/checkpoint-{state.global_step}. "
                 "Continue with trainer.train(resume_from_checkpoint=True), or the same command with "
-                "--resume_from_checkpoint true."
+                f"--resume_from_checkpoint true{lost if args.save_only_model else ''}."
             )
+
+    def raise_if_told_late(self, args: TrainingArguments) -> None:
+        """Raises KeyboardInterrupt when the signal came after the last step, where no checkpoint follows."""
+        if self._agreed(args):
+            raise KeyboardInterrupt("told to stop when training was finished: nothing is lost, the model is trained.")
 
     def _agreed(self, args: TrainingArguments) -> bool:
         """Whether any rank was told to stop: saving is done together, so the ranks must stop at the same step."""

@@ -9,6 +9,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 STATE_JSON = "distillation_state.json"
 STATE_TENSORS = "distillation_state.safetensors"
@@ -40,6 +43,9 @@ def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entri
             f"{folder} was trained with the objectives {_names(saved)} and this run has {_names(entries)}. Resume "
             "with the same objectives, or start a new run from the checkpoint's weights."
         )
+    for before, now in zip(saved, entries, strict=True):
+        if before != now:
+            logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
     tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
     objectives.load_state_dict(tensors, strict=True)
 

@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kdtl.config import DistillationConfig
+from hf_kdtl.models.labels import class_names
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
@@ -37,11 +38,16 @@ def check_setting(trainer: Trainer) -> None:
     problems = setting_problems(args, trainer.model)
     if trainer.is_deepspeed_enabled:
         problems.append("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
+    if trainer.is_fsdp_enabled:
+        problems.append("FSDP is not supported in this version. Use DDP: accelerate launch --multi_gpu.")
     if trainer.compute_loss_func is not None and "task" not in args.weights():
         problems.append(
             "compute_loss_func replaces the value of the task objective, and there is none. Add "
             '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
         )
+    eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for dataset in (trainer.train_dataset, *eval_sets.values()):
+        problems += class_problems(dataset, trainer.model)
     if problems:
         raise ValueError(problems[0])
 
@@ -75,6 +81,28 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
             "'single_label_classification': set model.config.problem_type, or use plain Trainer."
         )
     return found
+
+
+def class_problems(dataset: Any, student: Any) -> list[str]:
+    """Where a dataset names its classes: whether label i means the student's class i."""
+    inner = getattr(dataset, "split", None)  # of an ImageDataset; of a datasets.Dataset it is only a name
+    features = getattr(inner, "features", None) or getattr(dataset, "features", None)
+    named = [getattr(features.get(key), "names", None) for key in ("label", "labels")] if features else []
+    data = next((names for names in named if names), None)
+    config = getattr(student, "config", None)
+    model = class_names(config) if data and config is not None else None
+    if data is None or model is None or list(data) == model:
+        return []
+    if set(data) == set(model):
+        return [
+            f"the data lists its classes as {data[:5]} and the student as {model[:5]}: label 0 would mean another "
+            "class. Re-order the data: hf_kdtl.data.load_images(...).in_order(student)."
+        ]
+    return [
+        f"the data's classes and the student's differ: only the data has {sorted(set(data) - set(model))[:5]}, only "
+        f"the student {sorted(set(model) - set(data))[:5]}. Use a student with the data's classes (num_labels, "
+        "id2label), or other data."
+    ]
 
 
 def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str | None) -> FloatingPointError:

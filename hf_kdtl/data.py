@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,9 +14,11 @@ import torch
 from datasets import Dataset
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_kdtl.columns import UNLABELLED, refuse_unseen, some, with_two_columns
 from hf_kdtl.images import decode
+from hf_kdtl.models.labels import class_names
 from hf_kdtl.sources import open_source
 
 if TYPE_CHECKING:
@@ -40,6 +42,45 @@ class ImageData:
     label_names: list[str]
     notes: list[str]
     source: str
+
+    def check_readable(self) -> None:
+        """Decode every image once. Raises ValueError naming the first that cannot be read."""
+        for name in ("train", "validation", "test"):
+            split = getattr(self, name)
+            for index, image in enumerate(tqdm(split["image"], desc=f"Reading {name}", leave=False, delay=2)):
+                _decode(image, index, len(split))
+
+    def in_order(self, model: Any) -> ImageData:
+        """The same data with its classes in the order of a model that has them, by name; said in the notes.
+
+        A model without class names takes the order of the data: its config is given the names.
+
+        Raises:
+            ValueError: when the classes differ.
+        """
+        names = class_names(model.config)
+        if names is None and model.config.num_labels == len(self.label_names):
+            model.config.id2label = dict(enumerate(self.label_names))
+            model.config.label2id = {name: index for index, name in enumerate(self.label_names)}
+            return self
+        if names is None or set(names) != set(self.label_names):
+            has = f"{model.config.num_labels} unnamed" if names is None else some(names)
+            raise ValueError(
+                f"the data has the classes {some(self.label_names)} and the model {has}. Give the model the classes "
+                "of the data: from_pretrained(..., num_labels=<their number>, ignore_mismatched_sizes=True)."
+            )
+        if names == self.label_names:
+            return self
+        place = [names.index(name) for name in self.label_names]
+
+        def reordered(split: Dataset) -> Dataset:
+            labels = [place[label] if label >= 0 else label for label in split["label"][:]]
+            feature = type(split.features["label"])(names=names)
+            return split.remove_columns("label").add_column("label", labels, feature=feature)
+
+        said = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
+        splits = {name: reordered(getattr(self, name)) for name in ("train", "validation", "test")}
+        return replace(self, **splits, label_names=names, notes=[*self.notes, said])
 
 
 def load_images(

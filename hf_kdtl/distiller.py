@@ -89,8 +89,8 @@ class Distiller(nn.Module):
             objective = self.objective(key)
             if key == "task" and self.task_loss is not None:
                 # Its contract: already divided by the items of the window.
-                total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=counts["labelled"])
-                total = total * counts["labelled"]
+                items = counts["labelled"].clamp(min=1)
+                total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=items) * items
             else:
                 total = value * here["images"] if objective.reduction == "batch" else value.sum()
             loss = loss + self.weights[key] * (total / counts[objective.counts].clamp(min=1))

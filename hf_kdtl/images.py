@@ -59,7 +59,7 @@ def decode(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, ... for what is not an image
         raise ValueError(
             f"{name} could not be read as an image ({type(error).__name__}: {error}). Expected a whole image file "
-            'that PIL opens; mend or remove it, or load with on_bad_image="skip".'
+            'that PIL opens; mend or remove it, or load with on_bad_image="skip" (--on_bad_image skip).'
         ) from error
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -79,6 +83,8 @@ class DistillationTrainer(Trainer):
         self._stop = StopOnSignal()
         super().__init__(model, args, *positional, **keywords)
         check_setting(self)
+        # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
+        self.label_names = ["labels"]
         self.add_callback(EpochToDataset())
         self.add_callback(self._stop)
         if self.teacher is not None:
@@ -114,17 +120,25 @@ class DistillationTrainer(Trainer):
     def _some_pixels(self) -> Tensor | None:
         """Two images as the student will see them; None where the data has no first element to look at."""
         data: Any = self.train_dataset
-        if not hasattr(data, "__getitem__"):
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, IterableDataset):
             return None
+        if isinstance(data, datasets.Dataset):
+            data = self._remove_unused_columns(data, description="training")
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng():  # the user's augmentation must not draw what training will draw
             rows = [data[i] for i in (0, min(1, len(data) - 1))]
-            return self.data_collator(rows)["pixel_values"].to(self.accelerator.device)
+            pixels = collate(rows)["pixel_values"].to(self.accelerator.device)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        return pixels
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         return super().create_optimizer(self.distiller if model is None else model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Trainer prepares, clips, zeroes and accumulates self.model: for the while of this call that is the container.
+        self._meter = TermMeter()
         student = self.model
         self.model = self.model_wrapped = self.distiller
         try:
@@ -275,7 +289,9 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         with self._stop.listening():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        self._stop.raise_if_told_late(self.args)
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # Trainer's own order in _save_checkpoint: the model first, trainer_state.json last. What is written here is

@@ -59,6 +59,8 @@ def open_data(options: DataOptions) -> ImageData:
         seed=options.split_seed,
         on_bad_image=options.on_bad_image,  # type: ignore[arg-type]
     )
+    if options.on_bad_image == "error":
+        data.check_readable()  # all of them now: a bad test image would be met after hours of training
     number, total = options.train_images, len(data.train)
     if number is None or number == total:
         return data
@@ -72,22 +74,6 @@ def open_data(options: DataOptions) -> ImageData:
     kept = data.train.select(np.sort(rows))
     said = f"{number} of {total} images of train are used, stratified by class, seed {options.split_seed}."
     return replace(data, train=kept, notes=[*data.notes, said])
-
-
-def in_order(data: ImageData, names: Sequence[str]) -> ImageData:
-    """The data with its classes in the order of `names`, which a pre-trained classifier has."""
-    if list(names) == data.label_names:
-        return data
-    place = [names.index(name) for name in data.label_names]
-
-    def reordered(split: Any) -> Any:
-        labels = [place[label] if label >= 0 else label for label in split["label"][:]]
-        feature = type(split.features["label"])(names=list(names))
-        return split.remove_columns("label").add_column("label", labels, feature=feature)
-
-    said = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
-    splits = {name: reordered(getattr(data, name)) for name in ("train", "validation", "test")}
-    return replace(data, **splits, label_names=list(names), notes=[*data.notes, said])
 
 
 def pixels(split: Any, processor: Any, options: DataOptions | None = None, seed: int = 0) -> ImageDataset:
@@ -225,11 +211,6 @@ def told(data: ImageData) -> list[str]:
     """The data, for the terminal."""
     sizes = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
     return [f"{data.source}: {sizes} images of {len(data.label_names)} classes", *(f"- {note}" for note in data.notes)]
-
-
-def classes(model: Any) -> list[str]:
-    """The names of a model's classes, in the order of its logits."""
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
 def student_hint(model: Any) -> str:

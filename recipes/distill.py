@@ -92,7 +92,7 @@ class Study:
         with config.main_process_first(local=False):
             data = building.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)
-        self.data = building.in_order(data, building.classes(student))
+        self.data = data.in_order(student)
         self.data_options = data_options
         self.processor = student_processor(options, self.teacher, student)
         self.student_summary = building.summary(student)

@@ -97,7 +97,13 @@ def check_folder(config: DistillationConfig, run: dict[str, Any], overwrite: boo
     if not remains(folder):
         return
     if resumes(config):
-        before = read_results(folder)["run"] if (folder / FILE).is_file() else run
+        found = read_results(folder) if (folder / FILE).is_file() else {"run": run, "objectives": config.objectives}
+        before = found["run"]
+        if (listed := found.get("objectives", config.objectives)) != config.objectives:
+            raise ValueError(
+                f"{folder} was begun with the objectives {listed} and is now asked to continue with "
+                f"{config.objectives}. Set them back, or use another --output_dir."
+            )
         for name in sorted({*before["settings"], *run["settings"]} - {*FREE}):
             was, is_now = (found["settings"].get(name, "the default") for found in (before, run))
             if was != is_now:

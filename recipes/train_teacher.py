@@ -48,7 +48,7 @@ def build(options: TeacherOptions, data: ImageData, notes: list[str]) -> tuple[A
         model = building.from_config(settings, data.label_names, "model_config")
         return model, building.new_processor(model.config, options.image_size), data
     model = building.pretrained(options.model, data.label_names, notes)
-    return model, building.processor_of(options.model, model), building.in_order(data, building.classes(model))
+    return model, building.processor_of(options.model, model), data.in_order(model)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -155,3 +155,32 @@ def test_an_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
     runner.optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"does not hold the objectives' parameters .*trainer.distiller.parameters"):
         runner.train()
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed(tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner = trainer(tmp_path, build("vit"), callbacks=[Late()], **RUN | {"save_strategy": "no"})
+    with pytest.raises(KeyboardInterrupt, match="training was finished"):
+        runner.train()
+
+
+def test_a_signal_during_an_evaluation_saves(tmp_path):
+    class During(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT) if state.global_step == 2 else None
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Images(4), "save_strategy": "no"}
+    runner = trainer(tmp_path, build("vit"), callbacks=[During()], **RUN | evaluated)
+    with pytest.raises(KeyboardInterrupt, match="after step 2, saved in"):
+        runner.train()
+
+
+def test_resuming_with_another_option_is_said(tmp_path, caplog):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    other = [{"name": "task", "weight": 0.3}, {"name": "logit_kd", "weight": 0.7, "temperature": 2.0}]
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=other, **RUN)
+    runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "'temperature': 2.0" in caplog.text and "it goes on with" in caplog.text

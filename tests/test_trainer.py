@@ -1,7 +1,9 @@
 """What the trainer says, logs and refuses."""
 
 import copy
+import inspect
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -237,3 +239,50 @@ def test_auto_find_batch_size_keeps_its_meaning(tmp_path):
     assert sizes[0] == 16 and sizes[-1] <= 8 and runner.state.global_step == 2
     held = {id(p) for group in runner.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in runner.distiller.parameters()}
+
+
+def test_data_whose_classes_are_not_the_students_is_refused(tmp_path):
+    def labelled(names):
+        features = datasets.Features(label=datasets.ClassLabel(names=names), pixel_values=datasets.Value("float32"))
+        return datasets.Dataset.from_dict({"label": [0], "pixel_values": [0.0]}, features=features)
+
+    student = build("vit")
+    student.config.id2label = {0: "emu", 1: "dog", 2: "cat"}
+    for names, sentence in (
+        (["cat", "dog", "emu"], r"label 0 would mean another class. Re-order the data.*in_order\(student\)"),
+        (["cat", "dog", "fox"], r"only the data has \['fox'\], only the student \['emu'\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            trainer(tmp_path, student, data=labelled(names))
+        with pytest.raises(ValueError, match=sentence):
+            trainer(tmp_path, student, eval_dataset={"a": labelled(names)})
+    trainer(tmp_path, student, data=labelled(["emu", "dog", "cat"]))
+
+
+def test_a_student_whose_forward_takes_no_labels_learns_and_is_evaluated(tmp_path):
+    entries = [{"name": "task", "head": "class"}, {"name": "logit_kd", "head": "distillation", "hard": True}]
+    runner = trainer(tmp_path, build("deit_teacher"), build("vit", seed=5), objectives=entries, max_steps=2)
+    assert "labels" not in inspect.signature(type(runner.model).forward).parameters
+    runner.train()
+    assert runner.evaluate(Images(8))["eval_loss"] > 0
+
+
+def test_paired_objectives_take_any_data_that_trainer_takes(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Images(16))
+
+    rows = [{"pixel_values": row["pixel_values"].tolist(), "labels": int(row["labels"])} for row in Images(8)]
+    extra = datasets.Dataset.from_list([row | {"note": {"who": "me"}} for row in rows])
+    for data in (Stream(), extra):
+        entries = [{"name": "task"}, {"name": "hidden_states"}]
+        runner = trainer(tmp_path, build("vit"), build("vit", seed=5), data, entries, max_steps=1)
+        runner.train()
+        assert len(runner.distiller.plan.pairs) == 2
+
+
+def test_a_log_starts_anew_with_each_training(tmp_path):
+    runner = trainer(tmp_path, build("vit"), max_steps=3, logging_steps=2)
+    runner.train()
+    runner.train()
+    assert runner._meter._sums["task"][1] == 8  # the images of the last step alone

@@ -25,9 +25,9 @@ def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 
         layers: blocks of the student, 1 to the teacher's number.
 
     Returns:
-        The student, in eval mode, every parameter trainable, in the dtype and on the device of the teacher; a teacher
-        in half precision wants `.float()` before training. It shares no memory with the teacher, and `save_pretrained`
-        and `from_pretrained` work as for any model of its class.
+        The student, in eval mode, every parameter trainable, on the device of the teacher and in its dtype, but of a
+        teacher in half precision a float32 one, because half-precision weights do not train. It shares no memory with
+        the teacher, and `save_pretrained` and `from_pretrained` work as for any model of its class.
 
     Raises:
         TypeError: `teacher` is not an image classifier of transformers.
@@ -49,7 +49,8 @@ def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 
     with torch.random.fork_rng(devices=[]):  # its own weights are all replaced, so the caller's draws go on as before
         student: Any = type(model)(_cut_config(model.config, picks))
     _copy_weights(model, student, [blocks[pick] for pick in picks], blocks)
-    return student.to(model.device).eval()
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
+    return (student.float() if half else student).to(model.device).eval()
 
 
 def _classifies_images(model: PreTrainedModel) -> bool:

@@ -55,7 +55,12 @@ class Teacher:
                 f"the teacher's path {str(path)!r} does not exist; expected a saved model's folder."
             )
         source = Path(path).expanduser() if Path(path).expanduser().exists() else path
-        model = AutoModelForImageClassification.from_pretrained(source, **model_options)
+        try:
+            model = AutoModelForImageClassification.from_pretrained(source, **model_options)
+        except (OSError, ValueError) as error:
+            inner = Path(source, "model", "config.json")
+            meant = f"Did you mean {Path(path, 'model')}?" if inner.is_file() else "Expected a saved model."
+            raise OSError(f"the teacher {str(path)!r} could not be opened ({error}). {meant}") from error
         try:
             processor = AutoImageProcessor.from_pretrained(source)
         except (OSError, ValueError):
