@@ -33,3 +33,27 @@ def test_options_do_not_collide_with_the_keys_of_an_entry():
 
     for name, kind in OBJECTIVES.items():
         assert not set(inspect.signature(kind).parameters) & set(ENTRY_KEYS), name
+
+
+def test_the_readme_snippet_runs_as_it_is_written(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+    from tests.tiny import build
+
+    teacher = build("vit", layers=12)
+    teacher.config.id2label = {0: "emu", 1: "dog", 2: "cat"}  # not the order of the folders
+    teacher.save_pretrained(tmp_path / "teacher")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = code.replace("path/to/your-fine-tuned-vit", "./teacher").replace("path/to/folder-of-images", "./images")
+    exec(code.replace("num_train_epochs=10", "num_train_epochs=1, report_to=[], disable_tqdm=True"), {})
+    student = AutoModelForImageClassification.from_pretrained(tmp_path / "runs" / "mine")
+    assert student.config.num_hidden_layers == 6 and student.config.id2label[0] == "emu"
