@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +82,11 @@ def preflight(
             source.match(student, processing_class, any(o.compares_classes for o in objectives.values()))
             seen = {"student": pixels, "teacher": source.pixels(pixels)}
             report.notes += [*source.notes, *(_pixel_note(who, values) for who, values in seen.items())]
-        pairing = None
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error))
+        return report
+    pairing = None
+    try:
         if source is not None:
             pairing = plan(student, source, pixel_values=pixels)
             report.pairing = str(pairing)
@@ -92,9 +95,9 @@ def preflight(
                 for who, model in (("student", pairing.student), ("teacher", pairing.teacher))
                 if model.weights_only
             ]
-    except (ValueError, OSError) as error:
-        report.problems.append(str(error))
-        return report
+    except ValueError as error:
+        # Only objectives that pair layers need a plan; the others run without one.
+        report.pairing = f"none: {error}"
     _measure(report, student, source, objectives, pairing, pixels)
     return report
 
@@ -181,11 +184,7 @@ def _warnings(objectives: dict[str, Objective], config: DistillationConfig) -> l
     batch = [key for key, objective in objectives.items() if objective.reduction == "batch"]
     if batch and (config.gradient_accumulation_steps > 1 or config.world_size > 1):
         found.append(
-            f"{_list(batch)} is a statistic of the micro-batch of {config.per_device_train_batch_size} images on each "
-            "process: it changes with gradient_accumulation_steps and the number of processes."
+            f"{', '.join(batch)} is a statistic of the micro-batch of {config.per_device_train_batch_size} images on "
+            "each process: it changes with gradient_accumulation_steps and the number of processes."
         )
     return found
-
-
-def _list(keys: Iterable[str]) -> str:
-    return ", ".join(keys)

@@ -310,7 +310,7 @@ class DistillationTrainer(Trainer):
         self._load_whole(self.state.best_model_checkpoint, super()._load_best_model)
 
     def _load_whole(self, folder: str, otherwise: Callable[[], None]) -> None:
-        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+        if isinstance(self.model, PreTrainedModel):
             load_student(self.model, folder)
         else:
             otherwise()
