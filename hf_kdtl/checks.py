@@ -10,6 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.labels import class_names
+from hf_kdtl.objectives.derivatives import DerivativeObjective
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
@@ -40,6 +41,10 @@ def check_setting(trainer: Trainer) -> None:
         problems.append("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
     if trainer.is_fsdp_enabled:
         problems.append("FSDP is not supported in this version. Use DDP: accelerate launch --multi_gpu.")
+    handler = getattr(trainer.accelerator, "ddp_handler", None)
+    derived = [key for key, o in args.build_objectives().items() if isinstance(o, DerivativeObjective)]
+    if derived and getattr(handler, "static_graph", False):
+        problems.append(static_graph_problem(derived))
     if trainer.compute_loss_func is not None and "task" not in args.weights():
         problems.append(
             "compute_loss_func replaces the value of the task objective, and there is none. Add "
@@ -67,12 +72,21 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
         )
     if args.label_names not in (None, ["labels"]):
         found.append(f"label_names is {args.label_names}; the objectives read 'labels'. Rename the column.")
-    paired = [key for key, objective in args.build_objectives().items() if objective.needs_plan]
+    objectives = args.build_objectives()
+    derived = [key for key, objective in objectives.items() if isinstance(objective, DerivativeObjective)]
+    disturbed = [key for key, objective in objectives.items() if objective.needs_plan or key in derived]
     kwargs: Any = args.activation_checkpointing_kwargs
-    if paired and args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"):
+    if disturbed and args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"):
         found.append(
-            f"the objectives {', '.join(paired)} would get wrong gradients under reentrant checkpointing, silently; "
-            'use activation_checkpointing_kwargs={"use_reentrant": false}.'
+            f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
+            'silently; use activation_checkpointing_kwargs={"use_reentrant": false}.'
+        )
+    if derived and args.ddp_static_graph:
+        found.append(static_graph_problem(derived))
+    if derived and args.fp16:
+        found.append(
+            f"the objectives {', '.join(derived)} take gradients before fp16's loss scaling, where they underflow. "
+            "Use bf16=True, or float32."
         )
     problem = getattr(getattr(student, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
@@ -81,6 +95,14 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
             "'single_label_classification': set model.config.problem_type, or use plain Trainer."
         )
     return found
+
+
+def static_graph_problem(keys: list[str]) -> str:
+    """Why derivatives do not go with DDP's static graph."""
+    return (
+        f"the objectives {', '.join(keys)} take a gradient inside the step, after which DDP with static_graph=True no "
+        "longer synchronises the processes, silently. Leave ddp_static_graph (and accelerate's) at False."
+    )
 
 
 def class_problems(dataset: Any, student: Any) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_kdtl.functional.divergences import labelled
-from hf_kdtl.functional.random import Draws
+from hf_kdtl.functional.random import Draws, chosen
 from hf_kdtl.models.capture import Capture, Needs, capture
 from hf_kdtl.models.pairing import PairingPlan
+from hf_kdtl.models.parts import in_parts
+from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
@@ -34,6 +38,7 @@ class Distiller(nn.Module):
         teacher: where teacher signals come from; None when no objective needs one.
         plan: what both models give, for objectives that pair layers.
         task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
+        setting: how the models are run, where it is known; by default what can be seen of them.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Distiller(nn.Module):
         teacher: Teacher | None = None,
         plan: PairingPlan | None = None,
         task_loss: Callable[..., Tensor] | None = None,
+        setting: Setting | None = None,
     ):
         super().__init__()
         self.student = student
@@ -53,7 +59,10 @@ class Distiller(nn.Module):
         self.plan = plan
         self.task_loss = task_loss
         self.student_needs, self.teacher_needs = Needs(), Needs()
+        self.notes: list[str] = []
+        setting = setting or Setting.of(student, teacher)
         for key, objective in objectives.items():
+            self.notes += [f"{key}: {note}" for note in objective.prepare(setting)]
             _build(key, objective, plan)
             needs = objective.needs(plan)
             self.student_needs, self.teacher_needs = self.student_needs | needs[0], self.teacher_needs | needs[1]
@@ -109,22 +118,29 @@ class Distiller(nn.Module):
         labels = inputs.get("labels")
         rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values")}
         geometries = (self.plan.student, self.plan.teacher) if self.plan is not None else (None, None)
+        pixels = inputs["pixel_values"]
+        fraction = max(self.student_needs.fraction, self.teacher_needs.fraction)
+        rows = chosen(draws, fraction, pixels).nonzero()[:, 0] if fraction else pixels.new_zeros(0, dtype=torch.long)
         teacher = None
         if self.teacher is not None and self.teacher_needs:
             # First, while no graph of the student holds memory: measured 4 % of the step faster on a CPU.
             with torch.no_grad():
-                teacher = self.teacher(inputs["pixel_values"], self.teacher_needs, geometries[1])
-        student = capture(self.student, inputs["pixel_values"], self.student_needs, geometries[0], **rest)
-        teacher = teacher or Capture(logits=student.logits)
+                run = partial(self.teacher, geometry=geometries[1])
+                teacher = in_parts(run, self.teacher.model, pixels, self.teacher_needs, rows)
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
         values = {}
-        for key, objective in self.objectives.items():
-            if labels is None and self.objective(key).needs_labels:
-                continue
-            value = objective(student, teacher, batch)
-            values[key] = value.mean(1) if value.ndim == 2 else value
+        # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
+        with torch.enable_grad() if fraction else nullcontext():
+            run = partial(capture, self.student, geometry=geometries[0])
+            student = in_parts(run, self.student, pixels, self.student_needs, rows, **rest)
+            teacher = teacher or Capture(logits=student.logits)
+            for key, objective in self.objectives.items():
+                if labels is None and self.objective(key).needs_labels:
+                    continue
+                value = objective(student, teacher, batch)
+                values[key] = value.mean(1) if value.ndim == 2 else value
         return student, values
 
     def objective(self, key: str) -> Objective:

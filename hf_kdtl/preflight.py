@@ -16,6 +16,7 @@ from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Distiller, micro_batch_counts
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.pairing import PairingPlan, blank_pixels, plan
+from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
@@ -98,7 +99,8 @@ def preflight(
     except ValueError as error:
         # Only objectives that pair layers need a plan; the others run without one.
         report.pairing = f"none: {error}"
-    _measure(report, student, source, objectives, pairing, pixels)
+    setting = Setting.of(student, source, bool(config.torch_compile), bool(config.activation_checkpointing))
+    _measure(report, student, source, objectives, pairing, pixels, setting)
     return report
 
 
@@ -109,6 +111,7 @@ def _measure(
     objectives: dict[str, Objective],
     pairing: PairingPlan | None,
     pixels: Tensor,
+    setting: Setting,
 ) -> None:
     model_config: Any = student.config
     labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
@@ -121,7 +124,9 @@ def _measure(
         terms: dict[str, Objective] = {"task": Task()} if objective is None else {"task": Task(), key: objective}
         try:
             # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
-            distiller = Distiller(copy.deepcopy(student).train(), terms, dict.fromkeys(terms, 1.0), teacher, pairing)
+            weights = dict.fromkeys(terms, 1.0)
+            distiller = Distiller(copy.deepcopy(student).train(), terms, weights, teacher, pairing, setting=setting)
+            report.notes += distiller.notes
             _step(distiller.to(pixels.device), inputs)
             steps[key] = distiller
         except (ValueError, RuntimeError) as error:

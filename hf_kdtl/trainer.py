@@ -22,10 +22,12 @@ from hf_kdtl.checkpoint import load_distillation_state, load_student, save_disti
 from hf_kdtl.checks import broken_gradient, broken_loss, check_setting, check_teacher_is_used
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Counts, Distiller, micro_batch_counts
+from hf_kdtl.functional.derivatives import differentiable
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.meter import TermMeter
 from hf_kdtl.models.pairing import plan
+from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -112,9 +114,13 @@ class DistillationTrainer(Trainer):
         pairing = None
         if self.teacher is not None and any(objective.needs_plan for objective in objectives.values()):
             pairing = plan(self.model, self.teacher, pixel_values=self._some_pixels())
+        compiled, checkpointing = bool(self.args.torch_compile), bool(self.args.activation_checkpointing)
+        setting = Setting.of(self.model, self.teacher, compiled, checkpointing)
         distiller = Distiller(
-            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func
+            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func, setting
         )
+        for note in distiller.notes:
+            logger.info(note)
         return distiller.to(self.accelerator.device) if self.place_model_on_device else distiller
 
     def _some_pixels(self) -> Tensor | None:
@@ -176,6 +182,12 @@ class DistillationTrainer(Trainer):
         if self.args.world_size > 1:
             both = self.accelerator.gather(both).view(-1, 2).sum(0)
         return {"images": both[0], "labelled": both[1]}
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
+        order = self.distiller.student_needs.order if self.args.activation_checkpointing else 0
+        with differentiable(order):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(  # type: ignore[override]
         self, model, inputs, return_outputs=False, num_items_in_batch: Counts | None = None

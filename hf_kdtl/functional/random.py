@@ -54,3 +54,11 @@ class Draws:
         key = f"{self.seed}/{self.step}/{position}/{purpose}".encode()
         # Two checksums make 64 bits, so that no two images of a long run are likely to share a seed.
         return torch.Generator().manual_seed((zlib.crc32(key) << 32) | zlib.adler32(key[::-1]))
+
+
+def chosen(draws: Draws, fraction: float, like: Tensor) -> Tensor:
+    """(B,) booleans: which images take part when each does with probability `fraction`, by its own draw.
+
+    One draw an image, whoever asks, so that the images of a smaller fraction are among those of a larger one.
+    """
+    return draws.uniform((), "fraction", like) < fraction

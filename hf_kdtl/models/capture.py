@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hf_kdtl.functional import derivatives, hessian
+from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.geometry import ModelGeometry, describe, flat_attentions, pooled_features
+from hf_kdtl.models.passes import Direction, Masks, running_statistics, shown_pixels
 from hf_kdtl.models.tap import Attention, attention_setting, recording, run
 
 
@@ -21,18 +27,39 @@ class Needs:
         pooled: what the classifier reads.
         hidden_states: blocks whose output is needed, counted from 0.
         attention: blocks whose query, key and value are needed.
+        input_gradient: the gradient of outputs by the pixels is taken.
+        order: the highest derivative taken of this forward, by pixels and parameters together. From 2, attention runs
+            its math kernel (so does a pass in forward mode, which must see the same dropout masks); from 3, layer
+            norms are composed.
+        directions: further forwards at shifted pixels. Those that several objectives ask for are run once.
+        fraction: the largest share of the images that the last three are needed for. `capture` itself serves all the
+            images it is given.
     """
 
     logits: bool = False
     pooled: bool = False
     hidden_states: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    input_gradient: bool = False
+    order: int = 0
+    directions: frozenset[Direction] = frozenset()
+    fraction: float = 0.0
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(*(getattr(self, f.name) | getattr(other, f.name) for f in fields(self)))
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Needs(**{k: max(a, b) if k in ("order", "fraction") else a | b for k, (a, b) in pairs.items()})
 
     def __bool__(self) -> bool:
         return any(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def derivative(self) -> bool:
+        """Whether the pixels are differentiated or shifted."""
+        return self.input_gradient or bool(self.directions)
+
+    def plain(self) -> Needs:
+        """What one ordinary forward serves."""
+        return replace(self, input_gradient=False, order=0, directions=frozenset(), fraction=0.0)
 
 
 @dataclass
@@ -47,6 +74,10 @@ class Capture:
         hidden_states: {layer: (B, N, D) tokens, or (B, D, gh, gw) maps}, the outputs of blocks.
         attention: {layer: query, key, value (B, H, N, d), scale, bias}.
         geometry: prefix tokens and grid of each block.
+        x: the student's pixels, by which is differentiated; its leaf of the graph where a gradient is needed.
+        differentiated: the capture that serves derivatives, of the images `rows` alone; None where it is this one, or
+            where no image was chosen.
+        rows: (b,) the images of this batch that are differentiated; None means all.
     """
 
     logits: Tensor
@@ -56,10 +87,71 @@ class Capture:
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
     geometry: ModelGeometry | None = None
+    x: Tensor | None = None
+    differentiated: Capture | None = None
+    rows: Tensor | None = None
+    _again: Callable[..., Capture] | None = field(default=None, repr=False)
+    _shifted: dict[tuple[Direction, Draws], Tensor] = field(default_factory=dict, repr=False)
+
+    def input_gradient(self, scalar: Tensor, create_graph: bool = True) -> Tensor:
+        """d scalar_b / d x_b, (B, C, h, w), of a scalar (B,) made of this capture.
+
+        Raises:
+            ValueError: when nothing leads from it to the pixels.
+        """
+        return derivatives.input_gradient(scalar, self.leaf(), create_graph)
+
+    def hvp(self, scalar: Tensor, v: Tensor) -> Tensor:
+        """H v of a scalar (B,) made of this capture, with the shape of x. Needs `order` 2; 3 to train by it."""
+        return hessian.hvp_of(scalar, self.leaf(), v)
+
+    def directional(
+        self, u: Tensor, scalar: Callable[[Capture], Tensor] = lambda c: c.logits, step: float | None = None
+    ) -> Tensor:
+        """The derivative along u of a scalar made of a capture; by default of the logits, (B, K).
+
+        Another pass of the model under the same masks: in forward mode, or with a `step` as a central difference of
+        two passes in full precision.
+        """
+        x, again = self.leaf(), self._rerun()
+        if step is None:
+            return derivatives.directional(lambda z: scalar(again(z)), x, u)
+        return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
+
+    def at(self, direction: Direction, draws: Draws) -> Tensor:
+        """The logits at x + step u, (B, K), under the same masks and in full precision; run once for all who ask."""
+        x = self.leaf().detach()
+        if direction.step == 0 and not torch.is_autocast_enabled(x.device.type):
+            return self.logits
+        if (direction, draws) not in self._shifted:
+            shifted = x + direction.step * direction.draw(draws, x) if direction.step else x
+            self._shifted[direction, draws] = self._rerun()(shifted, precise=True).logits
+        return self._shifted[direction, draws]
+
+    def leaf(self) -> Tensor:
+        """The pixels that derivatives are by.
+
+        Raises:
+            ValueError: when this capture was not made for derivatives.
+        """
+        if self.x is None:
+            raise ValueError("this capture cannot be differentiated: its Needs had no input_gradient or directions.")
+        return self.x
+
+    def _rerun(self) -> Callable[..., Capture]:
+        assert self._again is not None
+        return self._again
 
 
 def capture(
-    model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None, **inputs: Any
+    model: nn.Module,
+    pixel_values: Tensor,
+    needs: Needs,
+    geometry: ModelGeometry | None = None,
+    *,
+    shown: Callable[[Tensor], Tensor] | None = None,
+    classes: Sequence[int] | None = None,
+    **inputs: Any,
 ) -> Capture:
     """Run one forward and keep what is needed.
 
@@ -71,12 +163,42 @@ def capture(
         pixel_values: (B, C, h, w).
         needs: what must be captured; an empty `Needs` still runs the model and gives its logits.
         geometry: of this model at this image size; by default looked up with one more small forward, if needed.
+        shown: what the model is shown for these pixels (a teacher's re-normalisation and size). Derivatives are by
+            `pixel_values`, so it is part of the function that is differentiated.
+        classes: the order in which the logits are wanted.
         inputs: further keyword arguments of the model's forward.
 
     Raises:
         ValueError: when the model gives no logits, does not run on images of this size or on images alone, has no
-            such layer, or gives nothing for a layer that was asked for.
+            such layer, gives nothing for a layer that was asked for, or is asked for derivatives by integers.
     """
+
+    def forward(x: Tensor, wanted: Needs) -> Capture:
+        got = _forward(model, x if shown is None else shown(x), wanted, geometry, inputs)
+        if classes is not None:
+            got.logits = got.logits[:, classes]
+        return got
+
+    if not needs.derivative:
+        return forward(pixel_values, needs)
+    x, masks = shown_pixels(pixel_values, needs.input_gradient), Masks(pixel_values.device)
+    kernel = partial(derivatives.differentiable, needs.order)
+    trained = torch.is_grad_enabled()  # a teacher's passes leave no graph to its weights
+
+    def again(z: Tensor, precise: bool = False) -> Capture:
+        full = torch.autocast(z.device.type, enabled=False) if precise else nullcontext()
+        with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), kernel(), full:
+            return forward(z, Needs(hidden_states=needs.hidden_states))
+
+    with torch.set_grad_enabled(trained or needs.input_gradient), running_statistics(model), kernel():
+        got = forward(x, needs.plain())
+    got.x, got._again = x, again
+    return got
+
+
+def _forward(
+    model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None, inputs: dict[str, Any]
+) -> Capture:
     layers = needs.attention | needs.hidden_states
     if layers and geometry is None:
         geometry = describe(model, pixel_values)

@@ -8,6 +8,8 @@ from typing import Any
 
 def class_names(config: Any) -> list[str] | None:
     """Names by class index, or None where they are transformers' defaults (LABEL_0, LABEL_1, ...)."""
+    if config.id2label is None:  # PVT's config leaves it so
+        return None
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
+from hf_kdtl.models.setting import Setting
 
 
 class Batch(TypedDict):
@@ -46,6 +47,14 @@ class Objective(nn.Module):
     """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
     citation: str = ""
     """BibTeX of the paper, for the model card."""
+
+    def prepare(self, setting: Setting) -> list[str]:
+        """Choose what fits how the models are run, before `build`; says what was chosen and why, for preflight.
+
+        Raises:
+            ValueError: when the options would give wrong numbers in this setting.
+        """
+        return []
 
     def build(self, plan: PairingPlan | None) -> None:
         """Create parameters whose widths the plan knows. `plan` is None without a teacher, or if not `needs_plan`.

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ GIVES = {
 LARGER = ("levit", "levit_teacher", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "pp_lcnet", "textnet",
           "hgnet_v2")  # fmt: skip
 # Every row: a model without a class token can still be compared.
-OPTIONS = {"attention_map": {"rows": "all"}, "attention_transfer": {}, "hidden_states": {}, "relation": {}}
+OPTIONS = {"attention_map": {"rows": "all"}, "attention_transfer": {}, "hidden_states": {}, "relation": {},
+           "attention_jacobian": {}}  # fmt: skip
 ALTERNATIVES = re.compile(r"For this pair these work: (.*)\.$", re.DOTALL)
 DRAWS = Draws(0, 0, (0, 1, 2))
 
@@ -127,7 +129,7 @@ def row(key: str, **settings) -> Row:
     for role in ("student", "teacher"):
         model, vit = build(key, image_size=size, **settings), build("vit", image_size=size, seed=1)
         student, teacher = (model, Teacher(vit)) if role == "student" else (vit, Teacher(model))
-        teacher.match(student, None, False)
+        teacher.match(student, None, True)
         pairing = plan(student, teacher, pixel_values=pixels(size))
         paired = {name for name, objective in OBJECTIVES.items() if objective.needs_plan}
         assert paired == OPTIONS.keys(), "a new objective that pairs layers belongs in OPTIONS"
@@ -213,6 +215,15 @@ def test_each_objective_works_or_is_refused_with_what_works(key):
         assert ((role, "relation") in made.serves) == (full and not made.geometry.weights_only)
 
 
+@pytest.mark.parametrize("key", [key for key in GIVES if not isinstance(GIVES[key], str)])
+def test_every_model_can_be_differentiated(key):
+    size = 64 if key in LARGER else 32
+    for names in ((key, "vit"), ("vit", key)):
+        student, teacher = (build(name, image_size=size) for name in names)
+        pairing = SimpleNamespace(student=SimpleNamespace(image=(size, size)), teacher=None)
+        assert _refusal(student, Teacher(teacher), pairing, "jacobian", {}) is None
+
+
 @pytest.mark.parametrize("key", [key for key in GIVES if isinstance(GIVES[key], str)])
 def test_a_model_that_cannot_be_used_is_refused_in_words(key):
     model, vit = build(key), build("vit")
@@ -288,10 +299,11 @@ fine-tuned or larger model may have more stages, and a model that is not in the 
   block). "on no grid": tokens that do not stand row by row on the image, so patches cannot be matched.
 - **attention**: full (every token to every token), windowed, reduced (fewer keys than tokens), none (or not given).
   "weights only": finished weights without queries and keys. Swin's last stage is a single window, so it is full.
-- **as student, as teacher**: which of `attention_map` (with `rows: all`), `attention_transfer`, `hidden_states` and
-  `relation` work beside a ViT; "(last)" only with `layers: last`, or with pairs named by hand. Everything else is
-  refused before training, in a sentence that names what works. Objectives on the class outputs (`logit_kd`,
-  `decoupled_kd`, `dist`, ...) work with every model that runs on images alone.
+- **as student, as teacher**: which of `attention_map` (with `rows: all`), `attention_transfer`, `hidden_states`,
+  `relation` and `attention_jacobian` work beside a ViT; "(last)" only with `layers: last`, or with pairs named by hand.
+  Everything else is refused before training, in a sentence that names what works. Objectives on the class outputs
+  (`logit_kd`, `decoupled_kd`, `dist`, ...) and `jacobian` work with every model that runs on images alone; `hessian`
+  with those that have no ReLU-like layers and no max-pooling.
 """
 
 

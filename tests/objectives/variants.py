@@ -3,8 +3,9 @@
 import pytest
 
 from hf_kdtl.objectives import OBJECTIVES
+from tests.objectives import derivative_variants
 
-VARIANTS = {
+VARIANTS = derivative_variants.VARIANTS | {
     "task": [{}, {"label_smoothing": 0.1}],
     "logit_kd": [
         {},
@@ -33,8 +34,21 @@ VARIANTS = {
     ],
     "relation": [{}, {"heads": 4}],
 }
-CASES = [
-    pytest.param(name, options, id=f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}")
-    for name in OBJECTIVES
-    for options in VARIANTS.get(name, [{}])
-]
+
+
+def _cases(variants):
+    return [
+        pytest.param(name, options, id=_id(name, options))
+        for name in OBJECTIVES
+        for options in variants.get(name, [{}])
+    ]
+
+
+def _id(name, options):
+    if name in derivative_variants.VARIANTS:
+        return derivative_variants.short(name, options)
+    return f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}"
+
+
+CASES = _cases(VARIANTS)
+FURTHER = _cases({name: derivative_variants.EVERY.get(name, []) for name in OBJECTIVES})
