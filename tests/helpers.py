@@ -1,6 +1,9 @@
 """What several test files need: images, quiet training arguments, two named models."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -66,3 +69,11 @@ def largest_difference(a, b):
     """max |a - b| over two state dicts of the same names."""
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def torchrun(module, processes, *arguments):
+    """Run a module of tests on gloo processes of this machine; its errors are shown."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]

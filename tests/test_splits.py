@@ -1,17 +1,12 @@
 """How the whole batch is split into micro-batches and processes changes nothing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
-from tests.helpers import largest_difference, pair, weights
+from tests.helpers import largest_difference, pair, torchrun, weights
 from tests.split_worker import run
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("number", [16, 20], ids=["whole", "ragged"])
@@ -29,10 +24,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, labels, number):
 
 
 def _torchrun(out, processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.split_worker", str(out)]
-    done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("tests.split_worker", processes, out, *arguments)
     with safe_open(out, "pt") as file:
         assert file.metadata()["world"] == str(processes)
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["logged"])  # noqa: SIM118
