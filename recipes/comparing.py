@@ -10,7 +10,7 @@ import numpy as np
 import running
 import torch
 
-from hf_kdtl.evaluation.attention import ATTENTION_SHEET, attention_sheet, looked_at, unnormalised
+from hf_kdtl.evaluation.maps import ATTENTION_SHEET, GRADIENT_SHEET, looked_at, map_sheet, moved_by, unnormalised
 from hf_kdtl.evaluation.metrics import scores
 from hf_kdtl.evaluation.pictures import SHEET, sheet_choice, sheet_picture
 from hf_kdtl.evaluation.report import SPLITS
@@ -43,11 +43,7 @@ def evaluate(study: Any) -> None:
     if study.config.process_index == 0:
         _keep_student(study)
         value["sheet"] = _sheet(study, taught["test"][0], shown)
-        try:
-            first = running.load(study.folder / f"distilled-seed{study.seeds[0]}")
-            value["attention"] = _attention(study, first)
-        except ValueError as error:  # a model without any map; the run must not end for want of a picture
-            running.say(study.config, f"no attention sheet: {error}")
+        value |= _maps(study, running.load(study.folder / f"distilled-seed{study.seeds[0]}"))
         update_results(study.folder, "evaluation", value)
 
 
@@ -73,18 +69,27 @@ def _keep_student(study: Any) -> None:
     shutil.copytree(study.folder / f"distilled-seed{study.seeds[0]}" / "model", study.folder / "student")
 
 
-def _attention(study: Any, student: Any, count: int = 6) -> str:
-    """The sheet of where teacher and student look, the latter before and after training, on the first test images."""
+def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
+    """Captions of the sheets of where teacher and student look and of what moves them, on the first test images."""
     before = study.trainer("distilled", study.seeds[0], study.folder).model
     data = building.pixels(study.data.test, study.processor)
-    pixels = torch.stack([row["pixel_values"] for row in data.__getitems__(list(range(min(count, len(data)))))])
-    teacher = study.teacher
-    maps = {
-        "teacher": looked_at(teacher.model, teacher.pixels(pixels.to(teacher.model.device))),
-        "student before": looked_at(before, pixels.to(before.device)),
-        "student after": looked_at(student, pixels.to(student.device)),
-    }
-    return attention_sheet(study.folder / ATTENTION_SHEET, unnormalised(pixels, study.processor), maps)
+    rows = data.__getitems__(list(range(min(count, len(data)))))
+    pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    teacher, images = study.teacher, unnormalised(pixels, study.processor)
+    order, _ = match_labels(student.config, teacher.model.config)
+    its = labels if order is None else torch.tensor(order)[labels]
+    students, captions = {"student before": before, "student after": student}, {}
+    try:
+        seen = {"teacher": looked_at(teacher.model, teacher.pixels(pixels.to(teacher.model.device)))}
+        seen |= {name: looked_at(model, pixels.to(model.device)) for name, model in students.items()}
+        about = "Where the last block looks"
+        captions["attention"] = map_sheet(study.folder / ATTENTION_SHEET, images, seen, about)
+    except ValueError as error:  # a model without any map; the run must not end for want of a picture
+        running.say(study.config, f"no attention sheet: {error}")
+    moved = {"teacher": moved_by(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
+    moved |= {name: moved_by(model, pixels.to(model.device), labels) for name, model in students.items()}
+    about = "Which pixels move the log-probability of the image's class"
+    return captions | {"gradients": map_sheet(study.folder / GRADIENT_SHEET, images, moved, about)}
 
 
 def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:

@@ -130,8 +130,8 @@ def check_whole_list(config: DistillationConfig) -> None:
 
 def remains(folder: Path) -> list[Path]:
     """What a recipe has written into a folder; a user's other files are not among it."""
-    patterns = (FILE, "report.md", "curves.png", "sheet.png", "attention.png", "example.png", "model", "model.part",
-                "student", "checkpoint-*", "alone-seed*", "distilled-seed*")  # fmt: skip
+    patterns = (FILE, "report.md", "curves.png", "sheet.png", "attention.png", "gradients.png", "example.png", "model",
+                "model.part", "student", "checkpoint-*", "alone-seed*", "distilled-seed*")  # fmt: skip
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 

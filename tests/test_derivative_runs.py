@@ -171,6 +171,7 @@ SETTINGS = [
         "the student has ReLU",
     ),
     ("hessian", {}, {"checkpointing": True}, "not recomputed under gradient checkpointing.*curvature"),
+    ("jacobian", {"fraction": 0.5}, {"sharded": True}, "same forwards.*fraction=1"),
     ("jacobian", {}, {"trainable": False}, "no trainable parameter, so no gradient path"),
     ("hessian", {}, {"kinks": ("the student has ReLU",)}, "piecewise linear.*Use jacobian"),
 ]
@@ -227,12 +228,12 @@ def test_integer_pixels_have_no_derivative():
         made.terms({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, Draws(0, 0, (0, 1)))
 
 
-@pytest.mark.parametrize("name", ["jacobian", "hessian", "noisy_kd"])
+@pytest.mark.parametrize("name", ["jacobian", "jacobian_norm", "hessian", "noisy_kd"])
 def test_one_class_is_not_a_class_output(name):
     student, teacher = (build("vit", num_labels=1, seed=s) for s in (0, 5))
     made = Distiller(student, {name: OBJECTIVES[name]()}, {name: 1.0}, Teacher(teacher))
     with pytest.raises(ValueError, match=f"objective '{name}': the models have one class"):
-        made.terms({"pixel_values": inputs()["pixel_values"]}, DRAWS)
+        made.terms({"pixel_values": inputs()["pixel_values"], "labels": torch.zeros(4, dtype=torch.long)}, DRAWS)
 
 
 def test_a_teacher_without_gradients_to_its_pixels_is_refused():

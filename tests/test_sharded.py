@@ -29,4 +29,5 @@ def test_sharded_gradients_equal_one_process(sharded, way):
 
 
 def test_double_backward_is_refused(sharded):
-    assert "under FSDP2 a double backward gives zero gradients, silently; use estimator='split'" in sharded[0]["refused"]
+    said = sharded[0]["refused"]
+    assert "under FSDP2 a double backward gives zero gradients, silently; use estimator='split'" in said

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_kdtl.evaluation.attention import ATTENTION_SHEET
+from hf_kdtl.evaluation.maps import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.evaluation.pictures import CURVES, SHEET, curves_picture
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.evaluation.statistics import spread
@@ -46,6 +46,8 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         lines += [f"![images with the probabilities of teacher and student]({SHEET})", "", evaluation["sheet"], ""]
     if "attention" in evaluation:
         lines += [f"![where teacher and student look]({ATTENTION_SHEET})", "", evaluation["attention"], ""]
+    if "gradients" in evaluation:
+        lines += [f"![which pixels move teacher and student]({GRADIENT_SHEET})", "", evaluation["gradients"], ""]
     if results.get("objectives"):
         lines += ["## Objectives", "", objectives_table(results["objectives"]), ""]
     models = [f"{who}: {what}" for who, what in pairing.items() if who != "notes"]

@@ -76,6 +76,8 @@ class ComposedLayerNorm(TorchFunctionMode):
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    # Autocast runs layer_norm in float32, and would not run these operations so.
+    input = input.float() if torch.is_autocast_enabled(input.device.type) else input
     axes = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(axes, keepdim=True)
     result = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
@@ -163,7 +165,7 @@ def split(phi: Phi, output: Tensor, x: Tensor, directional: Callable[[Tensor], T
     value = phi(j)
     (u,) = torch.autograd.grad(value.sum(), j)
     surrogate = directional(u)
-    return value.detach() + surrogate - surrogate.detach()
+    return value.detach() + (surrogate - surrogate.detach())
 
 
 def normalized(a: Tensor, b: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class AttentionJacobian(DerivativeObjective):
     name = "attention_jacobian"
     citation = CITATION
     needs_plan = True
+    of_classes = False
     compares_classes = False
 
     def __init__(

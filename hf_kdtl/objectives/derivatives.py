@@ -35,6 +35,8 @@ class DerivativeObjective(Objective):
     """
 
     name: str
+    of_classes = True
+    """Whether class outputs are differentiated; then there must be at least two."""
     compares_classes = True
 
     def __init__(self, *, fraction: float, probes: int, estimator: str, central: bool, step: float | None):
@@ -63,6 +65,11 @@ class DerivativeObjective(Objective):
     def prepare(self, setting: Setting) -> list[str]:
         if not setting.trainable:
             raise ValueError("the student has no trainable parameter, so no gradient path. Unfreeze some of it.")
+        if setting.sharded and self.fraction < 1:
+            raise ValueError(
+                "under FSDP2 all processes must run the same forwards, and a fraction may be none on one "
+                "of them; use fraction=1."
+            )
         ways = self.ways()
         problems = [_problem(way, setting) for way in ways]
         right = [way for way, problem in zip(ways, problems, strict=True) if not problem]
@@ -99,7 +106,7 @@ class DerivativeObjective(Objective):
         part = student.differentiated or student
         if part.x is None:  # no image was chosen
             return student.logits.new_zeros(student.logits.shape[0])
-        if self.compares_classes and student.logits.shape[-1] < 2:
+        if self.of_classes and student.logits.shape[-1] < 2:
             raise ValueError(f"objective {self.name!r}: the models have one class (K = 1); at least 2 are compared.")
         rows = student.rows
         inner = batch if rows is None else _of_rows(batch, rows)
@@ -174,9 +181,11 @@ def _problem(way: Way, setting: Setting) -> str:
         other = "estimator='split'" if way.estimator == "vjp" else "what='curvature', estimator='finite_difference'"
         if setting.sharded:
             return f"under FSDP2 a double backward gives zero gradients, silently; use {other}."
-        return (
-            f"torch.compile has no double backward; use {other}, or torch_compile=False." if setting.compiled else ""
-        )
+        if setting.compiled:
+            return f"torch.compile has no double backward; use {other}, or torch_compile=False."
+        if setting.checkpointing and way.estimator == "hvp":
+            return f"the composed layer norms are not recomputed under gradient checkpointing; use {other}."
+        return ""
     if way.step == 0:
         what = "torch.compile" if setting.compiled else "gradient checkpointing" if setting.checkpointing else ""
         return f"forward mode does not run under {what}; use estimator='split', central=true." if what else ""
@@ -206,8 +215,17 @@ def check_estimator(
 
 
 def label_index(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The labels as class indices (b,), and which images have one: an unlabelled image counts 0."""
+    """The labels as class indices (b,), and which images have one: an unlabelled image counts 0.
+
+    Raises:
+        ValueError: for labels that are distributions.
+    """
     labels = batch["labels"]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels are distributions of shape {tuple(labels.shape)}, and the output of one class is differentiated. "
+            "Turn mixup, CutMix and other soft labels off, or use output='teacher_top1'."
+        )
     return labels.clamp(min=0), labelled(labels)
 
 

@@ -300,7 +300,7 @@ fine-tuned or larger model may have more stages, and a model that is not in the 
 - **attention**: full (every token to every token), windowed, reduced (fewer keys than tokens), none (or not given).
   "weights only": finished weights without queries and keys. Swin's last stage is a single window, so it is full.
 - **as student, as teacher**: which of `attention_map` (with `rows: all`), `attention_transfer`, `hidden_states`,
-  `relation` and `attention_jacobian` work beside a ViT; "(last)" only with `layers: last`, or with pairs named by hand.
+  `relation` and `attention_jacobian` work beside a ViT; "(last)" only with `layers: last`, or pairs named by hand.
   Everything else is refused before training, in a sentence that names what works. Objectives on the class outputs
   (`logit_kd`, `decoupled_kd`, `dist`, ...) and `jacobian` work with every model that runs on images alone; `hessian`
   with those that have no ReLU-like layers and no max-pooling.

@@ -1,8 +1,8 @@
-"""Where models look: a sheet of images with the attention of teacher and student, before and after training."""
+"""Sheets of images with maps of teacher and student, before and after training: where they look, what moves them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from hf_kdtl.functional.attention import attention_rows, mean_heads
+from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.functional.features import energy
 from hf_kdtl.models.capture import Needs, capture
 from hf_kdtl.models.geometry import describe
 
-ATTENTION_SHEET = "attention.png"
+ATTENTION_SHEET, GRADIENT_SHEET = "attention.png", "gradients.png"
 
 
 @torch.no_grad()
@@ -54,12 +55,32 @@ def looked_at(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, str]:
     return (values / values.sum(-1, keepdim=True)).reshape(-1, *layer.grid), what
 
 
-def attention_sheet(path: str | Path, images: Sequence[np.ndarray], maps: dict[str, tuple[Tensor, str]]) -> str:
+def moved_by(
+    model: nn.Module, pixel_values: Tensor, classes: Tensor, shown: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, str]:
+    """How much each pixel moves the log-probability of a class, (B, h, w): || d log p_c / d x || over the channels.
+
+    Args:
+        classes: (B,) c of each image, in the model's own order.
+        shown: what the model is shown for `pixel_values` (a teacher's `pixels`).
+    """
+    training = model.training
+    model.eval()
+    try:
+        got = capture(model, pixel_values, Needs(input_gradient=True, order=1, fraction=1.0), shown=shown)
+        chosen = log_probabilities(got.logits).gather(1, classes[:, None].to(got.logits.device))
+        return got.input_gradient(chosen[:, 0], create_graph=False).norm(dim=1), "input gradient"
+    finally:
+        model.train(training)
+
+
+def map_sheet(path: str | Path, images: Sequence[np.ndarray], maps: dict[str, tuple[Tensor, str]], about: str) -> str:
     """A row for each image: the pixels the student saw, then one map for each model; returns the caption.
 
     Args:
         images: (h, w, 3) in [0, 1].
-        maps: {column title: what `looked_at` gave for these images}.
+        maps: {column title: what `looked_at` or `moved_by` gave for these images}.
+        about: the caption's first words.
     """
     rows, columns = len(images), 1 + len(maps)
     figure = Figure(figsize=(1.9 * columns, 1.75 * rows + 0.5), layout="constrained")
@@ -76,7 +97,7 @@ def attention_sheet(path: str | Path, images: Sequence[np.ndarray], maps: dict[s
         one.set_axis_off()
     figure.savefig(path, dpi=130)
     return (
-        "Where the last block looks: "
+        f"{about}: "
         + "; ".join(f"{who}: {what}" for who, (_, what) in maps.items())
         + ". Each map is scaled to its own largest value. The pixels are those the student saw."
     )
