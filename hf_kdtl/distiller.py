@@ -62,7 +62,10 @@ class Distiller(nn.Module):
         self.notes: list[str] = []
         setting = setting or Setting.of(student, teacher)
         for key, objective in objectives.items():
-            self.notes += [f"{key}: {note}" for note in objective.prepare(setting)]
+            try:
+                self.notes += [f"{key}: {note}" for note in objective.prepare(setting)]
+            except ValueError as error:
+                raise ValueError(f"objective {key!r}: {error}") from error
             _build(key, objective, plan)
             needs = objective.needs(plan)
             self.student_needs, self.teacher_needs = self.student_needs | needs[0], self.teacher_needs | needs[1]
