@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -53,6 +55,31 @@ def math_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    # Autocast runs layer_norm in float32, and would not run these operations so.
+    input = input.float() if torch.is_autocast_enabled(input.device.type) else input
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    result = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _linear_map(func, input, weight, bias=None, *args, **kwargs):
+    value, slope = forward_ad.unpack_dual(input)
+    result = func(value, weight, bias, *args, **kwargs)
+    return result if slope is None else forward_ad.make_dual(result, func(slope, weight, None, *args, **kwargs))
+
+
+def _batch_norm(input, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if training or mean is None:
+        return F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    return input * scale.reshape(shape).to(input.dtype) + shift.reshape(shape).to(input.dtype)
+
+
 @contextmanager
 def differentiable(order: int) -> Iterator[None]:
     """Around a forward of which derivatives up to `order` are taken: what makes them right.
@@ -72,17 +99,23 @@ class ComposedLayerNorm(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _layer_norm(*args, **(kwargs or {})) if func is F.layer_norm else func(*args, **(kwargs or {}))
+        return self.replaced.get(func, func)(*args, **(kwargs or {}))
+
+    replaced: dict[Callable, Callable] = {F.layer_norm: _layer_norm}
 
 
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    # Autocast runs layer_norm in float32, and would not run these operations so.
-    input = input.float() if torch.is_autocast_enabled(input.device.type) else input
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
-    result = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
+class ForwardMode(ComposedLayerNorm):
+    """Inside a forward-mode derivative by the pixels: what torch gets wrong, or does twice, is composed.
+
+    Linear maps push the slope through the weights alone: torch would also multiply by the weights' own slope, which
+    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope is float32 under autocast, which the next layer refuses.
+    """
+
+    replaced = ComposedLayerNorm.replaced | {
+        F.linear: partial(_linear_map, F.linear),
+        torch.conv2d: partial(_linear_map, torch.conv2d),
+        F.batch_norm: _batch_norm,
+    }
 
 
 def input_gradient(output: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
@@ -118,8 +151,8 @@ def directional(f: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
 
     Cost: one forward that carries two numbers for each. Not under gradient checkpointing or torch.compile.
     """
-    # torch.func and not autograd.forward_ad: there the attention's softmax spoils what its own backward has kept.
-    with math_attention(), ComposedLayerNorm():
+    # torch.func's and not a dual level of autograd.forward_ad: there the attention's softmax spoils what its own backward has kept.
+    with math_attention(), ForwardMode():
         return torch.func.jvp(f, (x.detach(),), (u,))[1]
 
 

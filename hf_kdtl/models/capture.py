@@ -101,9 +101,9 @@ class Capture:
         """
         return derivatives.input_gradient(scalar, self.leaf(), create_graph)
 
-    def hvp(self, scalar: Tensor, v: Tensor) -> Tensor:
+    def hvp(self, scalar: Tensor, v: Tensor, create_graph: bool = True) -> Tensor:
         """H v of a scalar (B,) made of this capture, with the shape of x. Needs `order` 2; 3 to train by it."""
-        return hessian.hvp_of(scalar, self.leaf(), v)
+        return hessian.hvp_of(scalar, self.leaf(), v, create_graph)
 
     def directional(
         self, u: Tensor, scalar: Callable[[Capture], Tensor] = lambda c: c.logits, step: float | None = None

@@ -13,6 +13,7 @@ from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.models.capture import Capture
+from hf_kdtl.models.passes import Direction
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import (
     DerivativeObjective,
@@ -169,7 +170,9 @@ class Jacobian(DerivativeObjective):
             "softmax": (log_probabilities, lambda z: log_probabilities(z).exp()),
         }
         mine, its = of[self.distance]
-        log_teacher = log_probabilities(teacher.logits).detach()
+        # In the differences' own precision, which autocast does not touch; as a rule it is the logits that are there.
+        here = teacher.at(Direction("normal", 0.0), batch["draws"])
+        log_teacher = log_probabilities(here).detach()
         if self.way.estimator == "vjp":
             pairs = [(_every_gradient(student, mine, True), _every_gradient(teacher, its, False))]
         else:
