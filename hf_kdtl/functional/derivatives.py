@@ -108,7 +108,7 @@ class ForwardMode(ComposedLayerNorm):
     """Inside a forward-mode derivative by the pixels: what torch gets wrong, or does twice, is composed.
 
     Linear maps push the slope through the weights alone: torch would also multiply by the weights' own slope, which
-    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope is float32 under autocast, which the next layer refuses.
+    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope is float32 under autocast: the next layer refuses it.
     """
 
     replaced = ComposedLayerNorm.replaced | {
@@ -151,7 +151,7 @@ def directional(f: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
 
     Cost: one forward that carries two numbers for each. Not under gradient checkpointing or torch.compile.
     """
-    # torch.func's and not a dual level of autograd.forward_ad: there the attention's softmax spoils what its own backward has kept.
+    # torch.func, not autograd.forward_ad: there the attention's softmax overwrites what its own backward kept.
     with math_attention(), ForwardMode():
         return torch.func.jvp(f, (x.detach(),), (u,))[1]
 
