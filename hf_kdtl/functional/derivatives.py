@@ -108,7 +108,7 @@ class ForwardMode(ComposedLayerNorm):
     """Inside a forward-mode derivative by the pixels: what torch gets wrong, or does twice, is composed.
 
     Linear maps push the slope through the weights alone: torch would also multiply by the weights' own slope, which
-    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope is float32 under autocast: the next layer refuses it.
+    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope stays float32 under autocast, to an error.
     """
 
     replaced = ComposedLayerNorm.replaced | {
