@@ -108,6 +108,8 @@ def test_evaluation_reports_derivatives_though_it_runs_without_gradients(tmp_pat
                      eval_dataset=Images(8), eval_objectives=True, per_device_eval_batch_size=4)  # fmt: skip
     found = runner.evaluate()
     assert 0 < found["eval_jacobian"] < 4 and 0 < found["eval_hessian"] < 4
+    with torch.no_grad():
+        assert runner.objective_terms(inputs())["jacobian"].shape == (4,)
     assert all(p.grad is None for p in runner.model.parameters())
 
 
