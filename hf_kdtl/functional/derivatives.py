@@ -71,15 +71,6 @@ def _linear_map(func, input, weight, bias=None, *args, **kwargs):
     return result if slope is None else forward_ad.make_dual(result, func(slope, weight, None, *args, **kwargs))
 
 
-def _batch_norm(input, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if training or mean is None:
-        return F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
-    shape = (1, -1, *[1] * (input.ndim - 2))
-    scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - mean * scale
-    return input * scale.reshape(shape).to(input.dtype) + shift.reshape(shape).to(input.dtype)
-
-
 @contextmanager
 def differentiable(order: int) -> Iterator[None]:
     """Around a forward of which derivatives up to `order` are taken: what makes them right.
@@ -105,16 +96,15 @@ class ComposedLayerNorm(TorchFunctionMode):
 
 
 class ForwardMode(ComposedLayerNorm):
-    """Inside a forward-mode derivative by the pixels: what torch gets wrong, or does twice, is composed.
+    """Inside a forward-mode derivative by the pixels: linear maps push the slope through their weights alone.
 
-    Linear maps push the slope through the weights alone: torch would also multiply by the weights' own slope, which
-    is 0 here, a tenth of the step's arithmetic. BatchNorm's slope stays float32 under autocast, to an error.
+    torch would also multiply by the weights' own slope, which is 0 here: a tenth of the step's arithmetic. Under
+    autocast each layer's slope takes the layer's precision, as its value does.
     """
 
     replaced = ComposedLayerNorm.replaced | {
         F.linear: partial(_linear_map, F.linear),
         torch.conv2d: partial(_linear_map, torch.conv2d),
-        F.batch_norm: _batch_norm,
     }
 
 

@@ -71,7 +71,7 @@ class Jacobian(DerivativeObjective):
         probes: random directions or projections that are averaged; one has a relative deviation of about 1.4.
         fraction: share of the images, in (0, 1], that take part.
 
-    Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/step_cost.py): vjp 2.1,
+    Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/step_cost.py): vjp 2.0,
         split 2.6, finite_difference 2.0 (central 3.0), vjp on a quarter of the images 1.3.
 
     Raises:
