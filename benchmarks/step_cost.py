@@ -34,10 +34,10 @@ BATCH, CLASSES = 32, 10
 KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 
 
-def vit(layers: int, width: int, heads: int) -> ViTForImageClassification:
+def vit(layers: int, width: int, heads: int, image: int = 32, patch: int = 8) -> ViTForImageClassification:
     config = ViTConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-        image_size=32, patch_size=8, num_labels=CLASSES,
+        image_size=image, patch_size=patch, num_labels=CLASSES,
     )  # fmt: skip
     return ViTForImageClassification(config)
 

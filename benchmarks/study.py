@@ -57,38 +57,48 @@ class Study:
                 self.once(arm, self.chosen(arm, seeds[0]), seed)
 
     def once(self, arm: Arm, weight: float, seed: int) -> dict[str, Any]:
-        """One run, from the file if it is there."""
+        """One run, from the file if it is there with the same objectives (older files do not name them)."""
+        objectives = arm.objectives(weight)
         for line in self.lines:
-            if (line["arm"], line["weight"], line["seed"]) == (arm.name, weight, seed):
+            same = line.get("objectives", objectives) == objectives
+            if same and (line["arm"], line["weight"], line["seed"]) == (arm.name, weight, seed):
                 return line
         started = time.perf_counter()
-        found = self.run(arm.objectives(weight), seed)
-        line = {"arm": arm.name, "weight": weight, "seed": seed, **found}
+        found = self.run(objectives, seed)
+        line = {"arm": arm.name, "weight": weight, "seed": seed, **found, "objectives": objectives}
         line |= {"seconds": round(time.perf_counter() - started), "setting": self.setting}
         self.lines.append(line)
         with self.file.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        print({k: v for k, v in line.items() if k != "setting"}, flush=True)
+        print({k: v for k, v in line.items() if k not in ("setting", "objectives")}, flush=True)
         return line
 
     def chosen(self, arm: Arm, seed: int) -> float:
         """The weight with the best validation accuracy at the first seed."""
         return max(arm.weights, key=lambda weight: self.once(arm, weight, seed)["validation"])
 
-    def table(self, arms: Iterable[Arm], seeds: list[int], reference: str) -> str:
-        """Markdown: test accuracy as mean and spread over seeds, and the paired difference to the reference arm."""
-        by_arm = {arm.name: [self.once(arm, self.chosen(arm, seeds[0]), s)["test"] for s in seeds] for arm in arms}
-        chosen = {arm.name: self.chosen(arm, seeds[0]) for arm in arms}
-        rows = [
-            f"| arm | weight | test accuracy, mean of {len(seeds)} | sd | minus {reference}, 95 % t interval |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for name, values in by_arm.items():
-            spread = f"{100 * stdev(values):.2f}" if len(values) > 1 else "-"
-            cells = [name, f"{chosen[name]:g}", f"{100 * mean(values):.2f} %", spread]
-            rows.append(
-                "| " + " | ".join([*cells, self._difference(values, by_arm[reference], name == reference)]) + " |"
-            )
+    def taken(self, arm: Arm, seeds: list[int]) -> list[dict[str, Any]]:
+        """The runs of an arm at its chosen weight, one a seed."""
+        return [self.once(arm, self.chosen(arm, seeds[0]), seed) for seed in seeds]
+
+    def table(
+        self, arms: Iterable[Arm], seeds: list[int], reference: str, measures: tuple[str, ...] = ("test",)
+    ) -> str:
+        """Markdown: each measure as mean and spread over seeds, and the paired difference to the reference arm."""
+        by_arm = {arm.name: self.taken(arm, seeds) for arm in arms}
+        titles, rules = "| arm | weight |", "| --- | ---: |"
+        for measure in measures:
+            titles += f" {measure} accuracy, mean of {len(seeds)} | sd | minus {reference}, 95 % t interval |"
+            rules += " ---: | ---: | ---: |"
+        rows = [titles, rules]
+        for name, lines in by_arm.items():
+            cells = [name, f"{lines[0]['weight']:g}"]
+            for measure in measures:
+                values, others = ([line[measure] for line in runs] for runs in (lines, by_arm[reference]))
+                spread = f"{100 * stdev(values):.2f}" if len(values) > 1 else "-"
+                difference = self._difference(values, others, name == reference)
+                cells += [f"{100 * mean(values):.2f} %", spread, difference]
+            rows.append("| " + " | ".join(cells) + " |")
         return "\n".join(rows)
 
     @staticmethod
