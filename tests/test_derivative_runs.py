@@ -246,6 +246,12 @@ def test_preflight_says_which_estimator_and_why(tmp_path):
     assert float(cost.split("time")[1].split()[0]) > 1.0
 
 
+def test_preflight_finds_a_static_graph(tmp_path):
+    settings = config(tmp_path, entries({"name": "jacobian"}), ddp_static_graph=True)
+    found = preflight(*pair(), settings, torch.randn(2, 3, 32, 32))
+    assert any("Leave ddp_static_graph" in problem for problem in found.problems)
+
+
 def test_a_frozen_student_has_no_gradient_path(tmp_path):
     student, _ = pair()
     with pytest.raises(ValueError, match="no trainable parameter, so no gradient path. Unfreeze"):
