@@ -238,8 +238,11 @@ def show(results: dict[str, dict[tuple[str, str], Curve]], steps: list[float]) -
 
 def draw(results: dict[str, dict[tuple[str, str], Curve]], steps: list[float], title: str, path: Path) -> None:
     shown = {objective: curves for objective, curves in results.items() if any(len(c) > 1 for c in curves.values())}
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 4), sharey=True, squeeze=False)
-    for axis, (objective, curves) in zip(axes[0], shown.items(), strict=True):
+    rows = -(-len(shown) // 3)
+    figure, axes = pyplot.subplots(rows, 3, figsize=(12, 3.8 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (objective, curves) in zip(axes.flat, shown.items(), strict=False):
         colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
         for (name, precision), curve in curves.items():
             style = {"color": colors[name], "linestyle": "-" if precision == "float32" else "--"}
@@ -250,7 +253,8 @@ def draw(results: dict[str, dict[tuple[str, str], Curve]], steps: list[float], t
                 axis.loglog(steps, curve, marker=".", label=label, **style)
         axis.set(title=objective, xlabel="step", xscale="log", yscale="log")
         axis.legend(fontsize=6)
-    axes[0, 0].set_ylabel("relative error of the parameter gradient")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("relative error of the gradient")
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +276,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     found = bench(options)
     kinks = options.kind == "resnet" or any(isinstance(m, nn.ReLU | nn.MaxPool2d) for m in found.student.modules())
-    what = options.student or options.kind
+    what = Path(options.student).name if options.student else options.kind
     size = "x".join(map(str, found.images.shape))
     print(f"torch {torch.__version__}, {what}, images {size}, {len(options.steps)} steps", flush=True)
     studied = {name: study for name, study in studies().items() if study.kinks or not kinks}
