@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                 # both tables, about 6 minutes on 2 cores
     python benchmarks/step_cost.py --tables trainer # the overhead of the trainer alone
+    python benchmarks/step_cost.py --tables rates --steps 405   # layer rates: 5 to warm up, two cadences of hessian
     python benchmarks/step_cost.py --steps 50      # rougher
 
 Teacher 12 layers, 192 wide, 3 heads; student 6 layers, 128 wide, 2 heads; 32 px, patch 8, batch 32, 10 classes,
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -29,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interleave import interleave, ratio
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.optim import RateOptions
 
-BATCH, CLASSES = 32, 10
+BATCH, CLASSES, WARM_UP = 32, 10, 5
 KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 
 
@@ -137,6 +140,35 @@ BESIDE_KD = {
 }
 
 
+# At the default cadence of each source: most steps measure nothing, so the mean step counts and not the median one.
+RATES: dict[str, dict] = {
+    "attention (every 20)": {"source": "attention"},
+    "attention, map class (every 20)": {"source": "attention", "map": "class"},
+    "jacobian (every 100)": {"source": "jacobian"},
+    "jacobian wrt inputs (every 100)": {"source": "jacobian", "wrt": "inputs"},
+    "hessian (every 200)": {"source": "hessian"},
+    "hessian wrt inputs (every 200)": {"source": "hessian", "wrt": "inputs"},
+}
+
+
+def mean_ratios(times: dict[str, list[float]], to: str) -> None:
+    """Ratios of mean step times over a whole number of cadences, and of the means of steps that do not measure."""
+    print("| steps compared | ratio of mean times | share of it in measuring steps |\n| --- | --- | --- |")
+    rounds = len(times[to])
+    whole = rounds - rounds % 200 or rounds
+    if whole % 200:
+        print(f"(only {whole} steps: not whole cadences; a multiple of 200 after 5 to warm up is)")
+    for name, seconds in times.items():
+        if name == to:
+            continue
+        every = RateOptions.of(RATES[name]).interval if name in RATES else None
+        due = [i for i in range(whole) if every and (i + WARM_UP) % every == 0]
+        base = statistics.mean(times[to][:whole])
+        extra = sum(seconds[i] - times[to][i] for i in due) / (whole * base)
+        mean = statistics.mean(seconds[:whole]) / base
+        print(f"| logit_kd + {name} / logit_kd | {mean:.3f} | {extra:.3f} |", flush=True)
+
+
 def show(rows: list[tuple[str, float, float, float]]) -> None:
     print("| steps compared | median of paired ratios | 95 % interval |\n| --- | --- | --- |")
     for name, middle, low, high in rows:
@@ -156,8 +188,8 @@ def main() -> None:
     student, teacher = vit(6, 128, 2), vit(12, 192, 3).eval()
     data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % CLASSES} for i in range(BATCH * 50)]
 
-    def ours(objectives, given=None):
-        arguments = settings(DistillationConfig, steps, objectives=objectives)
+    def ours(objectives, given=None, **more):
+        arguments = settings(DistillationConfig, steps, objectives=objectives, **more)
         return DistillationTrainer(copy.deepcopy(student), arguments, teacher=given, train_dataset=data)
 
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {steps} steps", flush=True)
@@ -185,6 +217,11 @@ def main() -> None:
                 if name != "logit_kd"
             ]
         )
+    if "rates" in options.tables:
+        loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
+        loops["uniform"] = by_trainer(ours(KD, copy.deepcopy(teacher), layer_rates={"mode": "uniform"}))
+        loops |= {n: by_trainer(ours(KD, copy.deepcopy(teacher), layer_rates=r)) for n, r in RATES.items()}
+        mean_ratios(interleave(loops, WARM_UP), "logit_kd")
 
 
 if __name__ == "__main__":

@@ -11,33 +11,34 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_kdtl.optim.layer_rates import LayerRates
+
 logger = logging.get_logger(__name__)
 
 STATE_JSON = "distillation_state.json"
 STATE_TENSORS = "distillation_state.safetensors"
 
 
-def save_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]]) -> None:
-    """Write the objectives' parameters (safetensors) and the list they were made from (JSON)."""
+def save_distillation_state(
+    folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]], rates: LayerRates | None = None
+) -> None:
+    """Write the objectives' parameters (safetensors), the list they were made from and the layers' rates (JSON)."""
     tensors = {name: value.contiguous() for name, value in objectives.state_dict().items()}
     if tensors:
         save_file(tensors, Path(folder, STATE_TENSORS))
-    Path(folder, STATE_JSON).write_text(json.dumps({"version": 1, "objectives": entries}, indent=2) + "\n")
+    state: dict[str, Any] = {"version": 1, "objectives": entries}
+    if rates is not None:
+        state["layer_rates"] = rates.state_dict()
+    Path(folder, STATE_JSON).write_text(json.dumps(state, indent=2) + "\n")
 
 
 def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]]) -> None:
-    """Load what `save_distillation_state` wrote, strictly.
+    """Load the objectives that `save_distillation_state` wrote, strictly.
 
     Raises:
         ValueError: when the checkpoint is of other objectives, or its file is missing.
     """
-    path = Path(folder, STATE_JSON)
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {STATE_JSON}: it is not a checkpoint of DistillationTrainer. Start from its weights "
-            "instead: AutoModelForImageClassification.from_pretrained."
-        )
-    saved = json.loads(path.read_text())["objectives"]
+    saved = _state(folder)["objectives"]
     if _names(saved) != _names(entries):
         raise ValueError(
             f"{folder} was trained with the objectives {_names(saved)} and this run has {_names(entries)}. Resume "
@@ -48,6 +49,24 @@ def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entri
             logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
     tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
     objectives.load_state_dict(tensors, strict=True)
+
+
+def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
+    """Go on with the layers' rates of a checkpoint.
+
+    Raises:
+        ValueError: when only one of checkpoint and run has any (their optimizers have other param groups), or they
+            are of other layers or another mode.
+    """
+    saved = _state(folder).get("layer_rates")
+    if (saved is None) != (rates is None):
+        found, now = (("no layer_rates", "has them"), ("layer_rates", "has none"))[saved is not None]
+        raise ValueError(
+            f"{folder} was trained with {found} and this run {now}. Resume with the same layer_rates, or start a new "
+            "run from the checkpoint's weights."
+        )
+    if rates is not None and saved is not None:
+        rates.load_state_dict(saved)
 
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:
@@ -70,6 +89,16 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
             f"{sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made from."
         )
     student.load_state_dict(saved.state_dict(), strict=True)
+
+
+def _state(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder, STATE_JSON)
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {STATE_JSON}: it is not a checkpoint of DistillationTrainer. Start from its weights "
+            "instead: AutoModelForImageClassification.from_pretrained."
+        )
+    return json.loads(path.read_text())
 
 
 def _names(entries: list[dict[str, Any]]) -> list[str]:

@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
+from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
     """Raises ValueError when a teacher is missing, or given and unused."""
     needing = [key for key, objective in config.build_objectives().items() if objective.needs_teacher]
+    options = config.rate_options
+    measured = options is not None and options.measured
     if teacher is None and needing:
         raise ValueError(
             f"the objectives {', '.join(needing)} need a teacher and none was given. Pass teacher=<a model, Teacher, "
             'or path>, or train without one: objectives=[{"name": "task"}].'
         )
-    if teacher is not None and not needing:
+    if teacher is None and options is not None and measured:
+        raise ValueError(
+            f"layer_rates: mode {options.mode!r} compares the student with a teacher and none was given. Pass "
+            "teacher=<a model, Teacher, or path>, or take mode 'llrd'."
+        )
+    if teacher is not None and not needing and not measured:
         raise ValueError(
             'a teacher was given and no objective uses it. Add one, such as {"name": "logit_kd", "weight": 0.9}, or '
             "leave the teacher out."
@@ -50,6 +59,8 @@ def check_setting(trainer: Trainer) -> None:
             "compute_loss_func replaces the value of the task objective, and there is none. Add "
             '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
         )
+    if args.layer_rates is not None and trainer.optimizer is not None:
+        check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     for dataset in (trainer.train_dataset, *eval_sets.values()):
         problems += class_problems(dataset, trainer.model)
@@ -80,6 +91,12 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
         found.append(
             f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
             'silently; use activation_checkpointing_kwargs={"use_reentrant": false}.'
+        )
+    options = args.rate_options
+    if options is not None and options.mode == "loss_weight" and not any(o.needs_plan for o in objectives.values()):
+        found.append(
+            "layer_rates: mode 'loss_weight' weighs the losses of pairs of layers, and no objective has any. Add one, "
+            'such as {"name": "attention_transfer"}, or take mode \'discrepancy\'.'
         )
     if derived and args.ddp_static_graph:
         found.append(static_graph_problem(derived))
@@ -125,6 +142,23 @@ def class_problems(dataset: Any, student: Any) -> list[str]:
         f"the student {sorted(set(model) - set(data))[:5]}. Use a student with the data's classes (num_labels, "
         "id2label), or other data."
     ]
+
+
+def check_optimizer(optimizer: Any, objectives: nn.Module, rates: LayerRates | None) -> None:
+    """Refuse an optimizer that would leave the objectives or the layers' rates out, and give it those rates.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [n for n, p in objectives.named_parameters() if p.requires_grad and id(p) not in held]
+    if left:
+        raise ValueError(
+            f"the optimizer does not hold the objectives' parameters {left[:3]}, so they would never move. Build "
+            "it from trainer.distiller.parameters(), or let the trainer make it (optim=...)."
+        )
+    if rates is not None:
+        rates.apply(optimizer)
 
 
 def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str | None) -> FloatingPointError:

@@ -92,7 +92,8 @@ def run(program: Callable[[], None]) -> int:
     except EXPECTED_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
-        return _told(f"error: {' '.join(str(error).split())} ({TRACEBACK}=1 shows where.)", 2)
+        said = str(error) if "\n  " in str(error) else " ".join(str(error).split())  # a table keeps its lines
+        return _told(f"error: {said} ({TRACEBACK}=1 shows where.)", 2)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # else its threads may abort the process at its exit

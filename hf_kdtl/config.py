@@ -16,6 +16,8 @@ from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.objectives import OBJECTIVES, Objective
 from hf_kdtl.objectives.base import is_number
 from hf_kdtl.objectives.task import Task
+from hf_kdtl.optim.factory import check_optimizer_name
+from hf_kdtl.optim.rates import RateOptions
 
 DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
     {"name": "task", "weight": 0.1},
@@ -32,13 +34,15 @@ class DistillationConfig(TrainingArguments):
     The same list works from Python, from YAML and from the command line (`--objectives '[{"name": "task"}]'`), and
     comes back from `to_dict()`. Everything that needs no model is checked here, before any work.
 
-    A value inside the lists has a dotted name, for hyperparameter_search: `objectives.logit_kd.temperature`.
+    A value inside has a dotted name, for hyperparameter_search: `objectives.logit_kd.temperature`,
+    `layer_rates.momentum`.
 
     Args:
         objectives: the terms of the loss, each `{"name": ..., "weight": 1.0, "key": <name>, "role": "task" |
             "transfer", ...options}`. `key` names the term in logs (two entries of one name need distinct keys);
             `role` overrides what a gradient rule takes it for. Default: task 0.1 and logit_kd 0.9 at temperature 4.
-        layer_rates: learning rates per layer. None is the only value of this version.
+        layer_rates: learning rates per layer, such as `{"mode": "discrepancy", "source": "attention"}`; the keys are
+            those of `hf_kdtl.optim.RateOptions`. None: one rate for all.
         gradient_rule: how task and transfer gradients are combined. None (their sum) is the only value of this
             version.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
@@ -66,8 +70,8 @@ class DistillationConfig(TrainingArguments):
         self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
         super().__post_init__()
         self.build_objectives()
-        if self.layer_rates is not None:
-            raise ValueError("layer_rates: per-layer learning rates are not in this version; leave it out.")
+        if self.rate_options is not None:
+            check_optimizer_name(self)
         if self.gradient_rule is not None:
             rule = self.gradient_rule.get("name") if isinstance(self.gradient_rule, dict) else self.gradient_rule
             check_known("gradient rule", rule, GRADIENT_RULES)
@@ -77,6 +81,11 @@ class DistillationConfig(TrainingArguments):
         """`objectives` as the list that it is once parsed."""
         assert isinstance(self.objectives, list)
         return self.objectives
+
+    @property
+    def rate_options(self) -> RateOptions | None:
+        """`layer_rates`, checked, with its defaults. Raises ValueError for what it cannot be."""
+        return None if self.layer_rates is None else RateOptions.of(self.layer_rates)
 
     def build_objectives(self) -> dict[str, Objective]:
         """New objectives by key, in the order of the list, without parameters yet (those need the models' widths).
@@ -134,6 +143,7 @@ class DistillationConfig(TrainingArguments):
         holder, key = self._holder(name)
         holder[key] = value
         self.build_objectives()
+        _ = self.rate_options  # checks it
 
     def _holder(self, name: str) -> tuple[dict, str]:
         root, *path = name.split(".")
@@ -143,7 +153,7 @@ class DistillationConfig(TrainingArguments):
         if len(path) != 1 or not isinstance(holder, dict):
             raise AttributeError(
                 f"{name!r} names no setting; expected objectives.<key>.<option>, such as "
-                "objectives.logit_kd.temperature."
+                "objectives.logit_kd.temperature, or layer_rates.<option>."
             )
         return holder, path[0]
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from hf_kdtl.checks import setting_problems
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Distiller, micro_batch_counts
-from hf_kdtl.functional.random import Draws
+from hf_kdtl.functional.random import Draws, chosen
 from hf_kdtl.models.pairing import PairingPlan, blank_pixels, plan
 from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
+from hf_kdtl.optim import LayerRates
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Report:
         costs: time and memory held for the backward pass, against the plain task step.
         warnings: what will not be as expected, and what to type instead.
         problems: what will not run; each says what to type.
+        rates: the layers' learning rates as a table; empty where there is one rate.
     """
 
     pairing: str
@@ -48,9 +50,12 @@ class Report:
     costs: list[Cost] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    rates: str = ""
 
     def __str__(self) -> str:
-        lines = ["Pairing", self.pairing, "", "Cost of a step, task alone = 1.00 (one batch, this machine)"]
+        lines = ["Pairing", self.pairing, ""]
+        lines += ["Learning rates", self.rates, ""] if self.rates else []
+        lines += ["Cost of a step, task alone = 1.00 (one batch, this machine)"]
         lines += [f"  task + {c.key:<22} time {c.time:5.2f}   memory {c.memory:5.2f}" for c in self.costs]
         for title, entries in (("Decided", self.notes), ("Mind", self.warnings), ("Will not run", self.problems)):
             lines += ["", title, *(f"  - {entry}" for entry in entries or ["nothing"])]
@@ -99,6 +104,11 @@ def preflight(
     except ValueError as error:
         # Only objectives that pair layers need a plan; the others run without one.
         report.pairing = f"none: {error}"
+    try:
+        if config.rate_options is not None:
+            report.rates = LayerRates(config.rate_options, student, pairing, seed=config.seed).table(student)
+    except ValueError as error:
+        report.problems.append(str(error))
     setting = Setting.of(student, source, bool(config.torch_compile), bool(config.activation_checkpointing))
     _measure(report, student, source, objectives, pairing, pixels, setting)
     return report
@@ -127,7 +137,8 @@ def _measure(
             weights = dict.fromkeys(terms, 1.0)
             distiller = Distiller(copy.deepcopy(student).train(), terms, weights, teacher, pairing, setting=setting)
             report.notes += distiller.notes
-            _step(distiller.to(pixels.device), inputs)
+            problem = _first_step(distiller.to(pixels.device), inputs, key)
+            report.problems += [problem] if problem else []
             steps[key] = distiller
         except (ValueError, RuntimeError) as error:
             report.problems.append(str(error))
@@ -144,10 +155,31 @@ def _measure(
     report.costs.sort(key=lambda cost: list(objectives).index(cost.key))
 
 
-def _step(distiller: Distiller, inputs: dict[str, Tensor]) -> None:
-    draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])))
+def _first_step(distiller: Distiller, inputs: dict[str, Tensor], key: str) -> str:
+    """One step in which every image takes part; says so where an objective moves nothing that is trained."""
+    draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])), whole=True)
     distiller(inputs, draws, micro_batch_counts(inputs))["loss"].backward()
     distiller.zero_grad()
+    term = distiller.terms(inputs, draws)[1].get(key)
+    trained = [p for p in distiller.student.parameters() if p.requires_grad]
+    found = torch.autograd.grad(term.sum(), trained, allow_unused=True) if term is not None else ()
+    if term is None or any(g is not None for g in found):
+        return ""
+    return f"objective {key!r} moves none of the student's trainable parameters; unfreeze more, or leave it out."
+
+
+def _step(distiller: Distiller, inputs: dict[str, Tensor]) -> None:
+    distiller(inputs, _usual_draws(distiller, inputs), micro_batch_counts(inputs))["loss"].backward()
+    distiller.zero_grad()
+
+
+def _usual_draws(distiller: Distiller, inputs: dict[str, Tensor]) -> Draws:
+    """Draws by which as many images take part as do in the mean, at least one: else a small batch may show none."""
+    pixels = inputs["pixel_values"]
+    positions, fraction = tuple(range(len(pixels))), distiller.student_needs.fraction or 1.0
+    wanted = max(1, round(fraction * len(pixels)))
+    tried = (Draws(0, step, positions) for step in range(500))
+    return next((d for d in tried if int(chosen(d, fraction, pixels).sum()) == wanted), Draws(0, 0, positions, True))
 
 
 def _timed(distiller: Distiller, inputs: dict[str, Tensor]) -> float:
@@ -173,8 +205,7 @@ def _held(distiller: Distiller, inputs: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])))
-        distiller(inputs, draws, micro_batch_counts(inputs))
+        distiller(inputs, _usual_draws(distiller, inputs), micro_batch_counts(inputs))
     return sum(kept.values())
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_kdtl.callbacks import EpochToDataset, StopOnSignal
-from hf_kdtl.checkpoint import load_distillation_state, load_student, save_distillation_state
-from hf_kdtl.checks import broken_gradient, broken_loss, check_setting, check_teacher_is_used
+from hf_kdtl.checkpoint import load_distillation_state, load_layer_rates, load_student, save_distillation_state
+from hf_kdtl.checks import broken_gradient, broken_loss, check_optimizer, check_setting, check_teacher_is_used
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.functional.derivatives import differentiable
@@ -29,6 +29,7 @@ from hf_kdtl.meter import TermMeter
 from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class DistillationTrainer(Trainer):
         model, args, ...: as Trainer's; `args` is a `DistillationConfig`, `processing_class` the student's image
             processor.
         teacher: a model, a `hf_kdtl.models.Teacher`, or a path or Hub name (which brings its own image processor).
-            None when no objective needs one.
+            None when neither an objective nor `layer_rates` needs one.
 
     Raises:
         ValueError: for a teacher that is missing or unused, classes that do not match by name, a student that is not
@@ -100,24 +101,31 @@ class DistillationTrainer(Trainer):
         if self._distiller is not None and self.model is self._distiller:  # inside _prepare_for_training
             return self._distiller
         stale = self._distiller is None or self._distiller.student is not self.model
-        if stale or self._built_from != self.args.entries:
+        if stale or (self._built_from, self._built_rates) != (self.args.entries, self.args.rate_options):
             self._distiller = self._build_distiller()
         assert self._distiller is not None
         return self._distiller
 
+    @property
+    def layer_rates(self) -> LayerRates | None:
+        """The learning rates of the student's layers and their history; None where `args.layer_rates` is."""
+        return self.distiller.rates
+
     def _build_distiller(self) -> Distiller:
         self._built_from = [dict(entry) for entry in self.args.entries]
+        self._built_rates = options = self.args.rate_options
         if self.teacher is not None:
             self._match_teacher()
             self.teacher.to(self.accelerator.device)
         objectives = self.args.build_objectives()
-        pairing = None
-        if self.teacher is not None and any(objective.needs_plan for objective in objectives.values()):
+        pairing, measured = None, options is not None and options.measured
+        if self.teacher is not None and (measured or any(objective.needs_plan for objective in objectives.values())):
             pairing = plan(self.model, self.teacher, pixel_values=self._some_pixels())
+        rates = None if options is None else LayerRates(options, self.model, pairing, seed=self.args.seed)
         compiled, checkpointing = bool(self.args.torch_compile), bool(self.args.activation_checkpointing)
         setting = Setting.of(self.model, self.teacher, compiled, checkpointing)
         distiller = Distiller(
-            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func, setting
+            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func, setting, rates
         )
         for note in distiller.notes:
             logger.info(note)
@@ -140,7 +148,10 @@ class DistillationTrainer(Trainer):
         return pixels
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        return super().create_optimizer(self.distiller if model is None else model)
+        ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if ours.rates is not None and not foreign:
+            self.optimizer = create_layerwise_optimizer(ours.student, self.args, ours.objectives, ours.rates)
+        return super().create_optimizer(ours if model is None else model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Trainer prepares, clips, zeroes and accumulates self.model: for the while of this call that is the container.
@@ -152,23 +163,15 @@ class DistillationTrainer(Trainer):
         finally:
             self.model = student
         self.callback_handler.model = student
-        self._check_optimizer()
+        check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
         return prepared
-
-    def _check_optimizer(self) -> None:
-        assert self.optimizer is not None
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        left = [n for n, p in self.distiller.objectives.named_parameters() if p.requires_grad and id(p) not in held]
-        if left:
-            raise ValueError(
-                f"the optimizer does not hold the objectives' parameters {left[:3]}, so they would never move. Build "
-                "it from trainer.distiller.parameters(), or let the trainer make it (optim=...)."
-            )
 
     # ---- The loss ----
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro_step = 0
+        if self.layer_rates is not None:
+            self.layer_rates.begin(self.state.global_step)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(  # type: ignore[override]
@@ -185,9 +188,13 @@ class DistillationTrainer(Trainer):
 
     def training_step(self, *args, **kwargs) -> Tensor:
         # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
-        order = self.distiller.student_needs.order if self.args.activation_checkpointing else 0
+        recomputed = getattr(self.model, "is_activation_checkpointing", False)
+        order = self.distiller.student_needs.order if recomputed else 0
         with differentiable(order):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
+            self.layer_rates.end(self.optimizer, self.accelerator.gather)
+        return loss
 
     def compute_loss(  # type: ignore[override]
         self, model, inputs, return_outputs=False, num_items_in_batch: Counts | None = None
@@ -220,11 +227,13 @@ class DistillationTrainer(Trainer):
         return next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
 
     def _draws(self, inputs: dict[str, Any]) -> Draws:
-        """Randomness by the image's place in the whole batch, so that micro-batches and ranks change nothing."""
+        """Randomness by the image's place in the whole batch (in evaluation: in the data set), so that micro-batches
+        and ranks change nothing. In evaluation every image takes part."""
+        evaluating = not self.model.training
         first = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        first *= self._train_batch_size
+        first *= self.args.eval_batch_size if evaluating else self._train_batch_size
         images = inputs["pixel_values"].shape[0]
-        return Draws(self.args.seed, self.state.global_step, tuple(range(first, first + images)))
+        return Draws(self.args.seed, self.state.global_step, tuple(range(first, first + images)), evaluating)
 
     def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """{key: unweighted value} of a batch: (B,) per image, or a scalar for a batch statistic.
@@ -263,6 +272,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meter.flush(self.distiller.weights, self.accelerator.gather))
+            logs.update(self.layer_rates.log() if self.layer_rates is not None else {})
         super().log(logs, start_time)
 
     # ---- Evaluation: the student alone, as Trainer does it ----
@@ -271,6 +281,7 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._eval_terms = defaultdict(list) if self.args.eval_objectives else None
+        self._micro_step = 0
         # Accelerate patched the container's forward for mixed precision, not the student's.
         with self.accelerator.autocast():
             output = super().evaluation_loop(
@@ -287,6 +298,7 @@ class DistillationTrainer(Trainer):
         if self._eval_terms is not None:
             for key, value in self.objective_terms(inputs).items():
                 self._eval_terms[key].append(self.gather_function(self._per_image(key, value.detach(), inputs)).cpu())
+            self._micro_step += 1
         return result
 
     def _per_image(self, key: str, value: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -310,12 +322,13 @@ class DistillationTrainer(Trainer):
         # therefore there before the checkpoint counts as whole, and before an older one is removed.
         if _internal_call and output_dir is not None and self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_distillation_state(output_dir, self.distiller.objectives, self._built_from)
+            save_distillation_state(output_dir, self.distiller.objectives, self._built_from, self.layer_rates)
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = super()._load_from_checkpoint
         self._load_whole(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
+        load_layer_rates(resume_from_checkpoint, self.layer_rates)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

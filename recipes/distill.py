@@ -25,6 +25,7 @@ from hf_kdtl import DistillationConfig, cli, make_student
 from hf_kdtl.evaluation.report import difference, note, table, write_report
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models import Teacher
+from hf_kdtl.models.labels import match_labels
 from hf_kdtl.preflight import preflight
 
 
@@ -88,10 +89,19 @@ class Study:
             task = [entry | {"weight": 1.0} for entry in config.entries if entry["name"] == "task"]
             self.arms = {"alone": task or running.TASK} | self.arms
         self.notes: list[str] = []
+        if options.baseline and config.rate_options is not None and config.rate_options.measured:
+            self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
         self.teacher = Teacher.from_pretrained(options.teacher)
         with config.main_process_first(local=False):
             data = building.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)
+        try:
+            match_labels(student.config, self.teacher.model.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (This recipe reports the teacher's own accuracy too. For a teacher of other classes use "
+                "DistillationTrainer from Python, with objectives that compare none.)"
+            ) from error
         self.data = data.in_order(student)
         self.data_options = data_options
         self.processor = student_processor(options, self.teacher, student)
@@ -103,7 +113,7 @@ class Study:
         student = new_student(self.options, self.teacher, self.data.label_names, [])
         return running.make_trainer(
             student,
-            running.for_run(self.config, folder, seed, self.arms[arm]),
+            running.for_run(self.config, folder, seed, self.arms[arm], taught=arm == "distilled"),
             self.processor,
             f"{arm}, seed {seed}",
             teacher=self.teacher if arm == "distilled" else None,
@@ -128,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = Study(options, data_options, config)
     first = study.trainer("distilled", study.seeds[0], study.folder)
     running.try_once(first)
-    notes = [*study.notes, *study.teacher.notes, *building.split_notes(options.teacher, study.data, data_options)]
+    found = building.split_notes(options.teacher, study.data, data_options)
+    notes = [*study.notes, *study.teacher.notes, *first.distiller.notes, *found]
     models = {"teacher": building.summary(study.teacher.model), "student": study.student_summary}
     sections = {
         "run": run,

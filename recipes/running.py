@@ -65,11 +65,16 @@ def make_trainer(model: Any, config: DistillationConfig, processor: Any, title: 
     return trainer
 
 
-def for_run(config: DistillationConfig, folder: str | Path, seed: int, objectives: list[dict]) -> DistillationConfig:
-    """The settings of one run of several: another folder, seed and objectives, the rest as it was."""
+def for_run(
+    config: DistillationConfig, folder: str | Path, seed: int, objectives: list[dict], taught: bool = True
+) -> DistillationConfig:
+    """The settings of one run of several: another folder, seed and objectives, the rest as it was. Without a teacher
+    there are no layer_rates that compare with one."""
     settings = copy.copy(config)
     settings.output_dir, settings.seed, settings.objectives = str(folder), seed, objectives
     settings.build_objectives()
+    if not taught and settings.rate_options is not None and settings.rate_options.measured:
+        settings.layer_rates = None
     return settings
 
 
@@ -130,8 +135,9 @@ def check_whole_list(config: DistillationConfig) -> None:
 
 def remains(folder: Path) -> list[Path]:
     """What a recipe has written into a folder; a user's other files are not among it."""
-    patterns = (FILE, "report.md", "curves.png", "sheet.png", "attention.png", "gradients.png", "example.png", "model",
-                "model.part", "student", "checkpoint-*", "alone-seed*", "distilled-seed*")  # fmt: skip
+    patterns = (FILE, "report.md", "curves.png", "layer_rates.png", "sheet.png", "attention.png", "gradients.png",
+                "example.png", "model", "model.part", "student", "checkpoint-*", "alone-seed*",
+                "distilled-seed*")  # fmt: skip
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
@@ -212,7 +218,7 @@ def finished(folder: str | Path) -> bool:
 
 
 def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -> None:
-    """Train, unless it was done before; note the curve in results.json as `name`, and keep the final model.
+    """Train, unless it was done before; note curve and rates in results.json as `name`, and keep the final model.
 
     The model is put in place last, whole, with its image processor and without a pickle: then the run is finished.
     """
@@ -223,7 +229,11 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
     trainer.save_model(str(folder / "model.part"))
     if trainer.is_world_process_zero():
         results = results or folder
-        update_results(results, "curves", read_results(results).get("curves", {}) | {name: log})
+        sections = {"curves": log}
+        if (rates := trainer.layer_rates) is not None:
+            sections["layer_rates"] = {"options": dataclasses.asdict(rates.options), "history": rates.history}
+        for section, value in sections.items():
+            update_results(results, section, read_results(results).get(section, {}) | {name: value})
         (folder / "model.part" / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(folder / "model", ignore_errors=True)
         os.replace(folder / "model.part", folder / "model")
@@ -237,8 +247,9 @@ def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
     if resumes(config) and asked.lower() not in YES:
         path = asked
     trainer.train(resume_from_checkpoint=path)
-    timing = ("runtime", "per_second", "total_flos")
-    return [{k: v for k, v in entry.items() if not k.endswith(timing)} for entry in trainer.state.log_history]
+    timing, own = ("runtime", "per_second", "total_flos"), ("lr_multiplier/", "lr_discrepancy/")  # have a section
+    entries = trainer.state.log_history
+    return [{k: v for k, v in e.items() if not (k.endswith(timing) or k.startswith(own))} for e in entries]
 
 
 def load(folder: str | Path) -> Any:
@@ -253,8 +264,8 @@ def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.nd
         batch = default_data_collator(rows)
         return batch | {"pixel_values": batch["pixel_values"].to(model.dtype)}  # a teacher may be in half precision
 
-    settings = for_run(config, config.output_dir, config.seed, TASK)
-    settings.eval_strategy = IntervalStrategy.NO
+    settings = for_run(config, config.output_dir, config.seed, TASK, taught=False)
+    settings.eval_strategy, settings.layer_rates = IntervalStrategy.NO, None  # a frozen teacher has no rates
     trainer = DistillationTrainer(model, settings, data_collator=collate)
     trainer.remove_callback(ProgressCallback)
     output = trainer.predict(dataset)

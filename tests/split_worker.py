@@ -1,10 +1,12 @@
-"""One run whose weights are written to a file; started by torchrun with one or two processes.
+"""One run whose weights are written to a file, and each rank's layer rates to OUT.<rank>.json; started by torchrun
+with one or two processes.
 
-python -m tests.split_worker OUT PER_DEVICE ACCUMULATION LABELS
+python -m tests.split_worker OUT PER_DEVICE ACCUMULATION LABELS [SETTINGS as JSON]
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -21,21 +23,17 @@ def per_image_objectives(labels):
     return [{"name": name, "weight": 0.5} for name, _ in kinds]
 
 
-def run(folder, per_device, accumulation, labels, number=16, **settings):
+def run(folder, per_device, accumulation, labels, number=16, objectives=None, **settings):
     student, teacher = pair()
     runner = trainer(
         folder,
         student,
         teacher,
         Images(number, labels),
-        per_image_objectives(labels),
+        objectives or per_image_objectives(labels),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
-        optim="sgd",
-        learning_rate=0.05,
-        max_grad_norm=0.5,
-        num_train_epochs=1,
-        **settings,
+        **{"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.5, "num_train_epochs": 1} | settings,
     )
     runner.train()
     return runner
@@ -44,11 +42,16 @@ def run(folder, per_device, accumulation, labels, number=16, **settings):
 if __name__ == "__main__":
     out, per_device, accumulation, labels = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    finished = run(f"{out}.run", per_device, accumulation, labels)
-    logged = [
-        {k: v for k, v in line.items() if k in finished.distiller.weights} for line in finished.state.log_history
-    ]
+    settings = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    if "eval_strategy" in settings:
+        settings["eval_dataset"] = Images(4)
+    finished = run(f"{out}.run", per_device, accumulation, labels, **settings)
+    kept = {*finished.distiller.weights, "learning_rate"}
+    logged = [{k: v for k, v in line.items() if k in kept} for line in finished.state.log_history]
+    if finished.layer_rates is not None:
+        Path(f"{out}.{finished.args.process_index}.json").write_text(json.dumps(finished.layer_rates.history))
     if finished.is_world_process_zero():
         tensors = {k: v.contiguous() for k, v in weights(finished.distiller).items()}
-        save_file(tensors, out, metadata={"world": str(finished.args.world_size), "logged": json.dumps(logged)})
+        metadata = {"world": str(finished.args.world_size), "logged": json.dumps(logged)}
+        save_file(tensors, out, metadata=metadata)
     finished.end()  # else gloo's threads may abort the process at its exit

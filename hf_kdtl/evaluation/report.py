@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from hf_kdtl.evaluation.layer_rates import LAYER_RATES, layer_rates_picture
 from hf_kdtl.evaluation.maps import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.evaluation.pictures import CURVES, SHEET, curves_picture
 from hf_kdtl.evaluation.results import read_results
@@ -17,7 +18,7 @@ ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student di
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.md and the picture of the learning curves of a run folder; return the report's path.
+    """Write report.md and the pictures of learning curves and layer rates of a run folder; return the report's path.
 
     Raises:
         FileNotFoundError, ValueError: as `read_results`.
@@ -26,8 +27,12 @@ def write_report(folder: str | Path) -> Path:
     results = read_results(folder)
     if results.get("curves"):
         curves_picture(results["curves"], folder / CURVES)
+    if (shown := shown_rates(results)) is not None:
+        options = shown[1]["options"]
+        layer_rates_picture(shown[1]["history"], folder / LAYER_RATES, (options["r_min"], options["r_max"]))
     report = folder / "report.md"
-    report.write_text(markdown(results, pictures=[p for p in (CURVES, SHEET) if (folder / p).exists()]), "utf-8")
+    pictures = [p for p in (CURVES, LAYER_RATES, SHEET) if (folder / p).exists()]
+    report.write_text(markdown(results, pictures), "utf-8")
     return report
 
 
@@ -42,6 +47,8 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         lines += [sentence, ""]
     if CURVES in pictures:
         lines += [f"![learning curves]({CURVES})", ""]
+    if LAYER_RATES in pictures and (shown := shown_rates(results)) is not None:
+        lines += [f"![how fast each layer learned, and how far it was]({LAYER_RATES})", "", rates_note(*shown), ""]
     if SHEET in pictures:
         lines += [f"![images with the probabilities of teacher and student]({SHEET})", "", evaluation["sheet"], ""]
     if "attention" in evaluation:
@@ -98,6 +105,23 @@ def difference(results: dict[str, Any]) -> str:
         verdict = "above 0" if low > 0 else "below 0" if high < 0 else "holds 0: no difference was shown"
         lines.append(f"{text}, {value['note']} [{low:+.2f}, {high:+.2f}] ({verdict}).")
     return "\n".join(lines)
+
+
+def shown_rates(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, layer rates) of the first run that measured any."""
+    runs = results.get("layer_rates", {}).items()
+    return next(((name, rates) for name, rates in runs if rates["history"]), None)
+
+
+def rates_note(name: str, rates: dict[str, Any]) -> str:
+    """What the picture of the layers' rates shows."""
+    options, last = rates["options"], rates["history"][-1]["multipliers"]
+    found = ", ".join(f"{m:.2f}" for m in last)
+    of = options["source"] + (f" by {options['wrt']}" if options["source"] != "attention" else "")
+    return (
+        f"Multipliers of the layers' learning rates in {name} (mode {options['mode']}, {of}), and the discrepancies "
+        f"between student and teacher that they follow. At the end, from the first block to the last: {found}."
+    )
 
 
 def objectives_table(objectives: list[dict[str, Any]]) -> str:

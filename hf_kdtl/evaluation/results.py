@@ -10,7 +10,7 @@ from typing import Any
 
 FILE = "results.json"
 SCHEMA = 1
-SECTIONS = ("run", "data", "objectives", "pairing", "curves", "evaluation")
+SECTIONS = ("run", "data", "objectives", "pairing", "curves", "layer_rates", "evaluation")
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class ComposedLayerNorm(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
-    replaced: dict[Callable, Callable] = {F.layer_norm: _layer_norm}
+    replaced: dict[Callable, Callable] = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm}
 
 
 class ForwardMode(ComposedLayerNorm):
@@ -129,7 +129,7 @@ def input_gradient(output: Tensor, x: Tensor, create_graph: bool = True) -> Tens
         raise ValueError(
             "there is no gradient path from the output to the pixels: the model ran under no_grad, gives cached "
             "outputs, or is quantised by operations without a derivative. Load it unquantised and run it live, or use "
-            "estimator='finite_difference' with distance='squared'."
+            "noisy_kd, which takes no gradient."
         )
     return gradient
 

@@ -38,11 +38,16 @@ def hvp(f: Scalar, x: Tensor, v: Tensor) -> Tensor:
 
 def hvp_of(output: Tensor, x: Tensor, v: Tensor, create_graph: bool = True) -> Tensor:
     """H v of an output (B,) that was computed from x inside `differentiable(3)`: double reverse mode."""
-    along = (input_gradient(output, x) * v).flatten(1).sum(1)
+    return product(input_gradient(output, x), x, v, create_graph)
+
+
+def product(gradient: Tensor, x: Tensor, v: Tensor, create_graph: bool = True) -> Tensor:
+    """H v from the gradient by x, with its graph: several v share it."""
+    along = (gradient * v).flatten(1).sum(1)
     if not along.requires_grad:  # linear in x
         return torch.zeros_like(x)
-    (product,) = torch.autograd.grad(along.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if product is None else product
+    (found,) = torch.autograd.grad(along.sum(), x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if found is None else found
 
 
 def curvature(f: Scalar, x: Tensor, v: Tensor) -> Tensor:

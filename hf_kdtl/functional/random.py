@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,32 +23,38 @@ class Draws:
         seed: the run's seed.
         step: optimizer step, from 0.
         positions: (B,) position of each image in the whole batch.
+        whole: every image takes part, whatever the fraction: evaluation.
     """
 
     seed: int
     step: int
     positions: tuple[int, ...]
+    whole: bool = False
+    _drawn: dict = field(default_factory=dict, repr=False, compare=False)
 
     def normal(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
         """N(0, 1), (B, *shape), with the dtype and device of `like`."""
-        return self._stack(purpose, like, lambda g: torch.randn(shape, generator=g))
+        return self._stack(purpose, like, lambda g: torch.randn(shape, generator=g), shape)
 
     def uniform(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
         """U[0, 1), (B, *shape), with the dtype and device of `like`."""
-        return self._stack(purpose, like, lambda g: torch.rand(shape, generator=g))
+        return self._stack(purpose, like, lambda g: torch.rand(shape, generator=g), shape)
 
     def rademacher(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
         """-1 or 1 with equal probability, (B, *shape), with the dtype and device of `like`."""
-        return self._stack(purpose, like, lambda g: torch.randint(0, 2, shape, generator=g) * 2.0 - 1.0)
+        return self._stack(purpose, like, lambda g: torch.randint(0, 2, shape, generator=g) * 2.0 - 1.0, shape)
 
     def permuted(self, order: Tensor) -> Draws:
         """The draws of the same images in another order."""
-        return Draws(self.seed, self.step, tuple(self.positions[i] for i in order.tolist()))
+        return Draws(self.seed, self.step, tuple(self.positions[i] for i in order.tolist()), self.whole)
 
-    def _stack(self, purpose, like, draw) -> Tensor:
-        # Drawn on the CPU: CUDA's generator gives other numbers, and a run must not change with its device.
-        rows = [draw(self._generator(purpose, position)) for position in self.positions]
-        return torch.stack(rows).to(device=like.device, dtype=like.dtype)
+    def _stack(self, purpose, like, draw, shape=()) -> Tensor:
+        key = purpose, shape, like.device, like.dtype
+        if key not in self._drawn:  # teacher and student, and both signs of a step, ask for the same
+            # Drawn on the CPU: CUDA's generator gives other numbers, and a run must not change with its device.
+            rows = [draw(self._generator(purpose, position)) for position in self.positions]
+            self._drawn[key] = torch.stack(rows).to(device=like.device, dtype=like.dtype)
+        return self._drawn[key]
 
     def _generator(self, purpose: str, position: int) -> torch.Generator:
         key = f"{self.seed}/{self.step}/{position}/{purpose}".encode()
@@ -63,4 +69,6 @@ def chosen(draws: Draws, fraction: float, like: Tensor) -> Tensor:
 
     One draw an image, whoever asks, so that the images of a smaller fraction are among those of a larger one.
     """
-    return draws.uniform((), "fraction", like) < fraction
+    # In float32, whatever the pixels: rounded to half precision some draws would be 1.
+    uniform = draws.uniform((), "fraction", like.new_zeros((), dtype=torch.float32))
+    return (uniform < fraction) | draws.whole

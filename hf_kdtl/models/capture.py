@@ -91,7 +91,7 @@ class Capture:
     differentiated: Capture | None = None
     rows: Tensor | None = None
     _again: Callable[..., Capture] | None = field(default=None, repr=False)
-    _shifted: dict[tuple[Direction, Draws], Tensor] = field(default_factory=dict, repr=False)
+    _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def input_gradient(self, scalar: Tensor, create_graph: bool = True) -> Tensor:
         """d scalar_b / d x_b, (B, C, h, w), of a scalar (B,) made of this capture.
@@ -118,15 +118,21 @@ class Capture:
             return derivatives.directional(lambda z: scalar(again(z)), x, u)
         return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
 
-    def at(self, direction: Direction, draws: Draws) -> Tensor:
-        """The logits at x + step u, (B, K), under the same masks and in full precision; run once for all who ask."""
+    def at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
+        """The logits at x + step u, (B, K), under the same masks; run once for all who ask.
+
+        Args:
+            precise: with autocast off, as a difference of two such logits needs.
+        """
         x = self.leaf().detach()
-        if direction.step == 0 and not torch.is_autocast_enabled(x.device.type):
+        rounded = torch.is_autocast_enabled(x.device.type)
+        if direction.step == 0 and not (precise and rounded):
             return self.logits
-        if (direction, draws) not in self._shifted:
+        key = direction, draws, precise or not rounded
+        if key not in self._shifted:
             shifted = x + direction.step * direction.draw(draws, x) if direction.step else x
-            self._shifted[direction, draws] = self._rerun()(shifted, precise=True).logits
-        return self._shifted[direction, draws]
+            self._shifted[key] = self._rerun()(shifted, precise=precise).logits
+        return self._shifted[key]
 
     def leaf(self) -> Tensor:
         """The pixels that derivatives are by.

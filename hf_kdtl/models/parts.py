@@ -36,7 +36,7 @@ def in_parts(
         return whole
     if len(rows) == number:
         return run(pixel_values, needs, **inputs)
-    others = torch.tensor([i for i in range(number) if i not in set(rows.tolist())], device=rows.device)
+    others = torch.ones(number, dtype=torch.bool, device=rows.device).index_fill(0, rows, False).nonzero()[:, 0]
     part = run(pixel_values[rows], needs, **_of_images(inputs, rows, number))
     rest = run(pixel_values[others], needs.plain(), **_of_images(inputs, others, number))
     return _joined(part, rest, rows, torch.cat([rows, others]).argsort())

@@ -84,9 +84,12 @@ def shown_pixels(pixel_values: Tensor, differentiated: bool) -> Tensor:
     return pixel_values.detach().requires_grad_(differentiated)
 
 
-KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.MaxPool2d)
+KINKED = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
+    nn.MaxPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
 
 
 def kinks(model: nn.Module) -> str:
-    """The types of layers with kinks, as text; empty for a smooth net. A net of them is piecewise linear."""
+    """The types of layers with kinks, as text; empty for a smooth net. What is no module (F.relu) is not seen."""
     return ", ".join(sorted({type(m).__name__ for m in model.modules() if isinstance(m, KINKED)}))

@@ -15,7 +15,8 @@ from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.geometry import LayerGeometry
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import Batch, check_option
-from hf_kdtl.objectives.derivatives import DerivativeObjective, Estimator, Way, check_estimator, exact_ways
+from hf_kdtl.objectives.derivatives import DerivativeObjective
+from hf_kdtl.objectives.estimators import Estimator, Way, check_estimator, wanted_ways, ways_of
 from hf_kdtl.objectives.jacobian import CITATION
 from hf_kdtl.objectives.pairs import check_grids, patches
 
@@ -67,7 +68,10 @@ class AttentionJacobian(DerivativeObjective):
         self.pairs: list[Pair] = []
 
     def ways(self) -> tuple[Way, ...]:
-        return exact_ways(self.estimator, self.central, self.step)
+        return wanted_ways(self.estimator, ("vjp", "split"), self.central, self.step)
+
+    def possible(self) -> tuple[Way, ...]:
+        return ways_of(("vjp", "split"))
 
     def build(self, plan: PairingPlan | None) -> None:
         if plan is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hf_kdtl.functional import derivatives as fd
@@ -15,21 +16,17 @@ from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.passes import Direction
 from hf_kdtl.models.setting import Setting
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.estimators import Way, settle
 
-Estimator = Literal["auto", "vjp", "split", "finite_difference", "hvp"]
 Output = Literal["teacher_top1", "label", "projection", "all"]
-STEP, STEP_CENTRAL = 0.0005, 0.002
-"""Of finite differences: x + step u, u ~ N(0, 1) in every pixel. Where the error of a trained ViT's gradient is least:
-benchmarks/estimators.py."""
-STEP_ALONG = 0.03
-"""Of a central difference inside split: its length, along u / ||u||."""
 
 
 class DerivativeObjective(Objective):
     """Runs `measure` on the images that take part. A value of `fraction` f counts 1 / f, so its mean stays.
 
     Args:
-        fraction: share of the images, in (0, 1], that take part, each by its own draw.
+        fraction: share of the images, in (0, 1], that take part, each by its own draw. The largest fraction of a
+            config decides what the passes cost.
         probes: directions or projections that are averaged.
     """
 
@@ -46,36 +43,40 @@ class DerivativeObjective(Objective):
         check_option(self.name, "central", central, isinstance(central, bool), "true or false")
         positive = step is None or (is_number(step) and step > 0)
         check_option(self.name, "step", step, positive, "a number greater than 0, or nothing")
-        self.fraction, self.probes, self.estimator, self.central, self.step = (
-            fraction,
-            probes,
-            estimator,
-            central,
-            step,
-        )
+        self.fraction, self.probes = fraction, probes
+        self.estimator, self.central, self.step = estimator, central, step
         self._way: Way | None = None
 
     # ---- Which estimator ----
 
     def ways(self) -> tuple[Way, ...]:
-        """The estimators that fit the options, in the order in which "auto" takes them."""
+        """The ways in which the options may be run, in the order in which "auto" takes them."""
         raise NotImplementedError
+
+    def possible(self) -> tuple[Way, ...]:
+        """All ways in which the same quantity could be had, to be named in a refusal."""
+        return self.ways()
 
     def prepare(self, setting: Setting) -> list[str]:
         if not setting.trainable:
             raise ValueError("the student has no trainable parameter, so no gradient path. Unfreeze some of it.")
         if setting.sharded and self.fraction < 1:
             raise ValueError(
-                "under FSDP2 all processes must run the same forwards, and a fraction may be none on one "
-                "of them; use fraction=1."
+                "under FSDP2 all processes must run the same forwards, and a fraction may be none on one of them; use "
+                "fraction=1."
             )
-        ways = self.ways()
-        problems = [_problem(way, setting) for way in ways]
-        right = [way for way, problem in zip(ways, problems, strict=True) if not problem]
-        if not right:
-            raise ValueError(problems[0])
-        self._way = right[0]
-        why = _WHY[self._way.estimator] + (f" Not {ways[0].estimator}: {problems[0]}" if problems[0] else "")
+        if setting.coupled:
+            raise ValueError(
+                f"the student's {setting.coupled} takes statistics of the batch or of the image in training and has "
+                "none of its own, so no derivative of an image is right. Use a model with running statistics, or with "
+                "group or layer norm."
+            )
+        if setting.batch_norm and setting.checkpointing:
+            raise ValueError(
+                "BatchNorm would be recomputed by batch statistics where the derivative pass took the running ones. "
+                "Switch gradient checkpointing off."
+            )
+        self._way, why = settle(self.ways(), self.possible(), setting)
         found = [f"estimator {self._way}: {why}"]
         if setting.batch_norm:
             found.append(
@@ -111,8 +112,8 @@ class DerivativeObjective(Objective):
         inner = batch if rows is None else _of_rows(batch, rows)
         taken = chosen(inner["draws"], self.fraction, part.x)
         value = self.measure(part, teacher.differentiated or teacher, inner)
-        weight = taken.to(value.dtype) / self.fraction
-        value = value * weight.reshape(-1, *[1] * (value.ndim - 1))
+        share = 1.0 if inner["draws"].whole else self.fraction
+        value = torch.where(taken.reshape(-1, *[1] * (value.ndim - 1)), value / share, 0.0)
         if rows is None:
             return value
         return value.new_zeros(student.logits.shape[0], *value.shape[1:]).index_copy(0, rows, value)
@@ -137,79 +138,6 @@ class DerivativeObjective(Objective):
         if self.way.central:
             return (ahead - quantity(model.at(Direction("normal", -step, probe), draws))) / (2 * step)
         return (ahead - quantity(model.at(Direction("normal", 0.0, probe), draws))) / step
-
-
-class Way(NamedTuple):
-    """One estimator, with what it is run with."""
-
-    estimator: str
-    central: bool = False
-    step: float = 0.0
-
-    def __str__(self) -> str:
-        return self.estimator + (", central" if self.central else "") + (f", step {self.step:g}" if self.step else "")
-
-
-def differences(central: bool, step: float | None) -> Way:
-    """Finite differences along random directions."""
-    return Way("finite_difference", central, step or (STEP_CENTRAL if central else STEP))
-
-
-def exact_ways(estimator: str, central: bool, step: float | None) -> tuple[Way, ...]:
-    """vjp and split, in the order of "auto", or the one that was named."""
-    along = Way("split", True, step or STEP_ALONG)
-    if estimator == "auto":
-        return (Way("vjp"), Way("split"), along)
-    return (Way("vjp"),) if estimator == "vjp" else (along if central else Way("split"),)
-
-
-_WHY = {
-    "noise": "forwards only, of noisy pixels.",
-    "vjp": "exact, by double backward through math attention.",
-    "split": "no double backward; exact in forward mode, to the step's order as a central difference.",
-    "finite_difference": "forwards only, along random directions.",
-    "hvp": "exact, by double backward through math attention.",
-}
-
-
-def _problem(way: Way, setting: Setting) -> str:
-    """Why an estimator gives wrong numbers in a setting, and what to type instead; empty where it is right."""
-    if way.estimator == "noise":
-        return ""
-    if way.estimator in ("vjp", "hvp"):
-        other = "estimator='split'" if way.estimator == "vjp" else "what='curvature', estimator='finite_difference'"
-        if setting.sharded:
-            return f"under FSDP2 a double backward gives zero gradients, silently; use {other}."
-        if setting.compiled:
-            return f"torch.compile has no double backward; use {other}, or torch_compile=False."
-        if setting.checkpointing and way.estimator == "hvp":
-            return f"the composed layer norms are not recomputed under gradient checkpointing; use {other}."
-        return ""
-    if way.step == 0:
-        what = "torch.compile" if setting.compiled else "gradient checkpointing" if setting.checkpointing else ""
-        return f"forward mode does not run under {what}; use estimator='split', central=true." if what else ""
-    if setting.half:
-        return (
-            f"the {' and the '.join(setting.half)} has weights of less than 32 bits, whose rounding a difference "
-            "would take for a slope; load it in float32 (bf16=True keeps float32 weights), or use estimator='vjp'."
-        )
-    if setting.kinks:
-        return (
-            f"{' and '.join(setting.kinks)}: a difference of step {way.step:g} crosses the kinks and is no derivative "
-            "(its gradient is off by 10 to 100 times); use an exact estimator: vjp, or split in forward mode."
-        )
-    return ""
-
-
-def check_estimator(
-    name: str, estimator: Any, central: bool, step: Any, valid: tuple[str, ...], table: str = ""
-) -> None:
-    """Raises ValueError for an estimator that does not fit the other options, or options that it does not read."""
-    check_option(name, "estimator", estimator, estimator in ("auto", *valid), f"auto or {' or '.join(valid)}{table}")
-    reads_step = estimator == "finite_difference" or (estimator == "auto" and valid[0] == "finite_difference")
-    differs = "set estimator='finite_difference', or estimator='split' with central=true"
-    check_option(name, "central", central, not central or reads_step or estimator == "split", f"false: {differs}")
-    check_option(name, "step", step, step is None or reads_step or central, f"nothing: {differs}")
 
 
 def label_index(batch: Batch) -> tuple[Tensor, Tensor]:

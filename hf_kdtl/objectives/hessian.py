@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
-from hf_kdtl.functional.hessian import second_quotient
+from hf_kdtl.functional.hessian import product, second_quotient
 from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.passes import Direction
 from hf_kdtl.objectives.base import Batch, check_option
-from hf_kdtl.objectives.derivatives import DerivativeObjective, Way, check_estimator, label_index
+from hf_kdtl.objectives.derivatives import DerivativeObjective, label_index
+from hf_kdtl.objectives.estimators import Way, check_estimator
 
 STEP = 0.01
 """Of second differences: x +- STEP v, v = +-1. benchmarks/estimators.py."""
@@ -45,8 +46,8 @@ class Hessian(DerivativeObjective):
         ValueError: for a net with kinks (ReLU, max-pooling): it is piecewise linear, its Hessian 0 almost everywhere
             or blind to its bends; for options that do not go together; under FSDP2 or torch.compile for hvp.
 
-    Label: [paper], the idea: Kokane, Uddin & Xu 2024, arXiv 2407.04871, whose text could not be read; what is computed
-    is [ours].
+    Label: [ours]; the idea of matching Hessians is in the abstract of Kokane, Uddin & Xu 2024, arXiv 2407.04871, whose
+    text could not be read.
     """
 
     name = "hessian"
@@ -84,9 +85,11 @@ class Hessian(DerivativeObjective):
         self.counts = "labelled" if output == "label" else "images"
 
     def ways(self) -> tuple[Way, ...]:
-        if self.estimator == "finite_difference":
-            return (Way("finite_difference", True, self.step or STEP),)
-        return (Way("hvp"),)
+        return self.possible()[1:] if self.estimator == "finite_difference" else self.possible()[:1]
+
+    def possible(self) -> tuple[Way, ...]:
+        beside = "" if self.what == "curvature" else "what='curvature', "
+        return Way("hvp"), Way("finite_difference", True, self.step or STEP, beside)
 
     def prepare(self, setting):
         if setting.kinks:
@@ -111,25 +114,32 @@ class Hessian(DerivativeObjective):
         def quantity(logits: Tensor) -> Tensor:
             return fd.scores(logits, self.of or "logit").gather(1, index[:, None])[:, 0]
 
-        values = [self._one(student, teacher, quantity, k, batch) for k in range(self.probes)]
-        value = torch.stack(values).mean(0)
+        if self.way.estimator == "finite_difference":
+            mine, its = (self._difference(model, quantity, batch) for model in (student, teacher))
+            value = (mine - its.detach()).square().mean(0)
+        else:
+            value = self._by_products(student, teacher, quantity, batch)
         return value if labelled is None else torch.where(labelled, value, 0.0)
 
-    def _one(self, student: Capture, teacher: Capture, quantity, probe: int, batch: Batch) -> Tensor:
-        draws = batch["draws"]
-        if self.way.estimator == "finite_difference":
-            mine, its = (self._difference(model, quantity, probe, batch) for model in (student, teacher))
-            return (mine - its.detach()).square()
-        v = Direction("rademacher", 1.0, probe).draw(draws, student.leaf().detach())
-        mine = student.hvp(quantity(student.logits), v)
-        its = teacher.hvp(quantity(teacher.logits), v, create_graph=False)
-        if self.what == "curvature":
-            return ((mine - its) * v).flatten(1).sum(1).square()
-        return fd.normalized(mine, its) if self.distance == "normalized" else fd.squared(mine, its)
+    def _by_products(self, student: Capture, teacher: Capture, quantity, batch: Batch) -> Tensor:
+        gradients = [model.input_gradient(quantity(model.logits)) for model in (student, teacher)]
+        values = []
+        for probe in range(self.probes):
+            v = Direction("rademacher", 1.0, probe).draw(batch["draws"], student.leaf().detach())
+            mine = product(gradients[0], student.leaf(), v)
+            its = product(gradients[1], teacher.leaf(), v, create_graph=False)
+            if self.what == "curvature":
+                values.append(((mine - its) * v).flatten(1).sum(1).square())
+            else:
+                values.append((fd.normalized if self.distance == "normalized" else fd.squared)(mine, its))
+        return torch.stack(values).mean(0)
 
-    def _difference(self, model: Capture, quantity, probe: int, batch: Batch) -> Tensor:
-        step = self.way.step
-        ahead, here, behind = (
-            quantity(model.at(Direction("rademacher", s, probe), batch["draws"])) for s in (step, 0.0, -step)
-        )
-        return second_quotient(ahead, here, behind, step)
+    def _difference(self, model: Capture, quantity, batch: Batch) -> Tensor:
+        """The curvature along every probe, (probes, b)."""
+        step, found = self.way.step, []
+        for probe in range(self.probes):
+            ahead, here, behind = (
+                quantity(model.at(Direction("rademacher", s, probe), batch["draws"])) for s in (step, 0.0, -step)
+            )
+            found.append(second_quotient(ahead, here, behind, step))
+        return torch.stack(found)

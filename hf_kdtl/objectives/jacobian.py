@@ -15,16 +15,8 @@ from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.models.capture import Capture
 from hf_kdtl.models.passes import Direction
 from hf_kdtl.objectives.base import Batch, check_option
-from hf_kdtl.objectives.derivatives import (
-    DerivativeObjective,
-    Estimator,
-    Output,
-    Way,
-    check_estimator,
-    differences,
-    exact_ways,
-    label_index,
-)
+from hf_kdtl.objectives.derivatives import DerivativeObjective, Output, label_index
+from hf_kdtl.objectives.estimators import Estimator, Way, check_estimator, wanted_ways, ways_of
 
 CITATION = """@inproceedings{srinivas2018knowledge,
   title = {Knowledge Transfer with Jacobian Matching},
@@ -102,7 +94,8 @@ class Jacobian(DerivativeObjective):
             check_option(self.name, option, value, value in known, " or ".join(sorted(known)))
         table = what_goes_with_what()
         valid = VALID.get((distance, output))
-        check_option(self.name, "distance", distance, valid is not None, f"another beside output {output!r}{table}")
+        fitting = " or ".join(d for d, o in VALID if o == output)
+        check_option(self.name, "distance", distance, valid is not None, f"{fitting} beside output {output!r}{table}")
         assert valid is not None
         check_estimator(self.name, estimator, central, step, valid, f" for {distance}, {output}{table}")
         fixed = distance in ("fisher", "softmax")
@@ -122,12 +115,10 @@ class Jacobian(DerivativeObjective):
         return valid[0] if estimator == "auto" else estimator
 
     def ways(self) -> tuple[Way, ...]:
-        wanted = self._wants(self.estimator, self.valid)
-        if wanted == "finite_difference":
-            return (differences(self.central, self.step),)
-        if self.output == "all":
-            return (Way("vjp"),)
-        return exact_ways(self.estimator, self.central, self.step)
+        return wanted_ways(self.estimator, self.valid, self.central, self.step)
+
+    def possible(self) -> tuple[Way, ...]:
+        return ways_of(self.valid)
 
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         if self.output == "all":
@@ -242,9 +233,10 @@ class JacobianNorm(DerivativeObjective):
         self.of = of
 
     def ways(self) -> tuple[Way, ...]:
-        if self.estimator == "finite_difference":
-            return (differences(self.central, self.step),)
-        return exact_ways(self.estimator, self.central, self.step)
+        return wanted_ways(self.estimator, VALID["squared", "label"], self.central, self.step)
+
+    def possible(self) -> tuple[Way, ...]:
+        return ways_of(VALID["squared", "label"])
 
     def needs(self, plan):
         return super().needs(plan)[0], super().needs(plan)[1].plain()

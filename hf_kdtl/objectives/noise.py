@@ -9,7 +9,8 @@ from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.passes import Direction
 from hf_kdtl.objectives.base import Batch, check_option, is_number
-from hf_kdtl.objectives.derivatives import DerivativeObjective, Way
+from hf_kdtl.objectives.derivatives import DerivativeObjective
+from hf_kdtl.objectives.estimators import Way
 from hf_kdtl.objectives.jacobian import CITATION
 
 
@@ -54,6 +55,7 @@ class NoisyKD(DerivativeObjective):
         values, draws = [], batch["draws"]
         for k in range(self.probes):
             place = Direction("normal", self.noise, k)
-            log_s, log_t = (log_probabilities(m.at(place, draws), self.temperature) for m in (student, teacher))
+            shifted = (model.at(place, draws, precise=False) for model in (student, teacher))
+            log_s, log_t = (log_probabilities(logits, self.temperature) for logits in shifted)
             values.append(self.temperature**2 * kl(log_t.detach(), log_s))
         return torch.stack(values).mean(0)

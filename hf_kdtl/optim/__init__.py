@@ -1,0 +1,15 @@
+"""Learning rates per layer: which layer a tensor is of, how fast each layer learns, and the optimizer that obeys."""
+
+from hf_kdtl.optim.factory import LayerwiseOptimizer, create_layerwise_optimizer
+from hf_kdtl.optim.groups import group_table, layer_groups
+from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.optim.rates import RateOptions
+
+__all__ = [
+    "LayerRates",
+    "LayerwiseOptimizer",
+    "RateOptions",
+    "create_layerwise_optimizer",
+    "group_table",
+    "layer_groups",
+]

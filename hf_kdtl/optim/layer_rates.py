@@ -1,0 +1,301 @@
+"""The learning rates of a run's layers: when they are measured, what of, and which param groups they go to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_kdtl.functional.discrepancy import discrepancy, distribution
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.pairing import Pair, PairingPlan
+from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.optim.groups import evaluating, layer_groups, named_blocks
+from hf_kdtl.optim.layerwise import is_layerwise
+from hf_kdtl.optim.measure import (
+    attention_discrepancies,
+    check_pairs,
+    input_discrepancies,
+    needs,
+    parameter_energies,
+)
+from hf_kdtl.optim.rates import RateOptions, Rates
+
+logger = logging.get_logger(__name__)
+
+Gather = Callable[[Tensor], Tensor]
+"""(n, ...) of this rank -> (sum of n, ...) of all ranks, where every rank gives the same shape."""
+
+
+class LayerRates:
+    """What a trainer holds: measures, keeps and applies the multipliers of the layers.
+
+    A measurement is `add` for every micro-batch of an optimizer step and then one `finish`; or `measure`, which does
+    both. A trainer calls `begin` before each step, `add` while `measuring`, and `end` before the optimizer's step.
+    The rule is in `Rates`, the settings in `RateOptions`.
+
+    Derivatives are taken in eval mode: no dropout or stochastic depth, batch norms by their running statistics.
+
+    Args:
+        options: of the config's `layer_rates`.
+        student: the model that is trained.
+        plan: of student and teacher (`hf_kdtl.models.plan`); needed by every mode but "llrd" and "uniform".
+        blocks: names of the student's blocks, where they cannot be found.
+        seed: of the shuffle of mode "permuted", and of the directions where no `draws` are given.
+
+    Raises:
+        ValueError: for options that do not fit (as `RateOptions`), a plan that is missing, pairs that the source
+            cannot compare, or a pair named by hand whose student block is frozen.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any] | RateOptions,
+        student: nn.Module,
+        plan: PairingPlan | None = None,
+        *,
+        blocks: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        self.options, self.plan, self.seed = RateOptions.of(options), plan, seed
+        sizes = [0] * len(named_blocks(student, blocks))
+        for group in layer_groups(student, blocks=blocks):
+            if isinstance(group["layer"], int):
+                sizes[group["layer"]] += sum(p.numel() for p in group["params"])
+        self.pairs = _pairs(self.options, plan, sizes)
+        self._sizes = sizes
+        self.restart()
+
+    def restart(self) -> None:
+        """Every rate as at the start of a run, and no history."""
+        self.rates = Rates(self.options, self._sizes, [pair.student_layer for pair in self.pairs], self.seed)
+        self.history: list[dict[str, Any]] = []
+        self.measuring = False
+        self._step = 0
+        self._rows: list[Tensor] = []
+
+    # ---- Measuring ----
+
+    def begin(self, step: int) -> None:
+        """Before an optimizer step: set `measuring` where it is due. Step 0 begins a run anew; what a step that was
+        broken off had added is dropped."""
+        if step == 0:
+            self.restart()
+        self._rows, self._step, self.measuring = [], step, self.due(step)
+
+    def end(self, optimizer: Any, gather: Gather | None = None) -> None:
+        """After the last micro-batch of a step and before the optimizer's: the new multipliers, if any are due."""
+        if self.measuring:
+            self.measuring = False
+            self.finish(self._step, gather)
+            self.apply(optimizer)
+
+    def due(self, step: int) -> bool:
+        """Whether the step that comes (optimizer steps, from 0) measures: the first, and every `every`-th."""
+        if not self.options.measured or (self.options.mode == "frozen" and self.rates.measured):
+            return False
+        return step % self.options.interval == 0
+
+    @property
+    def needs(self) -> tuple[Needs, Needs]:
+        """What `add` can use of captures of (student, teacher) that a training step makes anyway; else empty."""
+        return needs(self.options, self.pairs) if self.options.source == "attention" else (Needs(), Needs())
+
+    @torch.compiler.disable  # torch.func and hooks on blocks, for which a compiled step has no graph
+    def add(
+        self,
+        student: nn.Module,
+        teacher: Any,
+        pixel_values: Tensor,
+        draws: Draws | None = None,
+        captures: tuple[Capture, Capture] | None = None,
+    ) -> None:
+        """Take in one micro-batch (B, C, h, w) of the student's pixels.
+
+        Leaves every weight, gradient, buffer and mode as it was.
+
+        Args:
+            teacher: a `Teacher`, or a model.
+            draws: the directions of source "hessian".
+            captures: of student and teacher with what `needs` says, to save the attention source its two forwards. In
+                train mode they see the student's dropout, so equal models are no longer at 0.
+        """
+        options, x = self.options, pixel_values.detach()
+        assert self.plan is not None
+        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        draws = draws or Draws(self.seed, 0, tuple(range(len(x))))
+        # Half precision would round the differences away.
+        with torch.autocast(x.device.type, enabled=False):
+            if options.source == "attention":
+                if captures is None:
+                    wanted = self.needs
+                    with torch.no_grad(), evaluating(student):
+                        captures = (
+                            capture(student, x, wanted[0], self.plan.student),
+                            teacher(x, wanted[1], self.plan.teacher),
+                        )
+                rows = attention_discrepancies(options, self.pairs, *captures)
+            elif options.wrt == "inputs":
+                rows = input_discrepancies(options, self.pairs, self.plan, student, teacher, x, draws)
+            else:
+                rows = parameter_energies(options, self.pairs, student, teacher, x, draws)
+        self._rows.append(rows.detach())
+
+    def finish(self, step: int, gather: Gather | None = None) -> list[float]:
+        """Make discrepancies of what was added on all ranks, move the multipliers, and return them by block.
+
+        Every rank must call it; all get the same numbers.
+
+        Raises:
+            RuntimeError: when nothing was added.
+        """
+        if not self._rows:
+            raise RuntimeError("layer_rates: finish without a measurement; call add for each micro-batch first.")
+        rows = _all_ranks(torch.cat(self._rows), gather)
+        self._rows = []
+        if rows.ndim == 3:
+            # A distribution over all images of the window, so only now.
+            p, q = distribution(rows[..., 0].T), distribution(rows[..., 1].T)
+            found = discrepancy(p, q).tolist()
+        else:
+            found = rows.mean(0).tolist()
+        self.rates.update(found)
+        by_layer = {
+            str(pair.student_layer): _short(d) if math.isfinite(d) else None
+            for pair, d in zip(self.pairs, found, strict=True)
+        }
+        multipliers = [_short(m) for m in self.rates.multipliers]
+        self.history.append({"step": step, "discrepancies": by_layer, "multipliers": multipliers})
+        return self.rates.multipliers
+
+    def measure(
+        self,
+        student: nn.Module,
+        teacher: Any,
+        batches: Iterable[Tensor],
+        step: int = 0,
+        gather: Gather | None = None,
+    ) -> list[float]:
+        """`add` every batch of pixels, then `finish`."""
+        first = 0
+        for pixel_values in batches:
+            positions = tuple(range(first, first + len(pixel_values)))
+            self.add(student, teacher, pixel_values, Draws(self.seed, step, positions))
+            first += len(pixel_values)
+        return self.finish(step, gather)
+
+    # ---- Using ----
+
+    def apply(self, optimizer: Any) -> None:
+        """Write the multipliers into an optimizer's param groups.
+
+        Raises:
+            ValueError: for an optimizer that would not obey them, with the call that makes one that does.
+        """
+        check_layerwise(optimizer)
+        for group in optimizer.param_groups:
+            group["lr_multiplier"] = self.rates.of_layer(group["layer"])
+
+    @property
+    def loss_weights(self) -> list[float] | None:
+        """Weight of a pair's loss, by student block, of mode "loss_weight"; otherwise None."""
+        return self.rates.loss_weights
+
+    def log(self) -> dict[str, float]:
+        """For Trainer's log: the multiplier of every block, and the discrepancies last measured."""
+        logs = {f"lr_multiplier/{i}": _short(m) for i, m in enumerate(self.rates.multipliers)}
+        last = self.history[-1]["discrepancies"] if self.history else {}
+        logs |= {f"lr_discrepancy/{layer}": d for layer, d in last.items() if d is not None}
+        if self.rates.skipped:
+            logs["lr_discrepancies_skipped"] = self.rates.skipped
+        return logs
+
+    def table(self, student: nn.Module, blocks: Sequence[str] | None = None) -> str:
+        """Layer by layer: how much is trained, the multiplier now, and the teacher's block it is compared with."""
+        sizes: dict[str, int] = {}
+        multipliers: dict[str, float] = {}
+        for group in layer_groups(student, blocks=blocks):
+            name = group["name"].removesuffix(" (no decay)")
+            sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in group["params"])
+            multipliers[name] = self.rates.of_layer(group["layer"])
+        compared = {f"block {pair.student_layer}": f"teacher block {pair.teacher_layer}" for pair in self.pairs}
+        rows = [("layer", "parameters", "rate x", "compared with")]
+        rows += [(name, f"{n:,}", f"{multipliers[name]:.3f}", compared.get(name, "-")) for name, n in sizes.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}  {d}" for a, b, c, d in rows
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: the settings, the rule's state and the history."""
+        return {"options": asdict(self.options), "rates": self.rates.state_dict(), "history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`. Raises ValueError when it is of other layers or another mode."""
+        before, now = state["options"], asdict(self.options)
+        if before["mode"] != now["mode"]:
+            raise ValueError(
+                f"layer_rates: the state is of mode {before['mode']!r} and this run has {now['mode']!r}. Resume with "
+                "the same mode, or start a new run."
+            )
+        if changed := [key for key in now if before[key] != now[key]]:
+            logger.warning(
+                f"layer_rates went by { ({key: before[key] for key in changed}) }; they go on with "
+                f"{ ({key: now[key] for key in changed}) }."
+            )
+        self.rates.load_state_dict(state["rates"])
+        self.history = list(state["history"])
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def check_layerwise(optimizer: Any) -> None:
+    """Raises ValueError unless the optimizer applies multipliers of the param groups of `layer_groups`."""
+    if is_layerwise(optimizer) and all("layer" in group for group in optimizer.param_groups):
+        return
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    raise ValueError(
+        f"the optimizer is {kind}, whose step does not know the layers' rates, so layer_rates would do nothing. Make "
+        "it with hf_kdtl.optim.create_layerwise_optimizer(student, args, objectives), or let the trainer make it: "
+        "leave optimizers out and name it in optim=... (With DistillationTrainer the objectives are "
+        "trainer.distiller.objectives.)"
+    )
+
+
+def _pairs(options: RateOptions, plan: PairingPlan | None, sizes: Sequence[int]) -> list[Pair]:
+    if not options.measured:
+        return []
+    if plan is None:
+        raise ValueError(
+            f"layer_rates: mode {options.mode!r} compares the student with a teacher, and there is no plan of both. "
+            "Pass LayerRates(options, student, hf_kdtl.models.plan(student, teacher)), or take mode 'llrd'."
+        )
+    pairs = sorted(plan.pair(options.layers), key=lambda pair: pair.student_layer)
+    frozen = [pair.student_layer for pair in pairs if not sizes[pair.student_layer]]
+    if frozen and isinstance(options.layers, list):
+        raise ValueError(
+            f"layer_rates: layers names the student's blocks {frozen}, which are frozen and have no rate; leave them "
+            "out, or unfreeze them."
+        )
+    pairs = [pair for pair in pairs if pair.student_layer not in frozen]
+    check_pairs(options, pairs)
+    return pairs
+
+
+def _all_ranks(rows: Tensor, gather: Gather | None) -> Tensor:
+    """The rows of all ranks; ranks may have different numbers of images, and gather wants one shape."""
+    if gather is None:
+        return rows
+    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
