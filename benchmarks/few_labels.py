@@ -1,6 +1,6 @@
 """Does matching input gradients help when there are few labels (the claim of arXiv 1803.00443)?
 
-    python benchmarks/few_labels.py --teacher <cifar10 ResNet> --dataset <cifar10 parquet folder>   # about 75 minutes
+    python benchmarks/few_labels.py --teacher <cifar10 ResNet> --dataset <cifar10 parquet folder>  # 90 minutes
     python benchmarks/few_labels.py ... --seeds 1 2 3 4 5 --arms task KD "KD + jacobian"             # a larger one
 
 A small convolutional net (BiT: group norm, here with GELU) from random weights sees 10, 50 and 500 images a class.

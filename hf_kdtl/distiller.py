@@ -19,7 +19,6 @@ from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
-from hf_kdtl.objectives.pairs import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 
 Counts = dict[str, Tensor]
@@ -165,8 +164,8 @@ class Distiller(nn.Module):
     def _over_pairs(self, key: str, value: Tensor) -> Tensor:
         """The mean over pairs of layers, weighted where `layer_rates` has mode loss_weight."""
         objective, weights = self.objective(key), self.rates.loss_weights if self.rates else None
-        if weights and value.ndim == 2 and isinstance(objective, PairedObjective):
-            value = value * value.new_tensor([weights[pair.student_layer] for pair in objective.pairs])
+        if weights and value.ndim == 2 and (pairs := getattr(objective, "pairs", None)):
+            value = value * value.new_tensor([weights[pair.student_layer] for pair in pairs])
         return value.mean(1) if value.ndim == 2 else value
 
     def objective(self, key: str) -> Objective:

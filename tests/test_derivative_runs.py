@@ -176,7 +176,7 @@ def test_bf16_autocast_stays_near_float32(arch, name, options):
         value = terms(student, teacher, name, **options)
         value.sum().backward()
     off = (value - exact).abs().max() / exact.abs().max()
-    assert off < (1e-3 if shifted and not options.get("estimator") == "split" else 0.05), off
+    assert off < (1e-3 if shifted and options.get("estimator") != "split" else 0.05), off
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
@@ -298,14 +298,14 @@ def test_preflight_finds_a_static_graph(tmp_path):
 
 def test_a_frozen_student_has_no_gradient_path(tmp_path):
     student, _ = pair()
-    with pytest.raises(ValueError, match="no trainable parameter, so no gradient path. Unfreeze"):
+    with pytest.raises(ValueError, match=r"no trainable parameter, so no gradient path. Unfreeze"):
         refused(tmp_path, {"name": "jacobian"}, student=student.requires_grad_(False))
 
 
 def test_integer_pixels_have_no_derivative():
     student, teacher = pair()
     made = Distiller(student, {"j": OBJECTIVES["jacobian"]()}, {"j": 1.0}, Teacher(teacher))
-    with pytest.raises(ValueError, match="torch.uint8; derivatives need floating-point pixels. Normalise them"):
+    with pytest.raises(ValueError, match=r"torch.uint8; derivatives need floating-point pixels. Normalise them"):
         made.terms({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, Draws(0, 0, (0, 1)))
 
 
@@ -321,7 +321,7 @@ def test_a_teacher_without_gradients_to_its_pixels_is_refused():
     student, teacher = pair()
     plain = teacher.forward
     teacher.forward = lambda **kwargs: torch.no_grad()(plain)(**kwargs)
-    with pytest.raises(ValueError, match="no gradient path from the output to the pixels.*cached.*quantised"):
+    with pytest.raises(ValueError, match=r"no gradient path from the output to the pixels.*cached.*quantised"):
         terms(student, teacher, "jacobian")
 
 
@@ -391,5 +391,5 @@ def test_options_that_do_not_go_together(name, options, says):
 
 
 def test_labels_as_distributions_are_no_class_index(tmp_path):
-    with pytest.raises(ValueError, match="labels are distributions of shape .*mixup"):
+    with pytest.raises(ValueError, match=r"labels are distributions of shape .*mixup"):
         refused(tmp_path, {"name": "jacobian", "output": "label"}, data=Images(8, "soft"))

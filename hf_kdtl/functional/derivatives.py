@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ class ComposedLayerNorm(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
-    replaced: dict[Callable, Callable] = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm}
+    replaced: ClassVar[dict[Callable, Callable]] = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm}
 
 
 class ForwardMode(ComposedLayerNorm):
@@ -102,7 +102,7 @@ class ForwardMode(ComposedLayerNorm):
     autocast each layer's slope takes the layer's precision, as its value does.
     """
 
-    replaced = ComposedLayerNorm.replaced | {
+    replaced: ClassVar[dict[Callable, Callable]] = ComposedLayerNorm.replaced | {
         F.linear: partial(_linear_map, F.linear),
         torch.conv2d: partial(_linear_map, torch.conv2d),
     }
