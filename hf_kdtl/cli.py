@@ -92,7 +92,8 @@ def run(program: Callable[[], None]) -> int:
     except EXPECTED_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
-        said = str(error) if "\n  " in str(error) else " ".join(str(error).split())  # a table keeps its lines
+        table = str(error).count("\n  ") > 2  # keeps its lines
+        said = str(error) if table else " ".join(str(error).split())
         return _told(f"error: {said} ({TRACEBACK}=1 shows where.)", 2)
     finally:
         if dist.is_available() and dist.is_initialized():
