@@ -3,7 +3,7 @@
     python benchmarks/layer_rates.py --source <cifar10 ViT> --teacher <cifar10 ResNet> --dataset <cifar10 folder>
     python benchmarks/layer_rates.py ... --seeds 1 2 3 4 5 --steps 1000        # a larger one
 
-The first takes about 40 minutes (28 runs) on one quiet core. The student is pre-trained: `--layers` blocks of the
+The first takes about 40 minutes (28 runs) on one core. The student is pre-trained: `--layers` blocks of the
 source (make_student), with a new head where the source's classes are others. It learns the target under a teacher of
 another architecture, because layers cut out of their own teacher are all about equally far from it, and every
 multiplier stays near 1. All arms: the same initial weights, images, order and steps, and the same total rate (the
