@@ -104,6 +104,11 @@ class Distiller(nn.Module):
         for key, value in terms.items():
             objective = self.objective(key)
             if key == "task" and self.task_loss is not None:
+                if student.outputs is None:
+                    raise ValueError(
+                        "compute_loss_func wants the model's outputs, and those of a part of the batch cannot be "
+                        "joined to the rest: the model gives no ModelOutput. Use fraction=1."
+                    )
                 # Its contract: already divided by the items of the window.
                 items = counts["labelled"].clamp(min=1)
                 total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=items) * items

@@ -15,6 +15,7 @@ from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher
 from hf_kdtl.objectives import OBJECTIVES
+from tests.helpers import leave
 from tests.tiny import build
 
 IMAGES = 6
@@ -67,4 +68,4 @@ if __name__ == "__main__":
     said = refusal(mesh)
     if dist.get_rank() == 0:
         save_file(tensors, sys.argv[1], metadata={"world": str(dist.get_world_size()), "refused": said})
-    dist.destroy_process_group()
+    leave()

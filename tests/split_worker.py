@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_kdtl.objectives import OBJECTIVES
-from tests.helpers import Images, pair, trainer, weights
+from tests.helpers import Images, leave, pair, trainer, weights
 
 
 def per_image_objectives(labels):
@@ -54,4 +54,4 @@ if __name__ == "__main__":
         tensors = {k: v.contiguous() for k, v in weights(finished.distiller).items()}
         metadata = {"world": str(finished.args.world_size), "logged": json.dumps(logged)}
         save_file(tensors, out, metadata=metadata)
-    finished.end()  # else gloo's threads may abort the process at its exit
+    leave()

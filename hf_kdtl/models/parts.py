@@ -60,9 +60,4 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
         name: tree_map(join, getattr(part, name), getattr(rest, name))
         for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention")
     }
-    if values["outputs"] is None:
-        raise ValueError(
-            f"{type(part.outputs).__name__} is no ModelOutput, so the outputs of a part of the batch cannot be joined "
-            "to the rest. Use fraction=1."
-        )
     return Capture(**values, geometry=part.geometry, differentiated=part, rows=rows)
