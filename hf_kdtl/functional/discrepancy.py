@@ -15,8 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 from hf_kdtl.functional.derivatives import differentiable
 from hf_kdtl.functional.resample import Grid, redistribute
@@ -126,7 +128,7 @@ def parameter_curvature(block: Block, parameters: Parameters, inputs: tuple[Tens
         return output_energy(block(theta, *(x.detach() for x in inputs)))
 
     held = {name: p.detach() for name, p in parameters.items()}
-    with torch.no_grad(), differentiable(3):
+    with torch.no_grad(), differentiable(3), _ForwardTwice():
         along = jvp(lambda theta: jvp(energy, (theta,), (v,))[1], (held,), (v,))
     return along[1].abs()
 
@@ -175,3 +177,32 @@ def patch_energy(pixels: Tensor, grid: Grid) -> Tensor:
     """
     size = (pixels.shape[-2], pixels.shape[-1])
     return redistribute(pixels.detach().double().square().sum(1).flatten(1), size, grid)
+
+
+class _ForwardTwice(TorchFunctionMode):
+    """Inside forward over forward: what torch 2.13 has no rule for there, or a wrong one.
+
+    SiLU's backward has no forward mode. Batch norm in train mode is silently wrong by a third (BiT standardises its
+    weights by it; layers in train mode do not come here, blocks are measured in eval mode).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _TWICE.get(func, func)(*args, **(kwargs or {}))
+
+
+def _silu(input, inplace=False):
+    return input * torch.sigmoid(input)
+
+
+def _batch_norm(input, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training:
+        return F.batch_norm(input, mean, variance, weight, bias, training, momentum, eps)
+    axes = [axis for axis in range(input.ndim) if axis != 1]
+    centred = input - input.mean(axes, keepdim=True)
+    result = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    result = result if weight is None else result * weight.reshape(shape)
+    return result if bias is None else result + bias.reshape(shape)
+
+
+_TWICE: dict[Callable, Callable] = {F.silu: _silu, F.batch_norm: _batch_norm}

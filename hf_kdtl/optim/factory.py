@@ -65,14 +65,16 @@ def create_layerwise_optimizer(
             be measured.
     """
     check_optimizer_name(args)
+    if isinstance(layer_rates, Mapping):
+        layer_rates = LayerRates(layer_rates, model, blocks=blocks)
+    if layer_rates is not None:
+        blocks = layer_rates.blocks
     groups = layer_groups(model, objectives, args.weight_decay, spare_tokens=spare_tokens, blocks=blocks)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     own = {"params", "model", "optimizer_dict"} & options.keys()
     if own or not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(_refusal(args, "it makes its own param groups"))
     optimizer = layerwise(kind)(groups, **options)
-    if isinstance(layer_rates, Mapping):
-        layer_rates = LayerRates(layer_rates, model, blocks=blocks)
     if layer_rates is not None:
         layer_rates.apply(optimizer)
     return optimizer

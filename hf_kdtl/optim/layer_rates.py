@@ -64,6 +64,12 @@ class LayerRates:
         seed: int = 0,
     ):
         self.options, self.plan, self.seed = RateOptions.of(options), plan, seed
+        self.blocks = blocks = self.options.blocks if blocks is None else blocks
+        if self.options.measured and blocks is not None:
+            raise ValueError(
+                f"layer_rates: mode {self.options.mode!r} pairs the blocks that are found; blocks=[...] "
+                "may name others for the modes 'llrd' and 'uniform' alone."
+            )
         sizes = [0] * len(named_blocks(student, blocks))
         for group in layer_groups(student, blocks=blocks):
             if isinstance(group["layer"], int):
@@ -209,18 +215,19 @@ class LayerRates:
 
     def log(self) -> dict[str, float]:
         """For Trainer's log: the multiplier of every block, and the discrepancies last measured."""
-        logs = {f"lr_multiplier/{i}": _short(m) for i, m in enumerate(self.rates.multipliers)}
+        name = "loss_weight" if self.options.mode == "loss_weight" else "lr_multiplier"
+        logs = {f"{name}/{i}": _short(m) for i, m in enumerate(self.rates.multipliers)}
         last = self.history[-1]["discrepancies"] if self.history else {}
         logs |= {f"lr_discrepancy/{layer}": d for layer, d in last.items() if d is not None}
         if self.rates.skipped:
             logs["lr_discrepancies_skipped"] = self.rates.skipped
         return logs
 
-    def table(self, student: nn.Module, blocks: Sequence[str] | None = None) -> str:
+    def table(self, student: nn.Module) -> str:
         """Layer by layer: how much is trained, the multiplier now, and the teacher's block it is compared with."""
         sizes: dict[str, int] = {}
         multipliers: dict[str, float] = {}
-        for group in layer_groups(student, blocks=blocks):
+        for group in layer_groups(student, blocks=self.blocks):
             name = group["name"].removesuffix(" (no decay)")
             sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in group["params"])
             multipliers[name] = self.rates.of_layer(group["layer"])
@@ -239,14 +246,15 @@ class LayerRates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError when it is of other layers or another mode."""
         before, now = state["options"], asdict(self.options)
-        if before["mode"] != now["mode"]:
-            raise ValueError(
-                f"layer_rates: the state is of mode {before['mode']!r} and this run has {now['mode']!r}. Resume with "
-                "the same mode, or start a new run."
-            )
-        if changed := [key for key in now if before[key] != now[key]]:
+        for key in ("mode", "decay"):  # what the multipliers that are resumed were made by
+            if before[key] != now[key]:
+                raise ValueError(
+                    f"layer_rates: the state is of {key} {before[key]!r} and this run has {now[key]!r}. Resume with "
+                    f"the same {key}, or start a new run."
+                )
+        if changed := [key for key in now if before.get(key) != now[key]]:
             logger.warning(
-                f"layer_rates went by { ({key: before[key] for key in changed}) }; they go on with "
+                f"layer_rates went by { ({key: before.get(key) for key in changed}) }; they go on with "
                 f"{ ({key: now[key] for key in changed}) }."
             )
         self.rates.load_state_dict(state["rates"])

@@ -20,7 +20,7 @@ SOURCES = ("attention", "jacobian", "hessian")
 # Optimizer steps between measurements: what keeps the cost under 3 % (attention) and 5 % of training.
 EVERY = {"attention": 20, "jacobian": 100, "hessian": 200}
 EPS = 1e-6 * math.log(2)
-_MEASURED = ("source", "layers", "momentum", "eps", "r_min", "r_max")
+_MEASURED = ("source", "layers", "eps", "r_min", "r_max")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RateOptions:
         r_min, r_max: bounds of a multiplier, 0 < r_min < 1 < r_max.
         probes: directions of hessian that are averaged.
         decay: of llrd, in (0, 1]: from one block to the one before.
+        blocks: of llrd and uniform: names of the student's blocks in order, where they cannot be found.
     """
 
     mode: str = "discrepancy"
@@ -55,6 +56,10 @@ class RateOptions:
     r_max: float = 4.0
     probes: int = 1
     decay: float = 0.75
+    blocks: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
 
     @classmethod
     def of(cls, options: Any) -> RateOptions:
@@ -75,7 +80,6 @@ class RateOptions:
         for key in given:
             _check_word("key", key, [f.name for f in fields(cls)])
         made = cls(**given)
-        made._check()
         if unread := [key for key in given if key not in ("mode", *made._reads())]:
             raise ValueError(
                 f"layer_rates: {unread[0]} has no effect with mode {made.mode!r}"
@@ -95,8 +99,8 @@ class RateOptions:
 
     def _reads(self) -> tuple[str, ...]:
         if not self.measured:
-            return ("decay",) if self.mode == "llrd" else ()
-        of_mode = () if self.mode == "frozen" else ("every",)
+            return ("decay", "blocks") if self.mode == "llrd" else ("blocks",)
+        of_mode = () if self.mode == "frozen" else ("every", "momentum")
         of_source = {"attention": ("map",), "jacobian": ("wrt",), "hessian": ("wrt", "probes")}[self.source]
         return (*_MEASURED, *of_mode, *of_source)
 

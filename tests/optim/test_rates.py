@@ -197,3 +197,13 @@ def test_nothing_to_compare_or_to_move():
         made((1, 1), (1,))
     with pytest.raises(ValueError, match="no block of the student is trainable"):
         made((0, 0), (0, 1))
+
+
+def test_options_are_checked_however_they_are_made():
+    with pytest.raises(ValueError, match="r_min"):
+        RateOptions(r_min=5.0, r_max=2.0)
+    with pytest.raises(ValueError, match="momentum has no effect with mode 'frozen'"):
+        RateOptions.of({"mode": "frozen", "momentum": 0.5})
+    assert RateOptions.of({"mode": "uniform", "blocks": ["a", "b"]}).blocks == ["a", "b"]
+    with pytest.raises(ValueError, match="blocks has no effect with mode 'discrepancy'"):
+        RateOptions.of({"blocks": ["a", "b"]})
