@@ -144,8 +144,8 @@ BESIDE_KD = {
 RATES: dict[str, dict] = {
     "attention (every 20)": {"source": "attention"},
     "attention, map class (every 20)": {"source": "attention", "map": "class"},
-    "jacobian (every 100)": {"source": "jacobian"},
-    "jacobian wrt inputs (every 100)": {"source": "jacobian", "wrt": "inputs"},
+    "jacobian (every 150)": {"source": "jacobian"},
+    "jacobian wrt inputs (every 150)": {"source": "jacobian", "wrt": "inputs"},
     "hessian (every 200)": {"source": "hessian"},
     "hessian wrt inputs (every 200)": {"source": "hessian", "wrt": "inputs"},
 }

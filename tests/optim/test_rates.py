@@ -188,7 +188,7 @@ def test_bad_options(options, said):
 
 
 def test_cadence_by_source():
-    assert [RateOptions.of({"source": s}).interval for s in ("attention", "jacobian", "hessian")] == [20, 100, 200]
+    assert [RateOptions.of({"source": s}).interval for s in ("attention", "jacobian", "hessian")] == [20, 150, 200]
     assert RateOptions.of({"source": "hessian", "every": 7}).interval == 7
 
 
