@@ -25,7 +25,7 @@ class Setting:
         compiled: the models run under torch.compile, which has no double backward and no forward mode.
         checkpointing: blocks are recomputed in the backward pass.
         batch_norm: the student has BatchNorm.
-        kinks: {who: types of layers with kinks}, of those that have any.
+        kinks: who has which types of layers with kinks, in words.
         coarse: who has quantised weights, or weights of half precision, in words.
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.

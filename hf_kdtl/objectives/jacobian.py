@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.divergences import log_probabilities
-from hf_kdtl.models.capture import Capture
+from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.passes import Direction
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective, Output, label_index
@@ -63,8 +63,8 @@ class Jacobian(DerivativeObjective):
         probes: random directions or projections that are averaged; one has a relative deviation of about 1.4.
         fraction: share of the images, in (0, 1], that take part.
 
-    Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/step_cost.py): vjp 2.0,
-        split 2.6, finite_difference 2.0 (central 3.0), vjp on a quarter of the images 1.3.
+    Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/derivative_cost.py): vjp
+        2.0, split 2.6, finite_difference 2.0 (central 3.0), vjp on a quarter of the images 1.3.
 
     Raises:
         ValueError: for options that do not go together, with the table of those that do; for an estimator that would
@@ -239,7 +239,7 @@ class JacobianNorm(DerivativeObjective):
         return ways_of(VALID["squared", "label"])
 
     def needs(self, plan):
-        return super().needs(plan)[0], super().needs(plan)[1].plain()
+        return super().needs(plan)[0], Needs()
 
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         index, labelled = label_index(batch)
