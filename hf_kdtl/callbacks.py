@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,3 +95,18 @@ class StopOnSignal(TrainerCallback):
         told = torch.tensor(float(self.received is not None), device=args.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return bool(told.item())
+
+
+class TaskStep(TrainerCallback):
+    """Have the optimizer's step measured along the task's gradient, where a gradient rule is at work."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (gradients := self._trainer.gradient_rule) is not None:
+            gradients.before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if (gradients := self._trainer.gradient_rule) is not None:
+            gradients.after_step()

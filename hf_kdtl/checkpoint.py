@@ -11,24 +11,34 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.optim.layer_rates import LayerRates
 
 logger = logging.get_logger(__name__)
 
 STATE_JSON = "distillation_state.json"
 STATE_TENSORS = "distillation_state.safetensors"
+START = "start"
+"""The folder beside a run's checkpoints that holds what its student started from, where an objective needs it."""
 
 
 def save_distillation_state(
-    folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]], rates: LayerRates | None = None
+    folder: str | Path,
+    objectives: nn.ModuleDict,
+    entries: list[dict[str, Any]],
+    rates: LayerRates | None = None,
+    gradients: TwoGradients | None = None,
 ) -> None:
-    """Write the objectives' parameters (safetensors), the list they were made from and the layers' rates (JSON)."""
+    """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
+    rule met (JSON)."""
     tensors = {name: value.contiguous() for name, value in objectives.state_dict().items()}
     if tensors:
         save_file(tensors, Path(folder, STATE_TENSORS))
     state: dict[str, Any] = {"version": 1, "objectives": entries}
     if rates is not None:
         state["layer_rates"] = rates.state_dict()
+    if gradients is not None:
+        state["gradient_rule"] = gradients.state_dict()
     Path(folder, STATE_JSON).write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -67,6 +77,16 @@ def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
         )
     if rates is not None and saved is not None:
         rates.load_state_dict(saved)
+
+
+def load_gradient_rule(folder: str | Path, options: Any, gradients: TwoGradients | None) -> None:
+    """Go on with the history of a checkpoint's gradient rule. Another rule, or none, is said."""
+    saved = _state(folder).get("gradient_rule")
+    found, now = None if saved is None else saved["options"], None if gradients is None else gradients.options
+    if found != now:
+        logger.warning(f"{folder} was trained with the gradient_rule {found}; it goes on with {options}.")
+    elif gradients is not None and saved is not None:
+        gradients.load_state_dict(saved)
 
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:

@@ -16,8 +16,14 @@ from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
-    """Raises ValueError when a teacher is missing, or given and unused."""
-    needing = [key for key, objective in config.build_objectives().items() if objective.needs_teacher]
+    """Raises ValueError when a teacher or a start is given and unused, or a teacher is missing."""
+    objectives = config.build_objectives()
+    if config.start is not None and all(objective.source == "teacher" for objective in objectives.values()):
+        raise ValueError(
+            f"start is {config.start!r} and no objective holds the student to it. Add one, such as "
+            '{"name": "l2_sp", "weight": 0.01}, or leave start out (the student is chosen by model=...).'
+        )
+    needing = [key for key, objective in objectives.items() if objective.needs_teacher]
     options = config.rate_options
     measured = options is not None and options.measured
     if teacher is None and needing:
@@ -97,6 +103,15 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
         found.append(
             "layer_rates: mode 'loss_weight' weighs the losses of pairs of layers, and no objective has any. Add one, "
             'such as {"name": "attention_transfer"}, or take mode \'discrepancy\'.'
+        )
+    if args.gradient_rule is not None and args.fp16:
+        found.append(
+            "gradient_rule compares two gradients, and fp16 would have scaled them. Use bf16=True, or float32."
+        )
+    if args.gradient_rule is not None and args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"):
+        found.append(
+            "gradient_rule runs two backward passes, which reentrant checkpointing has not; use "
+            'activation_checkpointing_kwargs={"use_reentrant": false}.'
         )
     if derived and args.ddp_static_graph:
         found.append(static_graph_problem(derived))

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import logging
 
-from hf_kdtl.gradient_rules import GRADIENT_RULES
+from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
 from hf_kdtl.objectives import OBJECTIVES, Objective
 from hf_kdtl.objectives.base import is_number
+from hf_kdtl.objectives.pairs import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
 from hf_kdtl.optim.rates import RateOptions
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
     {"name": "task", "weight": 0.1},
@@ -43,8 +47,10 @@ class DistillationConfig(TrainingArguments):
             `role` overrides what a gradient rule takes it for. Default: task 0.1 and logit_kd 0.9 at temperature 4.
         layer_rates: learning rates per layer, such as `{"mode": "discrepancy", "source": "attention"}`; the keys are
             those of `hf_kdtl.optim.RateOptions`. None: one rate for all.
-        gradient_rule: how task and transfer gradients are combined. None (their sum) is the only value of this
-            version.
+        gradient_rule: how the gradients of task and transfer objectives are combined, such as
+            `{"name": "never_hurt", "form": "one_sided"}`; see `hf_kdtl.gradient_rules`. None: their sum.
+        start: the model that `l2_sp`, `delta` and `lwf` (source: start) hold the student to, as a folder or Hub name.
+            None: the student as it is when training begins. It is kept with the run, for resuming.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
 
     Raises:
@@ -57,7 +63,11 @@ class DistillationConfig(TrainingArguments):
     )
     layer_rates: dict | str | None = field(default=None, metadata={"help": "Learning rates per layer, as JSON."})
     gradient_rule: dict | str | None = field(
-        default=None, metadata={"help": "How task and transfer gradients are combined, as JSON."}
+        default=None, metadata={"help": 'How task and transfer gradients are combined: \'{"name": "never_hurt"}\'.'}
+    )
+    start: str | None = field(
+        default=None,
+        metadata={"help": "A folder or Hub name: what the student is held to; by default its own first weights."},
     )
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
@@ -72,9 +82,7 @@ class DistillationConfig(TrainingArguments):
         self.build_objectives()
         if self.rate_options is not None:
             check_optimizer_name(self)
-        if self.gradient_rule is not None:
-            rule = self.gradient_rule.get("name") if isinstance(self.gradient_rule, dict) else self.gradient_rule
-            check_known("gradient rule", rule, GRADIENT_RULES)
+        self.build_rule()
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -116,6 +124,29 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("objectives: every weight is 0, so nothing would be learned; set one above 0.")
         return built
 
+    def build_rule(self) -> GradientRule | None:
+        """A new gradient rule; None where `gradient_rule` is.
+
+        Raises:
+            ValueError: for an unknown name, key or value, or where there is nothing to protect it from, or by.
+        """
+        if self.gradient_rule is None:
+            return None
+        if not isinstance(self.gradient_rule, dict) or "name" not in self.gradient_rule:
+            raise ValueError(
+                f'gradient_rule is {self.gradient_rule!r}; expected a mapping such as {{"name": "never_hurt"}}, with '
+                f"one of the names {', '.join(GRADIENT_RULES)}."
+            )
+        options = dict(self.gradient_rule)
+        name = options.pop("name")
+        check_known("gradient rule", name, GRADIENT_RULES)
+        valid = inspect.signature(GRADIENT_RULES[name]).parameters
+        for option in options:
+            check_known(f"option of gradient rule {name!r}", option, valid)
+        rule = GRADIENT_RULES[name](**options)
+        check_roles(name, rule, self.build_objectives())
+        return rule
+
     def _share_smoothing(self, task: Task, key: str) -> None:
         """`label_smoothing_factor` keeps its meaning: it smooths the task's labels."""
         if task.label_smoothing is None:
@@ -143,6 +174,7 @@ class DistillationConfig(TrainingArguments):
         holder, key = self._holder(name)
         holder[key] = value
         self.build_objectives()
+        self.build_rule()
         _ = self.rate_options  # checks it
 
     def _holder(self, name: str) -> tuple[dict, str]:
@@ -153,7 +185,7 @@ class DistillationConfig(TrainingArguments):
         if len(path) != 1 or not isinstance(holder, dict):
             raise AttributeError(
                 f"{name!r} names no setting; expected objectives.<key>.<option>, such as "
-                "objectives.logit_kd.temperature, or layer_rates.<option>."
+                "objectives.logit_kd.temperature, layer_rates.<option> or gradient_rule.<option>."
             )
         return holder, path[0]
 
@@ -190,6 +222,30 @@ def _build_entry(entry: Mapping[str, Any]) -> Objective:
             raise ValueError(f"objective {name!r}: role is {entry['role']!r}; expected 'task' or 'transfer'.")
         objective.role = entry["role"]
     return objective
+
+
+def check_roles(name: str, rule: GradientRule, objectives: Mapping[str, Objective]) -> None:
+    """Refuse a rule that has no task to protect; say where it has nothing to protect it from.
+
+    Raises:
+        ValueError: also for a rule by layers and a term that has none.
+    """
+    transfer = {key: objective for key, objective in objectives.items() if objective.role == "transfer"}
+    if len(transfer) == len(objectives):
+        raise ValueError(
+            f"gradient_rule {name!r} protects the task, and none of the objectives {', '.join(objectives)} has that "
+            'role. Add {"name": "task"}, or give one of them "role": "task".'
+        )
+    if not transfer:
+        logger.warning_once(
+            f"gradient_rule {name!r} has nothing to protect the task from: every objective has the role task."
+        )
+    apart = [key for key, objective in transfer.items() if not isinstance(objective, PairedObjective)]
+    if rule.local and apart:
+        raise ValueError(
+            f"gradient_rule {name!r} lets each pair of layers move its own block, and {', '.join(apart)} pairs no "
+            'layers. Leave it out, give it "role": "task", or take the rule "never_hurt".'
+        )
 
 
 def check_known(what: str, name: Any, valid: Collection[str]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from hf_kdtl.models.capture import Capture, Needs, capture
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.parts import in_parts
 from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.start import Start
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
@@ -37,10 +39,13 @@ class Distiller(nn.Module):
         objectives: key -> objective, in the order of the config.
         weights: key -> weight in the total.
         teacher: where teacher signals come from; None when no objective needs one.
-        plan: what both models give, for objectives that pair layers.
+        plan: what student and teacher give, for objectives that pair layers.
         task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
         setting: how the models are run, where it is known; by default what can be seen of them.
         rates: of the student's layers; measured in `forward` while its `measuring` is set.
+        start: what the student started from; None when no objective compares with it.
+        start_plan: what student and start give.
+        parts: how a gradient rule wants the terms apart: "terms", or "pairs" of layers too. None: their sum alone.
     """
 
     def __init__(
@@ -53,6 +58,9 @@ class Distiller(nn.Module):
         task_loss: Callable[..., Tensor] | None = None,
         setting: Setting | None = None,
         rates: LayerRates | None = None,
+        start: Start | None = None,
+        start_plan: PairingPlan | None = None,
+        parts: Literal["terms", "pairs"] | None = None,
     ):
         super().__init__()
         self.student = student
@@ -62,7 +70,9 @@ class Distiller(nn.Module):
         self.plan = plan
         self.task_loss = task_loss
         self.rates = rates
-        self.student_needs, self.teacher_needs = Needs(), Needs()
+        self.start, self.parts = start, parts
+        self.plans = {"teacher": plan, "start": start_plan}
+        self.student_needs, self.teacher_needs, self.start_needs = Needs(), Needs(), Needs()
         self.notes: list[str] = []
         setting = setting or Setting.of(student, teacher)
         for key, objective in objectives.items():
@@ -70,9 +80,14 @@ class Distiller(nn.Module):
                 self.notes += [f"{key}: {note}" for note in objective.prepare(setting)]
             except ValueError as error:
                 raise ValueError(f"objective {key!r}: {error}") from error
-            _build(key, objective, plan)
-            needs = objective.needs(plan)
-            self.student_needs, self.teacher_needs = self.student_needs | needs[0], self.teacher_needs | needs[1]
+            own = self.plans[objective.source]
+            _build(key, objective, own)
+            needs = objective.needs(own)
+            self.student_needs = self.student_needs | needs[0]
+            if objective.source == "start":
+                self.start_needs = self.start_needs | needs[1]
+            else:
+                self.teacher_needs = self.teacher_needs | needs[1]
 
     # Each model is compiled as a graph of its own under torch_compile; what happens around them is bookkeeping.
     @torch.compiler.disable(recursive=False)
@@ -84,8 +99,8 @@ class Distiller(nn.Module):
         once per image of its micro-batch.
 
         Returns:
-            loss (scalar), and detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted`
-            {key: their number}.
+            loss (scalar); `parts` {key: its part of the loss}, a vector over the pairs where these are wanted; and
+            detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted` {key: their number}.
 
         Raises:
             ValueError: when an objective needs labels and the batch has none.
@@ -96,13 +111,15 @@ class Distiller(nn.Module):
                 f"objective {needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset a "
                 "column 'labels' (-100 marks an unlabelled image), or remove the objective."
             )
-        student, terms = self.terms(inputs, draws, self.rates if self.rates and self.rates.measuring else None)
+        student, values = self._values(inputs, draws, self.rates if self.rates and self.rates.measuring else None)
         here = micro_batch_counts(inputs)
+        parts: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         loss = student.logits.new_zeros((), dtype=torch.float32)
-        for key, value in terms.items():
+        for key, value in values.items():
             objective = self.objective(key)
+            value = _over_pairs(value)
             if key == "task" and self.task_loss is not None:
                 if student.outputs is None:
                     raise ValueError(
@@ -114,27 +131,54 @@ class Distiller(nn.Module):
                 total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=items) * items
             else:
                 total = value * here["images"] if objective.reduction == "batch" else value.sum()
-            loss = loss + self.weights[key] * (total / counts[objective.counts].clamp(min=1))
-            sums[key], counted[key] = total.detach(), here[objective.counts]
+            number = counts[objective.counts].clamp(min=1)
+            loss = loss + self.weights[key] * (total / number)
+            if self.parts == "pairs" and values[key].ndim == 2:
+                total = values[key].sum(0) / values[key].shape[1]
+            if self.parts:
+                parts[key] = self.weights[key] * (total / number) * world_size
+            sums[key], counted[key] = total.sum().detach(), here[objective.counts]
         if not self.student_needs.logits:
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
             loss = loss + 0.0 * student.logits.sum()
-        return {"loss": loss * world_size, "sums": sums, "counted": counted}
+        return {"loss": loss * world_size, "parts": parts, "sums": sums, "counted": counted}
 
-    def terms(
-        self, inputs: dict[str, Any], draws: Draws, measured: LayerRates | None = None
-    ) -> tuple[Capture, dict[str, Tensor]]:
+    def terms(self, inputs: dict[str, Any], draws: Draws) -> tuple[Capture, dict[str, Tensor]]:
         """The student's capture, and {key: unweighted value}: (B,) per image, or a scalar for a batch statistic.
 
-        One forward of the student, and at most one of the teacher, whatever the number of objectives. Objectives
-        that need labels are left out where the data has none.
+        One forward of the student, and at most one of the teacher and of the start, whatever the number of
+        objectives. Objectives that need labels are left out where the data has none.
+        """
+        student, values = self._values(inputs, draws)
+        return student, {key: _over_pairs(value) for key, value in values.items()}
+
+    def measure(self, inputs: dict[str, Any]) -> None:
+        """Show the objectives that learn from a sample of the training images what their source makes of it."""
+        for key in self.objectives:
+            objective = self.objective(key)
+            if not objective.sample:
+                continue
+            source = self.start if objective.source == "start" else self.teacher
+            assert source is not None
+            pixels, labels = (inputs.get(name) for name in ("pixel_values", "labels"))
+            assert pixels is not None
+            needs = objective.needs(self.plans[objective.source])[1] | Needs(pooled=True, input_gradient=True)
+            with torch.enable_grad():
+                seen = source(pixels[: objective.sample], needs)
+                objective.observe(seen, labels if labels is None else labels[: objective.sample])
+
+    def _values(
+        self, inputs: dict[str, Any], draws: Draws, measured: LayerRates | None = None
+    ) -> tuple[Capture, dict[str, Tensor]]:
+        """The student's capture, and {key: value}: (B,), (B, pairs), or a scalar for a batch statistic.
 
         Args:
             measured: rates that take this batch in, from the same two forwards where they can.
         """
         labels = inputs.get("labels")
         rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values")}
-        geometries = (self.plan.student, self.plan.teacher) if self.plan is not None else (None, None)
+        known = self.plan or self.plans["start"]
+        geometry = known.student if known is not None else None
         pixels = inputs["pixel_values"]
         fraction = max(self.student_needs.fraction, self.teacher_needs.fraction)
         rows = chosen(draws, fraction, pixels).nonzero()[:, 0] if fraction else pixels.new_zeros(0, dtype=torch.long)
@@ -146,38 +190,58 @@ class Distiller(nn.Module):
         if self.teacher is not None and teacher_needs:
             # First, while no graph of the student holds memory: measured 4 % of the step faster on a CPU.
             with torch.no_grad():
-                run = partial(self.teacher, geometry=geometries[1])
+                run = partial(self.teacher, geometry=self.plan.teacher if self.plan else None)
                 teacher = in_parts(run, self.teacher.model, pixels, teacher_needs, rows)
+        start = self._start(pixels)
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
         values = {}
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
-            run = partial(capture, self.student, geometry=geometries[0])
+            run = partial(capture, self.student, geometry=geometry)
             student = in_parts(run, self.student, pixels, student_needs, rows, **rest)
-            teacher = teacher or Capture(logits=student.logits)
+            sources = {"teacher": teacher or Capture(logits=student.logits), "start": start}
             if measured and any(extra):
-                measured.add(self.student, self.teacher, pixels, draws, (student, teacher))
-            for key, objective in self.objectives.items():
-                if labels is None and self.objective(key).needs_labels:
+                measured.add(self.student, self.teacher, pixels, draws, (student, sources["teacher"]))
+            for key in self.objectives:
+                objective = self.objective(key)
+                if labels is None and objective.needs_labels:
                     continue
-                value = objective(student, teacher, batch)
-                values[key] = self._over_pairs(key, value)
+                values[key] = self._weighted(objective, objective(student, sources[objective.source], batch))
         return student, values
 
-    def _over_pairs(self, key: str, value: Tensor) -> Tensor:
-        """The mean over pairs of layers, weighted where `layer_rates` has mode loss_weight."""
-        objective, weights = self.objective(key), self.rates.loss_weights if self.rates else None
+    @torch.no_grad()
+    def _start(self, pixels: Tensor) -> Capture:
+        """What the start gives, and the student's weights beside its own; no forward for these alone."""
+        needs = replace(self.start_needs, weights=False)
+        plan = self.plans["start"]
+        if self.start is not None and needs:
+            start = self.start(pixels, needs, plan.teacher if plan else None)
+        else:
+            start = Capture(logits=pixels.new_zeros(0))
+        if self.start is not None and self.start_needs.weights:
+            with torch.enable_grad():
+                start.weights = self.start.weights(self.student)
+        return start
+
+    def _weighted(self, objective: Objective, value: Tensor) -> Tensor:
+        """Pairs of layers weighted, where `layer_rates` has mode loss_weight."""
+        weights = self.rates.loss_weights if self.rates else None
         if weights and value.ndim == 2 and (pairs := getattr(objective, "pairs", None)):
-            value = value * value.new_tensor([weights[pair.student_layer] for pair in pairs])
-        return value.mean(1) if value.ndim == 2 else value
+            return value * value.new_tensor([weights[pair.student_layer] for pair in pairs])
+        return value
 
     def objective(self, key: str) -> Objective:
         """The objective of a key, typed."""
         found = self.objectives[key]
         assert isinstance(found, Objective)
         return found
+
+
+def _over_pairs(value: Tensor) -> Tensor:
+    """The mean over pairs of layers, where there are any."""
+    return value.mean(1) if value.ndim == 2 else value
 
 
 def _build(key: str, objective: Objective, plan: PairingPlan | None) -> None:

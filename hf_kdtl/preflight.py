@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from hf_kdtl.checks import setting_problems
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Distiller, micro_batch_counts
 from hf_kdtl.functional.random import Draws, chosen
-from hf_kdtl.models.pairing import PairingPlan, blank_pixels, plan
+from hf_kdtl.models.pairing import blank_pixels, plan
 from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.start import Start
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
@@ -110,18 +113,27 @@ def preflight(
     except ValueError as error:
         report.problems.append(str(error))
     setting = Setting.of(student, source, bool(config.torch_compile), bool(config.activation_checkpointing))
-    _measure(report, student, source, objectives, pairing, pixels, setting)
+    start = beside = None
+    try:
+        if any(objective.source == "start" for objective in objectives.values()):
+            start = Start(student)
+            if config.start is not None:
+                start = Start.from_path(config.start, student, processing_class)
+            beside = plan(student, start, pixel_values=pixels)
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error))
+        return report
+    make = partial(Distiller, teacher=source, plan=pairing, setting=setting, start=start, start_plan=beside)
+    _measure(report, student, make, objectives, pixels)
     return report
 
 
 def _measure(
     report: Report,
     student: nn.Module,
-    teacher: Teacher | None,
+    make: Callable[..., Distiller],
     objectives: dict[str, Objective],
-    pairing: PairingPlan | None,
     pixels: Tensor,
-    setting: Setting,
 ) -> None:
     model_config: Any = student.config
     labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
@@ -135,8 +147,10 @@ def _measure(
         try:
             # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
             weights = dict.fromkeys(terms, 1.0)
-            distiller = Distiller(copy.deepcopy(student).train(), terms, weights, teacher, pairing, setting=setting)
+            distiller = make(copy.deepcopy(student).train(), terms, weights)
             report.notes += distiller.notes
+            repeats = -(-max(terms[t].sample for t in terms) // len(pixels))  # as many as are wanted, the same again
+            distiller.measure({k: v.repeat(repeats, *[1] * (v.ndim - 1)) for k, v in inputs.items()})
             problem = _first_step(distiller.to(pixels.device), inputs, key)
             report.problems += [problem] if problem else []
             steps[key] = distiller
@@ -217,10 +231,15 @@ def _pixel_note(who: str, pixels: Tensor) -> str:
 def _warnings(objectives: dict[str, Objective], config: DistillationConfig) -> list[str]:
     """What the settings make of these objectives."""
     found = []
-    batch = [key for key, objective in objectives.items() if objective.reduction == "batch"]
+    batch = [key for key, o in objectives.items() if o.reduction == "batch" and not o.of_weights]
     if batch and (config.gradient_accumulation_steps > 1 or config.world_size > 1):
         found.append(
             f"{', '.join(batch)} is a statistic of the micro-batch of {config.per_device_train_batch_size} images on "
             "each process: it changes with gradient_accumulation_steps and the number of processes."
+        )
+    held = [entry["name"] for entry in config.entries if entry["name"] == "l2_sp"]
+    if held and config.weight_decay:
+        found.append(
+            f"weight_decay is {config.weight_decay:g} and pulls to 0, while l2_sp pulls to the start: set it to 0."
         )
     return found

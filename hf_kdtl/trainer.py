@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import random
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from hf_kdtl.callbacks import EpochToDataset, StopOnSignal
-from hf_kdtl.checkpoint import load_distillation_state, load_layer_rates, load_student, save_distillation_state
+from hf_kdtl.assembly import assemble
+from hf_kdtl.callbacks import EpochToDataset, StopOnSignal, TaskStep
+from hf_kdtl.checkpoint import (
+    START,
+    load_distillation_state,
+    load_gradient_rule,
+    load_layer_rates,
+    load_student,
+    save_distillation_state,
+)
 from hf_kdtl.checks import broken_gradient, broken_loss, check_optimizer, check_setting, check_teacher_is_used
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.functional.derivatives import differentiable
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
+from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.meter import TermMeter
-from hf_kdtl.models.pairing import plan
-from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
+from hf_kdtl.two_backwards import two_backwards, two_gradients
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +85,11 @@ class DistillationTrainer(Trainer):
         check_teacher_is_used(teacher, args)
         self.teacher = None if teacher is None else Teacher.of(teacher)
         self._distiller: Distiller | None = None
+        self._built_from: tuple[Any, ...] = ()
+        self._gradients: TwoGradients | None = None
         self._micro_step = 0
+        self._resumed_start: Path | None = None
+        self._parts: dict[str, Tensor] = {}
         self._meter = TermMeter()
         self._eval_terms: dict[str, list[Tensor]] | None = None
         self._stop = StopOnSignal()
@@ -90,6 +99,7 @@ class DistillationTrainer(Trainer):
         self.label_names = ["labels"]
         self.add_callback(EpochToDataset())
         self.add_callback(self._stop)
+        self.add_callback(TaskStep(self))
         if self.teacher is not None:
             self._match_teacher()
 
@@ -101,8 +111,10 @@ class DistillationTrainer(Trainer):
         if self._distiller is not None and self.model is self._distiller:  # inside _prepare_for_training
             return self._distiller
         stale = self._distiller is None or self._distiller.student is not self.model
-        if stale or (self._built_from, self._built_rates) != (self.args.entries, self.args.rate_options):
-            self._distiller = self._build_distiller()
+        if stale or self._built_from != self._made_of():
+            self._built_from = self._made_of()
+            self._distiller = assemble(self, self._resumed_start)
+            self._gradients = two_gradients(self.args.build_rule(), self._distiller)
         assert self._distiller is not None
         return self._distiller
 
@@ -111,41 +123,14 @@ class DistillationTrainer(Trainer):
         """The learning rates of the student's layers and their history; None where `args.layer_rates` is."""
         return self.distiller.rates
 
-    def _build_distiller(self) -> Distiller:
-        self._built_from = [dict(entry) for entry in self.args.entries]
-        self._built_rates = options = self.args.rate_options
-        if self.teacher is not None:
-            self._match_teacher()
-            self.teacher.to(self.accelerator.device)
-        objectives = self.args.build_objectives()
-        pairing, measured = None, options is not None and options.measured
-        if self.teacher is not None and (measured or any(objective.needs_plan for objective in objectives.values())):
-            pairing = plan(self.model, self.teacher, pixel_values=self._some_pixels())
-        rates = None if options is None else LayerRates(options, self.model, pairing, seed=self.args.seed)
-        compiled, checkpointing = bool(self.args.torch_compile), bool(self.args.activation_checkpointing)
-        setting = Setting.of(self.model, self.teacher, compiled, checkpointing)
-        distiller = Distiller(
-            self.model, objectives, self.args.weights(), self.teacher, pairing, self.compute_loss_func, setting, rates
-        )
-        for note in distiller.notes:
-            logger.info(note)
-        return distiller.to(self.accelerator.device) if self.place_model_on_device else distiller
+    @property
+    def gradient_rule(self) -> TwoGradients | None:
+        """The gradients of task and transfer and the history of their conflicts; None without a rule."""
+        _ = self.distiller
+        return self._gradients
 
-    def _some_pixels(self) -> Tensor | None:
-        """Two images as the student will see them; None where the data has no first element to look at."""
-        data: Any = self.train_dataset
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, IterableDataset):
-            return None
-        if isinstance(data, datasets.Dataset):
-            data = self._remove_unused_columns(data, description="training")
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        state = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng():  # the user's augmentation must not draw what training will draw
-            rows = [data[i] for i in (0, min(1, len(data) - 1))]
-            pixels = collate(rows)["pixel_values"].to(self.accelerator.device)
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        return pixels
+    def _made_of(self) -> tuple[Any, ...]:
+        return copy.deepcopy((self.args.entries, self.args.rate_options, self.args.gradient_rule, self.args.start))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
@@ -186,12 +171,12 @@ class DistillationTrainer(Trainer):
             both = self.accelerator.gather(both).view(-1, 2).sum(0)
         return {"images": both[0], "labelled": both[1]}
 
-    def training_step(self, *args, **kwargs) -> Tensor:
+    def training_step(self, model, *args, **kwargs) -> Tensor:
         # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
         order = self.distiller.student_needs.order if recomputed else 0
-        with differentiable(order):
-            loss = super().training_step(*args, **kwargs)
+        with differentiable(order), two_backwards(self, model, self._gradients, lambda: self._parts):
+            loss = super().training_step(model, *args, **kwargs)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)
         return loss
@@ -205,6 +190,7 @@ class DistillationTrainer(Trainer):
             return self._task_loss(model, inputs, return_outputs, counts)
         result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
         self._micro_step += 1
+        self._parts = result.pop("parts")
         self._check_finite(result)
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result) if return_outputs else result["loss"]
@@ -273,6 +259,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._meter.flush(self.distiller.weights, self.accelerator.gather))
             logs.update(self.layer_rates.log() if self.layer_rates is not None else {})
+            logs.update(self.gradient_rule.log(self.state.global_step) if self.gradient_rule is not None else {})
         super().log(logs, start_time)
 
     # ---- Evaluation: the student alone, as Trainer does it ----
@@ -312,6 +299,7 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints ----
 
     def train(self, *args, **kwargs):
+        self._resumed_start = None
         with self._stop.listening():
             output = super().train(*args, **kwargs)
         self._stop.raise_if_told_late(self.args)
@@ -322,13 +310,21 @@ class DistillationTrainer(Trainer):
         # therefore there before the checkpoint counts as whole, and before an older one is removed.
         if _internal_call and output_dir is not None and self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_distillation_state(output_dir, self.distiller.objectives, self._built_from, self.layer_rates)
+            save_distillation_state(
+                output_dir, self.distiller.objectives, self._built_from[0], self.layer_rates, self.gradient_rule
+            )
+            if self.distiller.start is not None:
+                self.distiller.start.save(Path(output_dir).parent / START)
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = super()._load_from_checkpoint
+        if any(objective.source == "start" for objective in self.args.build_objectives().values()):
+            # As it was when the run began: the student has moved on since.
+            self._resumed_start, self._distiller = Path(resume_from_checkpoint).parent / START, None
         self._load_whole(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
         load_layer_rates(resume_from_checkpoint, self.layer_rates)
+        load_gradient_rule(resume_from_checkpoint, self.args.gradient_rule, self.gradient_rule)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -339,4 +335,4 @@ class DistillationTrainer(Trainer):
             load_student(self.model, folder)
         else:
             otherwise()
-        load_distillation_state(folder, self.distiller.objectives, self._built_from)
+        load_distillation_state(folder, self.distiller.objectives, self._built_from[0])

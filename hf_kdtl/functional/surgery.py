@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ class Products(NamedTuple):
         """<g, d> / (||g|| ||d||), in [-1, 1]; 0 where either is 0."""
         length = math.sqrt(self.task) * math.sqrt(self.transfer)
         return self.both / length if length else 0.0
+
+
+class Ready(TypedDict, total=False):
+    """What a rule may be given besides."""
+
+    products: Sequence[Products] | None
+    """`inner_products(task, transfer)`, where the caller has them already."""
+    overwrite: bool
+    """Put the result into d's tensors; where there is no d it is g's own tensor or a new one. g is never changed."""
 
 
 class Conflict(NamedTuple):
@@ -78,20 +87,27 @@ def inner_products(task: Gradient, transfer: Gradient) -> list[Products]:
             f"{len(task)} task gradients and {len(transfer)} transfer gradients; expected one of each for the same "
             "parameters in the same order. Give None for a parameter without a gradient."
         )
-    found = []
+    found: list[Tensor | None] = []
     for i, (g, d) in enumerate(zip(task, transfer, strict=True)):
         if g is not None and d is not None and g.shape != d.shape:
             raise ValueError(
                 f"gradient {i} is {tuple(g.shape)} for the task and {tuple(d.shape)} for the transfer; expected the "
                 "shape of one parameter. Give both lists in the order of the same parameters."
             )
-        g, d = (None if x is None else _float64(x).reshape(-1) for x in (g, d))
-        pairs = ((g, g), (g, d), (d, d))
-        found.append([None if x is None or y is None else torch.dot(x, y) for x, y in pairs])
-    known = [x for triple in found for x in triple if x is not None]
-    # Stacked before they are read, so that an accelerator is waited for once.
-    values = iter(torch.stack([x.to(known[0].device) for x in known]).tolist() if known else [])
-    return [Products(*(0.0 if x is None else next(values) for x in triple)) for triple in found]
+        g, d = (None if x is None else _vector(x) for x in (g, d))
+        found += [None if x is None or y is None else torch.dot(x, y) for x, y in ((g, g), (g, d), (d, d))]
+    values = _read(found)
+    return [Products(*values[i : i + 3]) for i in range(0, len(values), 3)]
+
+
+def dot(x: Gradient, y: Gradient) -> float:
+    """<x, y> of two lists of tensors as two vectors, in float64; 0 for what is absent. Cost: as `inner_products`.
+
+    >>> dot([torch.tensor([3.0, 4.0]), None], [torch.tensor([-1.0, 0.0]), torch.ones(2)])
+    -3.0
+    """
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+    return sum(_read([torch.dot(_vector(a), _vector(b)) for a, b in pairs]))
 
 
 def total(products: Sequence[Products]) -> Products:
@@ -132,12 +148,7 @@ def conflict(products: Sequence[Products], scope: Scope = "global", form: Form =
 
 
 def one_sided(
-    task: Gradient,
-    transfer: Gradient,
-    scope: Scope = "global",
-    *,
-    products: Sequence[Products] | None = None,
-    overwrite: bool = False,
+    task: Gradient, transfer: Gradient, scope: Scope = "global", **ready: Unpack[Ready]
 ) -> list[Tensor | None]:
     """g + d where they agree; where they do not, d loses its part along g: g + d - (<g, d> / <g, g>) g.
 
@@ -145,13 +156,11 @@ def one_sided(
         task: g.
         transfer: d, in the same order, shapes, dtypes and devices.
         scope: of the inner products, "global" or "tensor".
-        products: `inner_products(task, transfer)` where the caller has them already.
-        overwrite: put the result into d's tensors (into g's where there is no d). Otherwise a tensor of either is
-            given back as it is where the result equals it, and the rest is new.
+        ready: products, overwrite; see `Ready`.
 
     Returns:
-        one tensor a parameter; None where both are None. Where nothing conflicts it is the plain sum to
-        the last bit.
+        one tensor a parameter; None where both are None. A tensor of either side is given back as it is where the
+        result equals it. Where nothing conflicts it is the plain sum to the last bit.
 
     Cost: two readings of both gradients, float64 copies of one tensor at a time; without `overwrite` a third set of
     gradients.
@@ -165,21 +174,11 @@ def one_sided(
     >>> one_sided([torch.tensor([1.0, 0.0])], [torch.tensor([-3.0, 4.0])])
     [tensor([1.0000, 4.0000])]
     """
-
-    def weights(p: Products) -> tuple[float, float]:
-        return (1 - p.both / p.task, 1.0) if p.both < 0 else (1.0, 1.0)
-
-    return _apply(weights, task, transfer, scope, products, overwrite, protect=True)
+    return _apply(lambda p: (1 - min(p.both / p.task, 0.0), 1.0), task, transfer, scope, protect=True, **ready)
 
 
 def orthogonal(
-    task: Gradient,
-    transfer: Gradient,
-    c: float,
-    scope: Scope = "global",
-    *,
-    products: Sequence[Products] | None = None,
-    overwrite: bool = False,
+    task: Gradient, transfer: Gradient, c: float, scope: Scope = "global", **ready: Unpack[Ready]
 ) -> list[Tensor | None]:
     """g + c (d - (<g, d> / <g, g>) g): of d only what is orthogonal to g, times c, whether they conflict or not.
 
@@ -197,17 +196,10 @@ def orthogonal(
     """
     if not 0 <= c < math.inf:
         raise ValueError(f"c is {c}; expected a finite number from 0, such as 0.1 * 0.99**epoch.")
-    return _apply(lambda p: (1 - c * p.both / p.task, c), task, transfer, scope, products, overwrite, protect=True)
+    return _apply(lambda p: (1 - c * p.both / p.task, c), task, transfer, scope, protect=True, **ready)
 
 
-def pcgrad(
-    task: Gradient,
-    transfer: Gradient,
-    scope: Scope = "global",
-    *,
-    products: Sequence[Products] | None = None,
-    overwrite: bool = False,
-) -> list[Tensor | None]:
+def pcgrad(task: Gradient, transfer: Gradient, scope: Scope = "global", **ready: Unpack[Ready]) -> list[Tensor | None]:
     """Each loses its part along the other where they conflict, and the two are added: the symmetric baseline.
 
     g - (<g, d> / <d, d>) d + d - (<g, d> / <g, g>) g. The task is not protected: where they conflict <g, result> is
@@ -226,7 +218,7 @@ def pcgrad(
         conflicts = p.both < 0 and p.transfer > 0
         return (1 - p.both / p.task, 1 - p.both / p.transfer) if conflicts else (1.0, 1.0)
 
-    return _apply(weights, task, transfer, scope, products, overwrite, protect=False)
+    return _apply(weights, task, transfer, scope, protect=False, **ready)
 
 
 def _apply(
@@ -234,22 +226,25 @@ def _apply(
     task: Gradient,
     transfer: Gradient,
     scope: Scope,
-    products: Sequence[Products] | None,
-    overwrite: bool,
     protect: bool,
+    products: Sequence[Products] | None = None,
+    overwrite: bool = False,
 ) -> list[Tensor | None]:
+    _check("scope", scope, ("global", "tensor"))
     products = inner_products(task, transfer) if products is None else products
+    # Where g is 0 the rule leaves d alone, so that part of d is none of the rule's business.
+    whole = total([p for p in products if p.task != 0])
     results: list[Tensor | None] = []
-    for g, d, own, p in zip(task, transfer, products, _groups(products, scope), strict=True):
+    for g, d, own in zip(task, transfer, products, strict=True):
+        p = own if scope == "tensor" else whole
         # nan is not 0: it goes on into the result, where it is seen.
         a, b = weights(p) if own.task != 0 else (0.0, 1.0)
-        rounding = 0.0
         if protect and own.task != 0 and (a, b) != (1.0, 1.0) and p.transfer != 0:
             # The result is rounded to its dtype, an error of up to eps/2 ||result|| along g, which a short g feels:
             # 6e-4 of ||g|| at ||d|| / ||g|| = 1e4 in float32. As much of g on top, the law holds after the rounding.
             length = math.sqrt(max(a * a * p.task + 2 * a * b * p.both + b * b * p.transfer, 0.0))
-            rounding = torch.finfo(_dtype(g, d)).eps / 2 * length / math.sqrt(p.task)
-        results.append(_combine(g, d, a + rounding, b, overwrite))
+            a += torch.finfo(_dtype(g, d)).eps / 2 * length / math.sqrt(p.task)
+        results.append(_combine(g, d, a, b, overwrite))
     return results
 
 
@@ -263,24 +258,25 @@ def _combine(g: Tensor | None, d: Tensor | None, a: float, b: float, overwrite: 
     elif (a, b) == (1, 1):
         return d.add_(g) if overwrite else g + d
     else:
-        x = d
-        result = (_float64(d) * b).add_(_float64(g), alpha=a)
-    result = result.to(_dtype(g, d)).to(x.device)
-    return x.copy_(result) if overwrite else result
+        x, result = d, (_float64(d) * b).add_(_float64(g), alpha=a)
+    result = result.to(x.dtype).to(x.device)
+    return result if d is None or not overwrite else d.copy_(result)
 
 
-def _groups(products: Sequence[Products], scope: Scope) -> Sequence[Products]:
-    """For each tensor the products that its rule goes by."""
-    _check("scope", scope, ("global", "tensor"))
-    if scope == "tensor":
-        return products
-    # Where g is 0 the rule leaves d alone, so that part of d is none of the rule's business.
-    return [total([p for p in products if p.task != 0])] * len(products)
+def _read(scalars: Sequence[Tensor | None]) -> list[float]:
+    """The numbers, 0 for None; stacked before they are read, so that an accelerator is waited for once."""
+    known = [x for x in scalars if x is not None]
+    values = iter(torch.stack([x.to(known[0].device) for x in known]).tolist() if known else [])
+    return [0.0 if x is None else next(values) for x in scalars]
 
 
 def _float64(x: Tensor) -> Tensor:
     # Moved first: a device without float64 cannot convert either.
     return (x.cpu() if x.device.type in _NO_FLOAT64 else x).detach().double()
+
+
+def _vector(x: Tensor) -> Tensor:
+    return _float64(x).reshape(-1)
 
 
 def _dtype(g: Tensor | None, d: Tensor | None) -> torch.dtype:

@@ -1,3 +1,13 @@
-"""How the task gradient and the transfer gradient become one. None is written yet: the sum is what Trainer does."""
+"""How the task gradient and the transfer gradient become one. A new rule is a class and a line in `GRADIENT_RULES`."""
 
-GRADIENT_RULES: dict[str, type] = {}
+from hf_kdtl.gradient_rules.base import GradientRule
+from hf_kdtl.gradient_rules.rules import LayerLocal, NeverHurt, PCGrad
+from hf_kdtl.gradient_rules.window import TwoGradients
+
+GRADIENT_RULES: dict[str, type[GradientRule]] = {
+    "never_hurt": NeverHurt,
+    "pcgrad": PCGrad,
+    "layer_local": LayerLocal,
+}
+
+__all__ = ["GRADIENT_RULES", "GradientRule", "TwoGradients"]

@@ -34,6 +34,8 @@ class Needs:
         directions: further forwards at shifted pixels. Those that several objectives ask for are run once.
         fraction: the largest share of the images that the last three are needed for. `capture` itself serves all the
             images it is given.
+        weights: of the start model: the student's tensors beside its own (`Capture.weights`). Alone it costs no
+            forward.
     """
 
     logits: bool = False
@@ -44,6 +46,7 @@ class Needs:
     order: int = 0
     directions: frozenset[Direction] = frozenset()
     fraction: float = 0.0
+    weights: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
@@ -62,6 +65,23 @@ class Needs:
         return replace(self, input_gradient=False, order=0, directions=frozenset(), fraction=0.0)
 
 
+@dataclass(frozen=True)
+class WeightPair:
+    """A trainable tensor of the student, and what it was at the start.
+
+    Args:
+        name: of the parameter; of the layer, where adapters change it.
+        now: with its graph. Under LoRA the difference that the adapters make to a weight.
+        then: of the same shape, without one; zeros under LoRA, None for the head.
+        head: whether it belongs to the classifier, which a start of other classes does not have.
+    """
+
+    name: str
+    now: Tensor
+    then: Tensor | None
+    head: bool
+
+
 @dataclass
 class Capture:
     """What one forward gave. Only what was asked for is there.
@@ -78,6 +98,7 @@ class Capture:
         differentiated: the capture that serves derivatives, of the images `rows` alone; None where it is this one, or
             where no image was chosen.
         rows: (b,) the images of this batch that are differentiated; None means all.
+        weights: the student's trainable tensors and what they were at the start; of a start model alone.
     """
 
     logits: Tensor
@@ -90,6 +111,7 @@ class Capture:
     x: Tensor | None = None
     differentiated: Capture | None = None
     rows: Tensor | None = None
+    weights: list[WeightPair] = field(default_factory=list)
     _again: Callable[..., Capture] | None = field(default=None, repr=False)
     _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,7 @@ class ModelGeometry:
         layers: one entry a block, in order.
         pooled: width of what the classifier reads; 0 where it could not be found.
         weights_only: attention comes as finished weights (`output_attentions`), not as query and key.
+        classifier: the last linear layer with one output a class; None where it could not be found.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ModelGeometry:
     layers: tuple[LayerGeometry, ...]
     pooled: int
     weights_only: bool
+    classifier: nn.Linear | None = field(default=None, repr=False, compare=False)
 
 
 @torch.no_grad()
@@ -112,7 +114,9 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
             ordered = _row_by_row(hidden, image, roles)
         layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
         before = hidden
-    return ModelGeometry(type(model).__name__, image, tuple(layers), pooled[0].shape[-1] if pooled else 0, usable)
+    width, heads = pooled[0].shape[-1] if pooled else 0, classifiers(model)
+    classifier = heads[-1] if heads and pooled else None
+    return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
 
 
 def _halves_changed(image: Tensor) -> Tensor:
@@ -161,6 +165,14 @@ def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         return []
 
 
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers outside the blocks with one output a class: one, or two with a distillation token."""
+    labels = getattr(model.config, "num_labels", None)
+    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    return [m for m in linear if m.out_features == labels]
+
+
 @contextmanager
 def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
     """What the classifier reads, (B, D): the input of the last linear layer with one output a class."""
@@ -170,12 +182,7 @@ def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
         # Perceiver's decoder answers one query: (B, 1, D).
         found.append(args[0].squeeze(1) if args[0].ndim == 3 and args[0].shape[1] == 1 else args[0])
 
-    labels = getattr(model.config, "num_labels", None)
-    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
-    heads = [
-        m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels and id(m) not in inside
-    ]
-    handles = [head.register_forward_pre_hook(keep) for head in heads]
+    handles = [head.register_forward_pre_hook(keep) for head in classifiers(model)]
     try:
         yield found
     finally:

@@ -29,6 +29,7 @@ class Setting:
         coarse: who has quantised weights, or weights of half precision, in words.
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
+        teacher: itself, for objectives that were made for one teacher alone.
     """
 
     trainable: bool = True
@@ -40,6 +41,7 @@ class Setting:
     coarse: tuple[str, ...] = ()
     tf32: bool = False
     coupled: str = ""
+    teacher: Teacher | None = None
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Setting:
             coarse=tuple(f"the {who} has {what} weights" for who, m in models.items() if (what := _coarse(m))),
             tf32=_tf32(),
             coupled=", ".join(sorted({type(m).__name__ for m in student.modules() if _coupled(m)})),
+            teacher=teacher,
         )
 
 

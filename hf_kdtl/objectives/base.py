@@ -31,10 +31,15 @@ class Objective(nn.Module):
 
     reduction: Literal["image", "batch"] = "image"
     """"image": forward returns (B,) or (B, pairs). "batch": a scalar of the micro-batch (it depends on the split)."""
+    of_weights: bool = False
+    """True when the value is of the student's weights alone: then a scalar does not depend on the split."""
     counts: Literal["images", "labelled"] = "images"
     """What the sum over images is divided by: all images, or those with a label."""
     divergence: bool = True
     """True when the value is 0 wherever student and teacher agree. The law tests read it."""
+    source: Literal["teacher", "start"] = "teacher"
+    """The model that the student is compared with, whose Capture `forward` gets as `teacher`: the teacher, or the
+    student as it was at the start (the weights it begins with, or those of the config's `start`)."""
     needs_teacher: bool = True
     compares_classes: bool = False
     """True when class outputs of both models are compared: then the labels must match by name."""
@@ -42,7 +47,10 @@ class Objective(nn.Module):
     takes_soft_labels: bool = True
     """False when class indices are needed: then mixup and CutMix do not go with it."""
     needs_plan: bool = False
-    """True when layers are paired: then `build` and `needs` get a PairingPlan."""
+    """True when layers are paired, or widths needed: then `build` and `needs` get the PairingPlan of student and
+    source."""
+    sample: int = 0
+    """How many training images `observe` is to be shown."""
     role: Literal["task", "transfer"] = "transfer"
     """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
     citation: str = ""
@@ -66,6 +74,17 @@ class Objective(nn.Module):
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         """What must be captured of (student, teacher)."""
         return Needs(), Needs()
+
+    def observe(self, source: Capture, labels: Tensor | None) -> None:
+        """Look at `sample` training images once, before training; what is learned is kept in a buffer.
+
+        Args:
+            source: made in eval mode, with a graph to its pixels: what `needs` says of it, and `pooled`.
+            labels: of these images.
+
+        Raises:
+            ValueError: when nothing can be learned from them.
+        """
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """(B,) per image, (B, pairs) where layers are paired, or a scalar if `reduction` is "batch"."""

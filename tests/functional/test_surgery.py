@@ -162,15 +162,16 @@ def test_what_is_not_finite_shows_in_the_result(rule, scope, value):
 
 @all_rules
 @both_scopes
-def test_overwrite_holds_no_third_set_and_otherwise_nothing_is_changed(rule, scope):
+def test_overwrite_holds_no_third_set_and_the_task_gradient_is_never_changed(rule, scope):
     g, d = gradients()
     g[1], d[3] = None, None
     before = [None if x is None else x.clone() for x in (*g, *d)]
     fresh = RULES[rule](g, d, scope)
     assert all(x is None or torch.equal(x, y) for x, y in zip((*g, *d), before, strict=True))
     overwritten = RULES[rule](g, d, scope, overwrite=True)
-    for x, y, a, b in zip(overwritten, fresh, g, d, strict=True):
-        assert x is (a if b is None else b) and torch.equal(x, y)
+    for x, y, b in zip(overwritten, fresh, d, strict=True):
+        assert (x is b or b is None) and torch.equal(x, y)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(g, before, strict=False))
     g, d = gradients(0.5, dtype=torch.float64)
     kept = [x.clone() for x in (*g, *d)]
     RULES[rule](g, d, scope)
@@ -193,6 +194,15 @@ def test_given_products_are_used_and_not_computed_again(rule, scope, monkeypatch
     monkeypatch.setattr(surgery, "inner_products", None)
     got = RULES[rule](g, d, scope, products=products)
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_one_inner_product_is_that_of_the_three():
+    g, d = gradients()
+    g[0], d[2] = None, None
+    products = inner_products(g, d)
+    assert surgery.dot(g, d) == pytest.approx(total(products).both, rel=1e-14)
+    assert surgery.dot(d, d) == pytest.approx(total(products).transfer, rel=1e-14)
+    assert surgery.dot([None], [None]) == 0.0
 
 
 def test_order_of_parameters_does_not_matter():

@@ -29,7 +29,8 @@ def combine(task, transfer, rule, scope, c=None):
         if not protected:
             continue
         both = dot(long_g, long_d)
-        along_g = [v * both / dot(long_g, long_g) for v in long_g]
+        square_g = dot(long_g, long_g)
+        along_g = [v * both / square_g for v in long_g]
         if rule == "orthogonal":
             long = [a + Fraction(c) * (b - p) for a, b, p in zip(long_g, long_d, along_g, strict=True)]
         elif both >= 0:
@@ -42,3 +43,16 @@ def combine(task, transfer, rule, scope, c=None):
         for i in protected:
             results[i], long = long[: len(g[i])], long[len(g[i]) :]
     return [torch.tensor([float(v) for v in r], dtype=torch.float64) for r in results]
+
+
+def layer_local(task, terms, blocks, own, parameters):
+    """name -> gradient of the task, plus that of every entry of a term whose block, or objective, holds the name.
+
+    terms: key -> [(block, scalar)].
+    """
+    results = {}
+    for name, parameter in parameters:
+        mine = [e for key, entries in terms.items() for b, e in entries if name in blocks[b] or name in own[key]]
+        parts = [torch.autograd.grad(x, parameter, retain_graph=True, allow_unused=True)[0] for x in (task, *mine)]
+        results[name] = sum((x for x in parts if x is not None), torch.zeros_like(parameter))
+    return results

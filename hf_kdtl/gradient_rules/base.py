@@ -1,0 +1,60 @@
+"""What a gradient rule is: how the gradient of the task and that of the transfer become one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_kdtl.functional.surgery import Conflict, Gradient, Products
+
+
+class GradientRule:
+    """Makes one gradient of two. Subclass it, and add a line to `GRADIENT_RULES`.
+
+    The two are complete: of all micro-batches and processes of an optimizer step. What the rule gives is then clipped
+    and goes to the optimizer. The constructor takes keyword-only options, checks their values, and never takes
+    **kwargs.
+    """
+
+    name: str = ""
+    """Its key in `GRADIENT_RULES`."""
+    local: bool = False
+    """True: each pair of layers moves its own block only; see `LayerLocal`."""
+    citation: str = ""
+    """BibTeX of the paper, for the model card."""
+
+    def combine(
+        self, task: Gradient, transfer: Gradient, products: Sequence[Products], epoch: int
+    ) -> list[Tensor | None]:
+        """The gradient the optimizer gets: one tensor a parameter, None where both are None.
+
+        Args:
+            task: g. Left as it is; a tensor of it may be given back.
+            transfer: d. May be overwritten.
+            products: `surgery.inner_products` of the two.
+            epoch: epochs that are finished, from 0.
+        """
+        raise NotImplementedError
+
+    def conflict(self, products: Sequence[Products], epoch: int) -> Conflict:
+        """How far the two work against each other and what the rule takes out, for the log."""
+        raise NotImplementedError
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float, and not a bool (YAML's `yes` is one)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_option(rule: str, option: str, value: Any, valid: bool, expected: str) -> None:
+    """Raises ValueError when not `valid`, in the words of every other refusal."""
+    if not valid:
+        raise ValueError(f"gradient_rule {rule!r}: {option} is {value!r}; expected {expected}.")
+
+
+def check_word(rule: str, option: str, value: Any, words: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of the words."""
+    check_option(rule, option, value, value in words, " or ".join(map(repr, words)))
