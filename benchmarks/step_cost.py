@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py                 # both tables, about 6 minutes on 2 cores
     python benchmarks/step_cost.py --tables trainer # the overhead of the trainer alone
     python benchmarks/step_cost.py --tables rates --steps 405   # layer rates: 5 to warm up, two cadences of hessian
+    python benchmarks/step_cost.py --tables transfer # gradient rules, and what holds the student to its start
     python benchmarks/step_cost.py --steps 50      # rougher
 
 Teacher 12 layers, 192 wide, 3 heads; student 6 layers, 128 wide, 2 heads; 32 px, patch 8, batch 32, 10 classes,
@@ -140,6 +141,21 @@ BESIDE_KD = {
 }
 
 
+RULES = {
+    "never_hurt": {"name": "never_hurt"},
+    "never_hurt, orthogonal": {"name": "never_hurt", "form": "orthogonal"},
+    "never_hurt, scope tensor": {"name": "never_hurt", "scope": "tensor"},
+    "pcgrad": {"name": "pcgrad"},
+}
+
+TO_START = {
+    "l2_sp": {"name": "l2_sp"},
+    "delta": {"name": "delta", "sample": 64},
+    "lwf, source start": {"name": "lwf", "source": "start"},
+    "bss": {"name": "bss"},
+}
+
+
 # At the default cadence of each source: most steps measure nothing, so the mean step counts and not the median one.
 RATES: dict[str, dict] = {
     "attention (every 20)": {"source": "attention"},
@@ -217,6 +233,23 @@ def main() -> None:
                 if name != "logit_kd"
             ]
         )
+    if "transfer" in options.tables:
+        task = [{"name": "task"}]
+        loops = {"task": by_trainer(ours(task))}
+        loops |= {name: by_trainer(ours([*task, entry])) for name, entry in TO_START.items()}
+        loops["l2_sp, never_hurt"] = by_trainer(ours([*task, TO_START["l2_sp"]], gradient_rule=RULES["never_hurt"]))
+        times = interleave(loops)
+        rows = [(f"task + {name} / task", *ratio(times, name, "task")) for name in loops if name != "task"]
+        loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
+        loops |= {n: by_trainer(ours(KD, copy.deepcopy(teacher), gradient_rule=r)) for n, r in RULES.items()}
+        times = interleave(loops)
+        show(rows + [(f"logit_kd, {name} / logit_kd", *ratio(times, name, "logit_kd")) for name in RULES])
+        paired = [{"name": "task"}, {"name": "attention_transfer"}]
+        rules = {"sum": None, "layer_local": {"name": "layer_local"}}
+        times = interleave(
+            {n: by_trainer(ours(paired, copy.deepcopy(teacher), gradient_rule=r)) for n, r in rules.items()}
+        )
+        show([("task + attention_transfer, layer_local / their sum", *ratio(times, "layer_local", "sum"))])
     if "rates" in options.tables:
         loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
         loops["uniform"] = by_trainer(ours(KD, copy.deepcopy(teacher), layer_rates={"mode": "uniform"}))

@@ -113,6 +113,11 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
             "gradient_rule runs two backward passes, which reentrant checkpointing has not; use "
             'activation_checkpointing_kwargs={"use_reentrant": false}.'
         )
+    if args.gradient_rule is not None and any(word in str(args.optim).lower() for word in ("layerwise", "lomo")):
+        found.append(
+            f"optim {str(args.optim)!r} steps while gradients are made, and gradient_rule needs both of them first. "
+            "Use another optimizer, such as adamw_torch."
+        )
     if derived and args.ddp_static_graph:
         found.append(static_graph_problem(derived))
     if derived and args.fp16:

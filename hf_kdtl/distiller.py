@@ -21,6 +21,7 @@ from hf_kdtl.models.start import Start
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
+from hf_kdtl.objectives.pairs import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 
 Counts = dict[str, Tensor]
@@ -99,7 +100,7 @@ class Distiller(nn.Module):
         once per image of its micro-batch.
 
         Returns:
-            loss (scalar); `parts` {key: its part of the loss}, a vector over the pairs where these are wanted; and
+            loss (scalar); `parts` {key: its part of the loss, or a list of the pairs' where these are wanted}; and
             detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted` {key: their number}.
 
         Raises:
@@ -111,9 +112,10 @@ class Distiller(nn.Module):
                 f"objective {needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset a "
                 "column 'labels' (-100 marks an unlabelled image), or remove the objective."
             )
-        student, values = self._values(inputs, draws, self.rates if self.rates and self.rates.measuring else None)
+        measured = self.rates if self.rates and self.rates.measuring else None
+        student, values, entries = self._values(inputs, draws, measured)
         here = micro_batch_counts(inputs)
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, Tensor | list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         loss = student.logits.new_zeros((), dtype=torch.float32)
@@ -131,13 +133,13 @@ class Distiller(nn.Module):
                 total = self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=items) * items
             else:
                 total = value * here["images"] if objective.reduction == "batch" else value.sum()
-            number = counts[objective.counts].clamp(min=1)
-            loss = loss + self.weights[key] * (total / number)
-            if self.parts == "pairs" and values[key].ndim == 2:
-                total = values[key].sum(0) / values[key].shape[1]
-            if self.parts:
-                parts[key] = self.weights[key] * (total / number) * world_size
-            sums[key], counted[key] = total.sum().detach(), here[objective.counts]
+            share = self.weights[key] / counts[objective.counts].clamp(min=1)
+            loss = loss + self.weights[key] * (total / counts[objective.counts].clamp(min=1))
+            if key in entries:
+                parts[key] = [share * world_size * entry.sum() / len(entries[key]) for entry in entries[key]]
+            elif self.parts:
+                parts[key] = share * world_size * total
+            sums[key], counted[key] = total.detach(), here[objective.counts]
         if not self.student_needs.logits:
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
             loss = loss + 0.0 * student.logits.sum()
@@ -149,7 +151,7 @@ class Distiller(nn.Module):
         One forward of the student, and at most one of the teacher and of the start, whatever the number of
         objectives. Objectives that need labels are left out where the data has none.
         """
-        student, values = self._values(inputs, draws)
+        student, values, _ = self._values(inputs, draws)
         return student, {key: _over_pairs(value) for key, value in values.items()}
 
     def measure(self, inputs: dict[str, Any]) -> None:
@@ -169,8 +171,9 @@ class Distiller(nn.Module):
 
     def _values(
         self, inputs: dict[str, Any], draws: Draws, measured: LayerRates | None = None
-    ) -> tuple[Capture, dict[str, Tensor]]:
-        """The student's capture, and {key: value}: (B,), (B, pairs), or a scalar for a batch statistic.
+    ) -> tuple[Capture, dict[str, Tensor], dict[str, list[Tensor]]]:
+        """The student's capture; {key: value}, (B,), (B, pairs), or a scalar for a batch statistic; and where pairs
+        are wanted apart {key: each pair's value}.
 
         Args:
             measured: rates that take this batch in, from the same two forwards where they can.
@@ -196,7 +199,7 @@ class Distiller(nn.Module):
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
-        values = {}
+        values, entries = {}, {}
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
             run = partial(capture, self.student, geometry=geometry)
@@ -208,8 +211,18 @@ class Distiller(nn.Module):
                 objective = self.objective(key)
                 if labels is None and objective.needs_labels:
                     continue
-                values[key] = self._weighted(objective, objective(student, sources[objective.source], batch))
-        return student, values
+                source = sources[objective.source]
+                factors = self._factors(objective)
+                if self.parts == "pairs" and isinstance(objective, PairedObjective):
+                    both = zip(
+                        factors or [1.0] * len(objective.pairs), objective.entries(student, source), strict=True
+                    )
+                    entries[key] = [factor * entry for factor, entry in both]
+                    values[key] = torch.stack(entries[key], dim=1)
+                    continue
+                value = objective(student, source, batch)
+                values[key] = value * value.new_tensor(factors) if factors and value.ndim == 2 else value
+        return student, values, entries
 
     @torch.no_grad()
     def _start(self, pixels: Tensor) -> Capture:
@@ -225,12 +238,10 @@ class Distiller(nn.Module):
                 start.weights = self.start.weights(self.student)
         return start
 
-    def _weighted(self, objective: Objective, value: Tensor) -> Tensor:
-        """Pairs of layers weighted, where `layer_rates` has mode loss_weight."""
-        weights = self.rates.loss_weights if self.rates else None
-        if weights and value.ndim == 2 and (pairs := getattr(objective, "pairs", None)):
-            return value * value.new_tensor([weights[pair.student_layer] for pair in pairs])
-        return value
+    def _factors(self, objective: Objective) -> list[float]:
+        """A weight for each pair of layers where `layer_rates` has mode loss_weight; else none."""
+        weights, pairs = self.rates.loss_weights if self.rates else None, getattr(objective, "pairs", None)
+        return [weights[pair.student_layer] for pair in pairs] if weights and pairs else []
 
     def objective(self, key: str) -> Objective:
         """The objective of a key, typed."""

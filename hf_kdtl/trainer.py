@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -34,7 +35,7 @@ from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.meter import TermMeter
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
-from hf_kdtl.two_backwards import two_backwards, two_gradients
+from hf_kdtl.two_backwards import Parts, two_backwards, two_gradients
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +90,7 @@ class DistillationTrainer(Trainer):
         self._gradients: TwoGradients | None = None
         self._micro_step = 0
         self._resumed_start: Path | None = None
-        self._parts: dict[str, Tensor] = {}
+        self._parts: Parts = {}
         self._meter = TermMeter()
         self._eval_terms: dict[str, list[Tensor]] | None = None
         self._stop = StopOnSignal()
@@ -155,6 +156,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro_step = 0
+        if self._gradients is not None:
+            self._gradients.clear()  # of a window that was broken off
         if self.layer_rates is not None:
             self.layer_rates.begin(self.state.global_step)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -188,6 +191,8 @@ class DistillationTrainer(Trainer):
         counts = num_items_in_batch or micro_batch_counts(inputs)
         if self.accelerator.unwrap_model(model, keep_torch_compile=False) is not self._distiller:
             return self._task_loss(model, inputs, return_outputs, counts)
+        if self._gradients is not None and isinstance(model, DistributedDataParallel):
+            model = model.module  # it is not to synchronise here, and would tie all terms together
         result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
         self._micro_step += 1
         self._parts = result.pop("parts")

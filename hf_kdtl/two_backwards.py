@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.gradient_rules import GradientRule, TwoGradients
@@ -40,9 +42,12 @@ def two_gradients(rule: GradientRule | None, distiller: Distiller) -> TwoGradien
     return TwoGradients(rule, trained, layers, blocks, own)
 
 
+Parts = dict[str, Tensor | list[Tensor]]
+
+
 @contextmanager
 def two_backwards(
-    trainer: Any, model: nn.Module, gradients: TwoGradients | None, parts: Callable[[], dict[str, Tensor]]
+    trainer: Any, model: nn.Module, gradients: TwoGradients | None, parts: Callable[[], Parts]
 ) -> Iterator[None]:
     """Around Trainer's training_step: its one backward pass becomes the rule's two, and the window's end the rule.
 
@@ -58,7 +63,8 @@ def two_backwards(
 
     accelerator.backward = backward  # hides the method
     try:
-        with accelerator.no_sync(model):
+        # A compiled graph gives its buffers away in its first backward pass, and there are two.
+        with accelerator.no_sync(model), functorch.patch(donated_buffer=False):
             yield
     finally:
         del accelerator.backward
@@ -66,21 +72,25 @@ def two_backwards(
         gradients.watch = (trainer.state.global_step + 1) % (trainer.state.logging_steps or 1) == 0
         several = dist.is_initialized() and dist.get_world_size() > 1
         gradients.write(int(trainer.state.epoch or 0), _mean_over_ranks if several else None)
+        for buffer in trainer.distiller.buffers() if several else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics, which DDP would have sent with its next forward
 
 
-def _sides(
-    parts: dict[str, Tensor], distiller: Distiller
-) -> tuple[Tensor | None, dict[str, Tensor], dict[str, list[int]]]:
-    """The task's loss, the transfer terms, and the student's block of each entry of those that pair layers."""
+def _sides(parts: Parts, distiller: Distiller) -> tuple[Tensor | None, Parts, dict[str, list[int]]]:
+    """The task's loss, the transfer terms, and the student's block of each entry of those that are lists of pairs."""
     roles = {key: distiller.objective(key).role for key in parts}
-    task = [part.sum() for key, part in parts.items() if roles[key] == "task"]
+    task = [entry for key, part in parts.items() if roles[key] == "task" for entry in _entries(part)]
     transfer = {key: part for key, part in parts.items() if roles[key] == "transfer"}
     pairs = {
         key: [pair.student_layer for pair in distiller.objectives[key].pairs]  # type: ignore[union-attr]
         for key, part in transfer.items()
-        if part.ndim == 1
+        if isinstance(part, list)
     }
-    return sum(task[1:], task[0]) if task else None, transfer, pairs
+    return torch.stack(task).sum() if task else None, transfer, pairs
+
+
+def _entries(part: Tensor | list[Tensor]) -> list[Tensor]:
+    return part if isinstance(part, list) else [part]
 
 
 def _mean_over_ranks(tensor: Tensor) -> None:

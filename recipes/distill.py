@@ -22,6 +22,7 @@ from running import say
 from transformers import set_seed
 
 from hf_kdtl import DistillationConfig, cli, make_student
+from hf_kdtl.checks import check_teacher_is_used
 from hf_kdtl.evaluation.report import difference, note, table, write_report
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models import Teacher
@@ -33,7 +34,10 @@ from hf_kdtl.preflight import preflight
 class DistillOptions:
     """Teacher, student, and how many runs."""
 
-    teacher: str = field(metadata={"help": "A folder or Hub name of an image classifier."})
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "A folder or Hub name of an image classifier; none where no objective needs it."},
+    )
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
     student_config: dict | str | None = field(
         default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
@@ -50,7 +54,7 @@ class DistillOptions:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 
-def new_student(options: DistillOptions, teacher: Teacher, names: Sequence[str], notes: list[str]) -> Any:
+def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
     """The student before training; after `set_seed` with the same seed always the same weights."""
     given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
     if len(given) != 1:
@@ -63,16 +67,26 @@ def new_student(options: DistillOptions, teacher: Teacher, names: Sequence[str],
     if options.student_config is not None:
         return building.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
     assert options.student_layers is not None
+    if teacher is None:
+        raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
     return building.named(make_student(teacher, options.student_layers).float(), names)
 
 
-def student_processor(options: DistillOptions, teacher: Teacher, student: Any) -> Any:
+def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any) -> Any:
     """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
     if options.student is not None:
         return building.processor_of(options.student, student)
-    if options.student_layers is not None and teacher.processing_class is not None:
+    if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
         return teacher.processing_class
     return building.new_processor(student.config, options.image_size)
+
+
+def _same_classes(student: Any, teacher: Teacher) -> bool:
+    try:
+        match_labels(student.config, teacher.model.config)
+    except ValueError:
+        return False
+    return True
 
 
 class Study:
@@ -91,17 +105,15 @@ class Study:
         self.notes: list[str] = []
         if options.baseline and config.rate_options is not None and config.rate_options.measured:
             self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
-        self.teacher = Teacher.from_pretrained(options.teacher)
+        self.teacher = None if options.teacher is None else Teacher.from_pretrained(options.teacher)
+        check_teacher_is_used(self.teacher, config)
         with config.main_process_first(local=False):
             data = building.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)
-        try:
-            match_labels(student.config, self.teacher.model.config)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} (This recipe reports the teacher's own accuracy too. For a teacher of other classes use "
-                "DistillationTrainer from Python, with objectives that compare none.)"
-            ) from error
+        # A teacher of other classes (lwf) cannot be scored on these.
+        self.scored = self.teacher is not None and _same_classes(student, self.teacher)
+        if self.teacher is not None and not self.scored:
+            self.notes.append("the teacher answers in other classes: it is not scored on these images.")
         self.data = data.in_order(student)
         self.data_options = data_options
         self.processor = student_processor(options, self.teacher, student)
@@ -138,9 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = Study(options, data_options, config)
     first = study.trainer("distilled", study.seeds[0], study.folder)
     running.try_once(first)
-    found = building.split_notes(options.teacher, study.data, data_options)
-    notes = [*study.notes, *study.teacher.notes, *first.distiller.notes, *found]
-    models = {"teacher": building.summary(study.teacher.model), "student": study.student_summary}
+    found = building.split_notes(options.teacher, study.data, data_options) if options.teacher else []
+    taught = study.teacher.notes if study.teacher else []
+    notes = [*study.notes, *taught, *first.distiller.notes, *found]
+    models = {"teacher": building.summary(study.teacher.model)} if study.teacher else {}
+    models |= {"student": study.student_summary}
     sections = {
         "run": run,
         "data": building.facts(study.data, data_options),

@@ -72,9 +72,13 @@ def for_run(
     there are no layer_rates that compare with one."""
     settings = copy.copy(config)
     settings.output_dir, settings.seed, settings.objectives = str(folder), seed, objectives
-    settings.build_objectives()
     if not taught and settings.rate_options is not None and settings.rate_options.measured:
         settings.layer_rates = None
+    built = settings.build_objectives().values()
+    if all(objective.role == "task" for objective in built):
+        settings.gradient_rule = None  # nothing to protect the task from
+    if all(objective.source == "teacher" for objective in built):
+        settings.start = None
     return settings
 
 
@@ -135,9 +139,9 @@ def check_whole_list(config: DistillationConfig) -> None:
 
 def remains(folder: Path) -> list[Path]:
     """What a recipe has written into a folder; a user's other files are not among it."""
-    patterns = (FILE, "report.md", "curves.png", "layer_rates.png", "sheet.png", "attention.png", "gradients.png",
-                "example.png", "model", "model.part", "student", "checkpoint-*", "alone-seed*",
-                "distilled-seed*")  # fmt: skip
+    pictures = ("curves", "layer_rates", "gradient_rule", "sheet", "attention", "gradients", "example")
+    patterns = (FILE, "report.md", *(f"{name}.png" for name in pictures), "model", "model.part", "student",
+                "checkpoint-*", "start", "start.part", "alone-seed*", "distilled-seed*")  # fmt: skip
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
@@ -232,6 +236,8 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
         sections = {"curves": log}
         if (rates := trainer.layer_rates) is not None:
             sections["layer_rates"] = {"options": dataclasses.asdict(rates.options), "history": rates.history}
+        if (gradients := trainer.gradient_rule) is not None:
+            sections["gradient_rule"] = gradients.state_dict()
         for section, value in sections.items():
             update_results(results, section, read_results(results).get(section, {}) | {name: value})
         (folder / "model.part" / "training_args.bin").unlink(missing_ok=True)
@@ -247,7 +253,8 @@ def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
     if resumes(config) and asked.lower() not in YES:
         path = asked
     trainer.train(resume_from_checkpoint=path)
-    timing, own = ("runtime", "per_second", "total_flos"), ("lr_multiplier/", "lr_discrepancy/")  # have a section
+    timing = ("runtime", "per_second", "total_flos")
+    own = ("lr_multiplier/", "lr_discrepancy/", "gradient_rule/")  # have a section
     entries = trainer.state.log_history
     return [{k: v for k, v in e.items() if not (k.endswith(timing) or k.startswith(own))} for e in entries]
 

@@ -64,9 +64,14 @@ def test_refuses_in_a_sentence(tmp_path, objectives, sentence):
     assert sentence in str(error.value)
 
 
-def test_what_later_versions_bring_is_refused_today(tmp_path):
-    with pytest.raises(ValueError, match="unknown gradient rule: 'never_hurt'"):
-        DistillationConfig(str(tmp_path), gradient_rule={"name": "never_hurt"})
+def test_a_gradient_rule_round_trips(tmp_path):
+    rule = {"name": "never_hurt", "form": "orthogonal", "alpha": 0.2}
+    config = DistillationConfig(str(tmp_path), gradient_rule=json.dumps(rule))
+    assert config.gradient_rule == config.to_dict()["gradient_rule"] == rule
+    config.__setattr__("gradient_rule.alpha", 0.3)
+    assert config.build_rule().alpha == 0.3
+    with pytest.raises(ValueError, match="alpha is -1"):
+        config.__setattr__("gradient_rule.alpha", -1.0)
 
 
 def test_two_label_smoothings_are_refused(tmp_path):

@@ -1,10 +1,12 @@
 """A gradient rule inside the trainer: what the optimizer gets, however the batch was split, stopped or resumed."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import TrainerCallback
 
@@ -102,6 +104,40 @@ def test_the_optimizer_gets_a_gradient_that_does_not_work_against_the_task(tmp_p
     assert inner(g, ruled) >= inner(g, g) * (1 - 1e-5)
 
 
+def test_layer_local_gives_each_block_its_own_pair_alone(tmp_path):
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append({n: p.grad.clone() for n, p in runner.model.named_parameters() if p.grad is not None})
+
+    student, teacher = build("vit", layers=3), build("vit", layers=3, seed=5)
+    data, seen = Images(8), []
+    # The weights make each pair's term large beside rounding.
+    entries = [{"name": "task"}, {"name": "attention_transfer", "weight": 1e4, "layers": [[0, 0], [2, 1]]}]
+    for rule in (None, {"name": "layer_local"}):
+        weighted = entries if rule else [entries[0], entries[1] | {"weight": 0.0}]
+        runner = trainer(
+            tmp_path, student, teacher, data, weighted, gradient_rule=rule, max_steps=1, optim="sgd",
+            learning_rate=0.0, max_grad_norm=0.0, callbacks=[Look()],
+        )  # fmt: skip
+        runner.train()
+    task, got = seen
+    # By hand: the energies of two blocks, one gradient of each pair's term by its own block's parameters.
+    model = copy.deepcopy(student).train()
+    outputs, its = (m(pixel_values=data.pixels, output_hidden_states=True).hidden_states for m in (model, teacher))
+    reached = set()
+    for s, t in ((0, 0), (2, 1)):
+        mine, target = (F.normalize(h[i + 1][:, 1:].square().mean(-1), dim=-1) for h, i in ((outputs, s), (its, t)))
+        term = 1e4 * (mine - target.detach()).square().mean(-1).sum() / 2 / 8
+        block = dict(model.vit.layers[s].named_parameters(prefix=f"vit.layers.{s}"))
+        for name, gradient in zip(block, torch.autograd.grad(term, block.values(), retain_graph=True), strict=True):
+            scale = gradient.abs().max().clamp(min=1e-3)
+            assert torch.allclose((got[name] - task[name]) / scale, gradient / scale, atol=1e-4), name
+            reached.add(name)
+    assert len(reached) > 10
+    for name in got.keys() - reached:  # among them the block between the two, and the embeddings
+        assert torch.equal(got[name], task[name]), name
+
+
 def test_clipping_and_layer_rates_act_after_the_rule(tmp_path):
     student, teacher = pair()
     runner = trainer(
@@ -172,6 +208,17 @@ def test_checkpointing_and_bf16_agree_with_plain(tmp_path):
     half = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings, bf16=True)
     half.train()
     assert 0 < largest_difference(weights(plain.model), weights(half.model)) < 2e-2
+
+
+def test_compiled_models_agree_with_plain(tmp_path):
+    student, teacher = pair()
+    settings = {"gradient_rule": {"name": "never_hurt"}, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
+    plain = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings)
+    plain.train()
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    again = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings, **compiled)
+    again.train()
+    assert largest_difference(weights(plain.model), weights(again.model)) < 1e-5
 
 
 def test_a_term_without_gradient_adds_nothing(tmp_path):

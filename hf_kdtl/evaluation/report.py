@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
+from hf_kdtl.evaluation.details import SCORES_NOTE, scores_table, sections
+from hf_kdtl.evaluation.gradient_rule import GRADIENT_RULE, gradient_rule_picture
 from hf_kdtl.evaluation.layer_rates import LAYER_RATES, layer_rates_picture
 from hf_kdtl.evaluation.maps import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.evaluation.pictures import CURVES, SHEET, curves_picture
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.evaluation.statistics import spread
+from hf_kdtl.evaluation.text import aligned, plain
+from hf_kdtl.evaluation.verdict import first_screen
 
 ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.md and the pictures of learning curves and layer rates of a run folder; return the report's path.
+    """Write report.md and the pictures that results.json is enough for into a run folder; return the report's path.
 
     Raises:
         FileNotFoundError, ValueError: as `read_results`.
@@ -30,25 +35,39 @@ def write_report(folder: str | Path) -> Path:
     if (shown := shown_rates(results)) is not None:
         options = shown[1]["options"]
         layer_rates_picture(shown[1]["history"], folder / LAYER_RATES, (options["r_min"], options["r_max"]))
+    if (met := shown_conflicts(results)) is not None:
+        gradient_rule_picture(met[1]["history"], folder / GRADIENT_RULE)
     report = folder / "report.md"
-    pictures = [p for p in (CURVES, LAYER_RATES, SHEET) if (folder / p).exists()]
-    report.write_text(markdown(results, pictures), "utf-8")
+    pictures = [p for p in (CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / p).exists()]
+    details = sections(results["evaluation"], folder) if judged(results) else []
+    report.write_text(markdown(results, pictures, details), "utf-8")
     return report
 
 
-def markdown(results: dict[str, Any], pictures: Sequence[str] = ()) -> str:
-    """The report as text. A section that the results do not have is left out."""
+def judged(results: dict[str, Any]) -> bool:
+    """Whether these are the results of evaluate_student.py, and not of a training."""
+    return "split" in results.get("evaluation", {})
+
+
+def markdown(results: dict[str, Any], pictures: Sequence[str] = (), details: Sequence[str] = ()) -> str:
+    """The report as text. A section that the results do not have is left out; `details` are lines of an evaluation."""
     data, run = results.get("data", {}), results.get("run", {})
     evaluation, pairing = results.get("evaluation", {}), results.get("pairing", {})
-    lines = [f"# {run.get('recipe', 'run')} on {data.get('source', 'unknown data')}", ""]
-    if evaluation.get("models"):
-        lines += [table(results), "", note(results), ""]
+    source = plain(data.get("source", "unknown data"))
+    if judged(results):
+        lines = [f"# May it ship? Evaluated on {source}", "", *first_screen(evaluation, run["device"]), *details]
+    else:
+        lines = [f"# {run.get('recipe', 'run')} on {source}", ""]
+        if evaluation.get("models"):
+            lines += [table(results), "", note(results), "", *_more_scores(evaluation)]
     if sentence := difference(results):
         lines += [sentence, ""]
     if CURVES in pictures:
         lines += [f"![learning curves]({CURVES})", ""]
     if LAYER_RATES in pictures and (shown := shown_rates(results)) is not None:
         lines += [f"![how fast each layer learned, and how far it was]({LAYER_RATES})", "", rates_note(*shown), ""]
+    if GRADIENT_RULE in pictures and (met := shown_conflicts(results)) is not None:
+        lines += [f"![where task and transfer work against each other]({GRADIENT_RULE})", "", conflict_note(*met), ""]
     if SHEET in pictures:
         lines += [f"![images with the probabilities of teacher and student]({SHEET})", "", evaluation["sheet"], ""]
     if "attention" in evaluation:
@@ -124,28 +143,35 @@ def rates_note(name: str, rates: dict[str, Any]) -> str:
     )
 
 
+def shown_conflicts(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, history of the gradient rule) of the first run that has one."""
+    runs = results.get("gradient_rule", {}).items()
+    return next(((name, found) for name, found in runs if found["history"]), None)
+
+
+def conflict_note(name: str, found: dict[str, Any]) -> str:
+    """What the picture of the rule's conflicts shows, and what the rule does not promise."""
+    rule = ", ".join(f"{key} {value}" for key, value in found["options"].items() if value is not None)
+    history = found["history"]
+    removed = [entry["removed"] for entry in history if entry["removed"] is not None]
+    against = [entry["task_step"] for entry in history if entry["task_step"] is not None]
+    worse = sum(step < 0 for step in against)
+    return (
+        f"Gradients of task and transfer in {name} (gradient_rule {rule}): the cosine between them layer by layer, "
+        f"and the share of the transfer gradient that the rule took out, {fmean(removed or [0.0]):.0%} in the mean. "
+        "What is promised is the gradient that the optimizer gets, not its step: of the "
+        f"{len(against)} steps that were measured {worse} went against the task's gradient."
+    )
+
+
 def objectives_table(objectives: list[dict[str, Any]]) -> str:
     """One row for each term of the loss."""
     rows = [["name", "weight", "options"]]
     for entry in objectives:
         options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        text = ", ".join(f"{key} {value}" for key, value in options.items()) or "-"
+        text = plain(", ".join(f"{key} {value}" for key, value in options.items())) or "-"
         rows.append([entry["name"], str(entry.get("weight", 1.0)), text])
     return aligned(rows)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A markdown table that can be read as text too: the first column to the left, the others to the right."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(_pad(i, cell, widths[i]) for i, cell in enumerate(row)) + " |" for row in rows]
-    rule = (
-        "|" + "|".join("-" * (width + 2) if not i else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _pad(column: int, cell: str, width: int) -> str:
-    return cell.rjust(width) if column else cell.ljust(width)
 
 
 def _percent(values: list[float]) -> str:
@@ -153,7 +179,15 @@ def _percent(values: list[float]) -> str:
     return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
 
 
+def _more_scores(evaluation: dict[str, Any]) -> list[str]:
+    """What a test accuracy does not say."""
+    runs = {ARMS.get(arm, arm): [run["test"] for run in m["runs"].values()] for arm, m in evaluation["models"].items()}
+    if all(set(scores) == {"accuracy"} for found in runs.values() for scores in found):
+        return []
+    return ["On test, beyond accuracy:", "", scores_table(runs), "", SCORES_NOTE, ""]
+
+
 def _list(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    return [f"## {title}", "", *(f"- {item}" for item in items), ""]
+    return [f"## {title}", "", *(f"- {item}" for item in map(plain, items)), ""]

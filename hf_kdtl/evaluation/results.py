@@ -10,7 +10,17 @@ from typing import Any
 
 FILE = "results.json"
 SCHEMA = 1
-SECTIONS = ("run", "data", "objectives", "pairing", "curves", "layer_rates", "evaluation")
+SECTIONS = (
+    "run",
+    "data",
+    "objectives",
+    "pairing",
+    "curves",
+    "layer_rates",
+    "gradient_rule",
+    "representation",
+    "evaluation",
+)
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:

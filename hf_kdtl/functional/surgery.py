@@ -174,7 +174,7 @@ def one_sided(
     >>> one_sided([torch.tensor([1.0, 0.0])], [torch.tensor([-3.0, 4.0])])
     [tensor([1.0000, 4.0000])]
     """
-    return _apply(lambda p: (1 - min(p.both / p.task, 0.0), 1.0), task, transfer, scope, protect=True, **ready)
+    return _apply(lambda p: (1 - min(p.both / p.task, 0.0), 1.0), task, transfer, scope, **ready)
 
 
 def orthogonal(
@@ -196,7 +196,7 @@ def orthogonal(
     """
     if not 0 <= c < math.inf:
         raise ValueError(f"c is {c}; expected a finite number from 0, such as 0.1 * 0.99**epoch.")
-    return _apply(lambda p: (1 - c * p.both / p.task, c), task, transfer, scope, protect=True, **ready)
+    return _apply(lambda p: (1 - c * p.both / p.task, c), task, transfer, scope, **ready)
 
 
 def pcgrad(task: Gradient, transfer: Gradient, scope: Scope = "global", **ready: Unpack[Ready]) -> list[Tensor | None]:
@@ -218,7 +218,7 @@ def pcgrad(task: Gradient, transfer: Gradient, scope: Scope = "global", **ready:
         conflicts = p.both < 0 and p.transfer > 0
         return (1 - p.both / p.task, 1 - p.both / p.transfer) if conflicts else (1.0, 1.0)
 
-    return _apply(weights, task, transfer, scope, protect=False, **ready)
+    return _apply(weights, task, transfer, scope, **ready)
 
 
 def _apply(
@@ -226,7 +226,6 @@ def _apply(
     task: Gradient,
     transfer: Gradient,
     scope: Scope,
-    protect: bool,
     products: Sequence[Products] | None = None,
     overwrite: bool = False,
 ) -> list[Tensor | None]:
@@ -239,7 +238,7 @@ def _apply(
         p = own if scope == "tensor" else whole
         # nan is not 0: it goes on into the result, where it is seen.
         a, b = weights(p) if own.task != 0 else (0.0, 1.0)
-        if protect and own.task != 0 and (a, b) != (1.0, 1.0) and p.transfer != 0:
+        if own.task != 0 and (a, b) != (1.0, 1.0) and p.transfer != 0:
             # The result is rounded to its dtype, an error of up to eps/2 ||result|| along g, which a short g feels:
             # 6e-4 of ||g|| at ||d|| / ||g|| = 1e4 in float32. As much of g on top, the law holds after the rounding.
             length = math.sqrt(max(a * a * p.task + 2 * a * b * p.both + b * b * p.transfer, 0.0))

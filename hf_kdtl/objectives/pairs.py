@@ -47,7 +47,11 @@ class PairedObjective(Objective):
         return Needs(hidden_states=student), Needs(hidden_states=teacher)
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
-        return torch.stack([self.compare(i, pair, student, teacher) for i, pair in enumerate(self.pairs)], dim=1)
+        return torch.stack(self.entries(student, teacher), dim=1)
+
+    def entries(self, student: Capture, teacher: Capture) -> list[Tensor]:
+        """Each pair's value, (B,), with a graph that leads through no other pair's."""
+        return [self.compare(i, pair, student, teacher) for i, pair in enumerate(self.pairs)]
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
         """The pair's value, (B,)."""

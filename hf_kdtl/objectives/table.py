@@ -18,7 +18,8 @@ def _row(name: str, kind: type[Objective]) -> str:
     first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
     options = inspect.signature(kind).parameters.values()
     shown = ", ".join(f"`{option.name}` ({option.default!r})" for option in options) or "none"
-    needs = [what for what, needed in (("teacher", kind.needs_teacher), ("labels", kind.needs_labels)) if needed]
+    sides = {"teacher": kind.needs_teacher, "start": kind.source == "start", "labels": kind.needs_labels}
+    needs = [what for what, needed in sides.items() if needed]
     cells = [f"`{name}`", first, kind.role, ", ".join(needs) or "nothing", shown]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

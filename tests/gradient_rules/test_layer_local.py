@@ -50,6 +50,19 @@ def test_layer_local_leaves_frozen_blocks_alone():
     assert any(p.grad is not None for n, p in small.parameters if ".layers.1." in n)
 
 
+def test_layer_local_with_nothing_to_move():
+    small = Small()
+    for name, p in small.parameters:
+        p.requires_grad_(".layers.0." not in name)
+    window = small.window("layer_local")
+    _, transfer = small.terms(wrong=0.0, features=1.0, apart=True)
+    first, second = transfer["features"]
+    # A frozen block of an objective without parameters, and a pair whose entry is a constant.
+    window.add(None, {"wrong": [first, second.detach()]}, {"wrong": [0, 1]})
+    window.write(0)
+    assert all(p.grad is None for p in small.modules.parameters())
+
+
 def test_layer_local_refuses_what_has_no_layers():
     small = Small()
     window = small.window("layer_local")

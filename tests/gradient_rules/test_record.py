@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hf_kdtl.functional import surgery
-from hf_kdtl.functional.surgery import inner_products
+from hf_kdtl.functional.surgery import Products, inner_products
 from hf_kdtl.gradient_rules import GRADIENT_RULES, TwoGradients
+from hf_kdtl.gradient_rules.record import Record
 from tests.gradient_rules.small import Small, dot
 
 # ---- What the optimizer's step did ----
@@ -105,6 +106,30 @@ def test_log_means_over_steps_and_history():
     first = dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
     assert entry["cosine"]["0"] == pytest.approx((first + 1) / 2, rel=1e-5)  # the second step's d is g / 2
     assert window.log(8) == {} and len(window.history) == 1
+
+
+def test_figures_of_layers_by_hand():
+    record = Record(["a", "a", "b"])
+    for both in (-1.0, 2.0, 2.0):
+        # The second tensor has no task gradient: it is in no figure.
+        products = [Products(4.0, both, 1.0), Products(0.0, 0.0, 100.0), Products(0.0, 0.0, 1.0)]
+        record.add(surgery.conflict(products), products)
+    record.task_step = 0.25
+    logged = record.log(3)
+    assert logged["gradient_rule/cosine"] == pytest.approx((-0.5 + 1 + 1) / 3)
+    assert logged["gradient_rule/conflicting"] == pytest.approx(1 / 3)
+    assert logged["gradient_rule/removed"] == pytest.approx(0.5 / 3)
+    (entry,) = record.history
+    assert entry == {
+        "step": 3,
+        "cosine": {"a": 0.5, "b": None},
+        "conflicting": {"a": pytest.approx(1 / 3), "b": None},
+        "whole": {"cosine": 0.5, "conflicting": pytest.approx(1 / 3)},
+        "removed": pytest.approx(1 / 6, rel=1e-5),
+        "task_step": 0.25,
+    }
+    record.add(surgery.conflict(products), products)
+    assert "gradient_rule/task_step" not in record.log(4) and record.history[1]["task_step"] is None
 
 
 def test_state_round_trip_and_a_run_that_begins_again():

@@ -180,14 +180,19 @@ def test_memory_is_two_sets_of_gradients(alive, watch):
     assert alive() - before == one
 
 
-def test_micro_batches_are_added_in_place():
+@pytest.mark.parametrize("watch", [False, True])
+def test_gradients_are_added_and_made_one_in_place(watch):
     small = Small()
     window = small.window()
+    window.watch = watch
     places = []
     for _ in range(2):
         window.add(*small.terms(features=1e-4), small.pairs)
         places.append([None if g is None else g.data_ptr() for g in (*window._task, *window._transfer)])
     assert places[0] == places[1]
+    window.write(0)
+    written = [p.grad.data_ptr() for _, p in small.parameters]
+    assert written == places[0][len(written) :]
 
 
 @pytest.mark.parametrize("watch", [False, True])
