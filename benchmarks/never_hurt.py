@@ -46,6 +46,7 @@ RULES: dict[str, dict[str, Any] | None] = {
     "one_sided": {"name": "never_hurt", "form": "one_sided"},
     "orthogonal": {"name": "never_hurt", "form": "orthogonal"},
     "pcgrad": {"name": "pcgrad"},
+    "layer_local": {"name": "layer_local"},  # with delta alone, which has a term for each block
 }
 
 

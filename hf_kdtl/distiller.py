@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -264,9 +265,15 @@ def _build(key: str, objective: Objective, plan: PairingPlan | None) -> None:
     try:
         objective.build(plan)
     except ValueError as error:
-        serving = [name for name, kind in OBJECTIVES.items() if kind.needs_plan and _serves(kind, plan)]
+        alike = {n: kind for n, kind in OBJECTIVES.items() if pairs_layers(kind) and kind.source == objective.source}
+        serving = [name for name, kind in alike.items() if _serves(kind, plan)]
         others = ", ".join(serving) or "none that pairs layers"
         raise ValueError(f"objective {key!r}: {error} For this pair these work: {others}.") from error
+
+
+def pairs_layers(kind: type[Objective]) -> bool:
+    """Whether an objective has a choice of `layers`; others need a plan for its widths alone."""
+    return "layers" in inspect.signature(kind).parameters
 
 
 def _serves(kind: type[Objective], plan: PairingPlan | None) -> bool:

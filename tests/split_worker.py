@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from hf_kdtl.objectives import OBJECTIVES
 from tests.helpers import Images, leave, pair, trainer, weights
+from tests.representations import complete
 
 
-def per_image_objectives(labels):
+def per_image_objectives(labels, teacher):
     """Every registered objective that does not depend on the split and takes these labels, at equal weight."""
-    kinds = [
-        (n, c) for n, c in OBJECTIVES.items() if c.reduction == "image" and (c.takes_soft_labels or labels != "soft")
-    ]
-    return [{"name": name, "weight": 0.5} for name, _ in kinds]
+    kinds = {n: c for n, c in OBJECTIVES.items() if c.reduction == "image" or c.of_weights}
+    names = [name for name, kind in kinds.items() if kind.takes_soft_labels or labels != "soft"]
+    return [{"name": name, "weight": 0.5} | complete(name, {}, teacher) for name in names]
 
 
 def run(folder, per_device, accumulation, labels, number=16, objectives=None, **settings):
@@ -30,7 +30,7 @@ def run(folder, per_device, accumulation, labels, number=16, objectives=None, **
         student,
         teacher,
         Images(number, labels),
-        objectives or per_image_objectives(labels),
+        objectives or per_image_objectives(labels, teacher),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         **{"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.5, "num_train_epochs": 1} | settings,

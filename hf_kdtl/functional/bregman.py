@@ -94,6 +94,10 @@ def fit(
 ) -> Representation:
     """Directions of least divergence.
 
+    Not a convex problem but for the identity: another start can end elsewhere. The default start is a good one, random
+    ones are not. On soft-max outputs of a classifier of 10 classes six random starts each for k = 1, 2 and 4 ended at
+    explained shares of up to 10.6 points less than its, and at most 0.2 points more.
+
     Args:
         y: (n, d) outputs of the layer; or something that gives batches (b, d) each time that it is iterated, such as a
             list or a DataLoader: the rows are then never held together. Same rows at every pass; in the same order it

@@ -49,7 +49,7 @@ class ModelGeometry:
         layers: one entry a block, in order.
         pooled: width of what the classifier reads; 0 where it could not be found.
         weights_only: attention comes as finished weights (`output_attentions`), not as query and key.
-        classifier: the last linear layer with one output a class; None where it could not be found.
+        classifier: the linear layer with one output a class; None where there is not exactly one.
     """
 
     name: str
@@ -115,7 +115,7 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
         layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
         before = hidden
     width, heads = pooled[0].shape[-1] if pooled else 0, classifiers(model)
-    classifier = heads[-1] if heads and pooled else None
+    classifier = heads[0] if len(heads) == 1 and pooled else None
     return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
 
 

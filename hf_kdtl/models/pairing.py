@@ -97,10 +97,10 @@ def plan(
     if pixel_values is None:
         pixel_values = blank_pixels(student)
     if isinstance(teacher, Teacher):
-        seen, teacher = teacher.pixels(pixel_values), teacher.model
+        its = teacher.in_order(describe(teacher.model, teacher.pixels(pixel_values)))
     else:
-        seen = pixel_values
-    made = PairingPlan(describe(student, pixel_values), describe(teacher, seen), layers)
+        its = describe(teacher, pixel_values)
+    made = PairingPlan(describe(student, pixel_values), its, layers)
     assert made.pairs  # a wrong `layers` fails here, not at first use
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,15 @@ class Teacher:
             pixel_values = self._pixels(pixel_values)
         dtype = next(self.model.parameters()).dtype
         return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
+
+    def in_order(self, geometry: ModelGeometry) -> ModelGeometry:
+        """What is known of the model, with a classifier that answers in the student's class order."""
+        if self._order is None or geometry.classifier is None:
+            return geometry
+        head = copy.deepcopy(geometry.classifier)
+        for parameter in head.parameters():
+            parameter.data = parameter.data[self._order]
+        return replace(geometry, classifier=head)
 
     def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
         """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""

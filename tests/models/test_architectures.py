@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_kdtl.distiller import Distiller
+from hf_kdtl.distiller import Distiller, pairs_layers
 from hf_kdtl.functional.attention import attention_rows
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, capture, plan
@@ -131,7 +131,7 @@ def row(key: str, **settings) -> Row:
         student, teacher = (model, Teacher(vit)) if role == "student" else (vit, Teacher(model))
         teacher.match(student, None, True)
         pairing = plan(student, teacher, pixel_values=pixels(size))
-        paired = {name for name, objective in OBJECTIVES.items() if objective.needs_plan}
+        paired = {name for name, kind in OBJECTIVES.items() if pairs_layers(kind) and kind.source == "teacher"}
         assert paired == OPTIONS.keys(), "a new objective that pairs layers belongs in OPTIONS"
         made.default_serves[role] = {n for n in paired if _refusal(student, teacher, pairing, n, {}) is None}
         for name, options in OPTIONS.items():
@@ -213,6 +213,17 @@ def test_each_objective_works_or_is_refused_with_what_works(key):
         full = made.geometry.layers[-1].attention == "full" and on_grid
         assert ((role, "attention_map") in made.serves) == full
         assert ((role, "relation") in made.serves) == (full and not made.geometry.weights_only)
+
+
+@pytest.mark.parametrize("key", [key for key in GIVES if not isinstance(GIVES[key], str)])
+def test_every_model_answers_as_its_source_or_is_refused(key):
+    """lwf: a second head beside the student's, a copy of the source's."""
+    size = 64 if key in LARGER else 32
+    for names in ((key, "vit"), ("vit", key)):
+        student, teacher = (build(name, image_size=size) for name in names)
+        refusal = _refusal(student, Teacher(teacher), plan(student, teacher, pixel_values=pixels(size)), "lwf", {})
+        two_heads = names[1] in ("deit_teacher", "levit_teacher", "swiftformer")  # answers by the mean of both
+        assert (refusal is not None) == two_heads, refusal
 
 
 @pytest.mark.parametrize("key", [key for key in GIVES if not isinstance(GIVES[key], str)])

@@ -9,15 +9,19 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, capture, plan
+from hf_kdtl.models.start import Start
 from hf_kdtl.objectives import OBJECTIVES
 from tests.objectives.derivative_variants import takes_differences
 from tests.objectives.variants import CASES, FURTHER
+from tests.reference.bregman import bregman
 from tests.reference.derivatives import REFERENCES_DERIVATIVES
 from tests.reference.objectives import REFERENCES as UNPAIRED
 from tests.reference.paired import PAIRED
+from tests.reference.start import START
+from tests.representations import complete
 from tests.tiny import build
 
-REFERENCES = UNPAIRED | PAIRED | REFERENCES_DERIVATIVES
+REFERENCES = UNPAIRED | PAIRED | REFERENCES_DERIVATIVES | START | {"bregman": bregman}
 IMAGES, CLASSES, SIZE = 5, 4, 16
 DRAWS = Draws(seed=7, step=3, positions=tuple(range(IMAGES)))
 
@@ -33,11 +37,21 @@ def _models(dtype=torch.float64):
 
 
 def _distiller(name, options, student, teacher):
-    objective = OBJECTIVES[name](**options)
-    wrapped = Teacher(teacher)
-    wrapped.match(student, None, objective.compares_classes)
-    pairing = plan(student, wrapped) if objective.needs_plan else None
-    return Distiller(student, {name: objective}, {name: 1.0}, wrapped, pairing).to(next(student.parameters()).dtype)
+    """With the teacher in the start's place, where an objective compares with that."""
+    objective, dtype = OBJECTIVES[name](**complete(name, options, teacher)), next(student.parameters()).dtype
+    source = Start(teacher) if objective.source == "start" else Teacher(teacher)
+    if objective.source == "teacher":
+        source.match(student, None, objective.compares_classes)
+    pairing = plan(student, source) if objective.needs_plan else None
+    sides = {"teacher": source, "plan": pairing}
+    if objective.source == "start":
+        sides = {"start": source, "start_plan": pairing}
+    distiller = Distiller(student, {name: objective}, {name: 1.0}, **sides).to(dtype)
+    if objective.sample:
+        generator = torch.Generator().manual_seed(4)
+        pixels = torch.randn(16, 3, SIZE, SIZE, generator=generator).to(dtype)
+        distiller.measure({"pixel_values": pixels, "labels": torch.arange(16) % CLASSES})
+    return distiller
 
 
 def _inputs(dtype=torch.float64):
@@ -64,6 +78,12 @@ def _reference(name, options, distiller, student, teacher, inputs, draws):
     objective = distiller.objective(name)
     if name == "hidden_states":
         known["projectors"] = objective.projectors
+    if name == "lwf":
+        known["head"] = objective.head
+    if name == "bregman":
+        known["objective"] = objective
+    if name == "delta":
+        known["importance"] = list(objective.buffers())
     if name in REFERENCES_DERIVATIVES:
         arguments += (draws,)
         if getattr(objective, "way", None) and objective.way.estimator == "finite_difference":
@@ -90,7 +110,7 @@ def _agrees(name, options, inputs, draws):
     expected = _reference(name, options, distiller, student, teacher, inputs, draws)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10)
     weights = torch.linspace(0.5, 2.0, value.numel(), dtype=torch.float64).reshape(value.shape)
-    parameters = list(distiller.parameters())
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
     got = torch.autograd.grad((weights * value).sum(), parameters, allow_unused=True)
     want = torch.autograd.grad((weights * expected).sum(), parameters, allow_unused=True)
     assert any(g is not None and g.abs().max() > 1e-6 for g in got), "the objective moves nothing"
@@ -118,13 +138,16 @@ def test_no_gradient_reaches_the_teacher(name, options):
     student, teacher = _models()
     distiller = _distiller(name, options, student, teacher)
     inputs = _inputs()
-    teacher.requires_grad_(True)  # even where someone forgot to freeze it
-    given = distiller.plan
-    signals = distiller.teacher(inputs["pixel_values"], distiller.teacher_needs, given and given.teacher)
+    objective = distiller.objective(name)
+    given, source = distiller.plans[objective.source], distiller.start or distiller.teacher
+    source.model.requires_grad_(True)  # even where someone forgot to freeze it
+    signals = source(inputs["pixel_values"], distiller.teacher_needs | distiller.start_needs, given and given.teacher)
     assert signals.logits.requires_grad
+    if distiller.start is not None:
+        signals.weights = distiller.start.weights(student)
     mine = capture(student, inputs["pixel_values"], distiller.student_needs, given and given.student)
-    value = distiller.objective(name)(mine, signals, {"labels": inputs["labels"], "draws": DRAWS})
-    grads = torch.autograd.grad(value.sum(), list(teacher.parameters()), allow_unused=True)
+    value = objective(mine, signals, {"labels": inputs["labels"], "draws": DRAWS})
+    grads = torch.autograd.grad(value.sum(), list(source.model.parameters()), allow_unused=True)
     assert all(g is None for g in grads)
 
 
@@ -166,7 +189,7 @@ def test_stays_finite_at_extreme_logits(name, options, dtype):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_config_round_trips_and_refuses_an_unknown_key(name, options, tmp_path):
-    entries = [{"name": name, "weight": 0.5, **options}]
+    entries = [{"name": name, "weight": 0.5, **complete(name, options, _models()[1])}]
     config = DistillationConfig(str(tmp_path), objectives=entries)
     again = DistillationConfig(**{k: v for k, v in config.to_dict().items() if not k.endswith("_token")})
     assert again.objectives == entries and again.weights() == {name: 0.5}

@@ -33,6 +33,18 @@ VARIANTS = derivative_variants.VARIANTS | {
         {"normalize": "teacher", "layers": "last"},
     ],
     "relation": [{}, {"heads": 4}],
+    "lwf": [{}, {"source": "start", "temperature": 1.0}, {"freeze_head": True}],
+    "l2_sp": [{}, {"head_weight": 0.1}],
+    "delta": [{}, {"layers": "last"}, {"layers": [0]}],
+    "bss": [{}, {"k": 2}],
+    # A word for a representation that is made up for the teacher at hand (tests/representations.py).
+    "bregman": [
+        {"representation": "probabilities"},
+        {"representation": "pooled"},
+        {"representation": "hidden_states"},
+        {"representation": "attention"},
+        {"representation": "probabilities", "coefficients": 0.5},
+    ],
 }
 
 

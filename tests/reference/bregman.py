@@ -5,6 +5,8 @@ import math
 import torch
 from scipy.optimize import minimize
 
+from tests.reference import paired
+
 F = {
     "identity": lambda a: sum(v * v / 2 for v in a),
     "softmax": lambda a: torch.log(sum(torch.exp(v) for v in a)),
@@ -71,3 +73,59 @@ def least_divergence(name, m, a, k, start):
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-10, "ftol": 1e-15})
     rest = sum(F[name](p) - (q * p).sum() for p, q in zip(a, y, strict=True)) / n
     return found.fun - rest.item()
+
+
+def _outputs(teacher, image, of, layer):
+    """The represented outputs of one image, row by row, as pre-activations under their link."""
+    block = paired.read(teacher, image[None])[layer or 0]
+    logits = teacher(pixel_values=image[None]).logits[0]
+    if of == "probabilities":
+        return [torch.log_softmax(logits, 0)]
+    if of == "pooled":
+        return [teacher.vit.layernorm(_last(teacher, image))[0, 0]]
+    if of == "hidden_states":
+        return list(block["output"][0])
+    query, key = block["q_proj"][0], block["k_proj"][0]  # (H, N, d)
+    rows = [torch.softmax(k @ q[0] / math.sqrt(len(q[0])), 0) for q, k in zip(query, key, strict=True)]
+    return [torch.log(sum(rows) / len(rows))]
+
+
+def _last(model, image):
+    return paired.read(model, image[None])[-1]["output"]
+
+
+def bregman(student, teacher, pixel_values, labels, representation="", coefficients=0.0, objective=None):
+    """The objective, image by image and row by row; of ViTs with one grid. It knows the objective's head, V and m."""
+    v, m, name = objective.layer.directions, objective.layer.mean, objective.layer.link.name
+    of, layer = objective.layer.provenance.of, objective.layer.provenance.layer
+    values = []
+    for image in pixel_values:
+        features = _last(student, image)[0]
+        if of != "hidden_states":
+            features = student.vit.layernorm(features)[:1]
+        rows = [a.detach() for a in _outputs(teacher, image, of, layer)]
+        terms = []
+        for feature, a in zip(features, rows, strict=True):
+            c = objective.head.weight @ feature + objective.head.bias
+            at = torch.stack([sum(w * x for w, x in zip(line, c, strict=True)) for line in v]) + m
+            y = f(name, a)
+            term = F[name](at) - F[name](a) - sum(p * (x - b) for p, x, b in zip(y, at, a, strict=True))
+            if coefficients:
+                term = term + coefficients * sum(
+                    (x - b) ** 2 for x, b in zip(c, _best(objective, name, a), strict=True)
+                )
+            terms.append(term)
+        values.append(sum(terms) / len(terms))
+    return torch.stack(values)
+
+
+def _best(objective, name, a):
+    """The best coefficients of one row, of BFGS, and then to the last bit by Newton steps with autograd's Hessian."""
+    fit = objective.layer.representation
+    c = encode(name, fit.directions, fit.mean, a)
+    for _ in range(3):
+        gradient = fit.directions.T @ (f(name, fit.directions @ c + fit.mean) - f(name, a))
+        c = c - torch.linalg.solve(
+            fit.directions.T @ hessian(name, fit.directions @ c + fit.mean) @ fit.directions, gradient
+        )
+    return c
