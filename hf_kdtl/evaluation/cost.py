@@ -1,13 +1,72 @@
-"""What a model costs: parameters, and images per second."""
+"""What a model costs: parameters, arithmetic, time, memory, size on disk. All of a forward in eval mode."""
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_kdtl.functional.derivatives import math_attention
+
+Models = Mapping[str, tuple[nn.Module, Tensor]]
+WARM_UP = 2  # turns that are not timed: the first ones choose kernels and fill the allocator
+
+
+def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
+    """What each model costs, as results.json holds it. [ours]
+
+    Returns {name: {
+        "device"             "NVIDIA H200", or "x86_64 CPU, 2 threads",
+        "batch_size"         N, the number of images given,
+        "dtype"              of the pixels, such as "float32",
+        "parameters"         `parameters`,
+        "flops"              `flops`, of one image,
+        "images_per_second"  N / the median seconds of a batch of N,
+        "latency_ms"         {"1": {"median": ..., "p95": ...}, "N": the same}, milliseconds of a whole batch,
+        "peak_memory_bytes"  `peak_memory` of a batch of N,
+        "file_bytes"         `file_size`}}.
+
+    Args:
+        models: name -> (model, its pixel_values (N, C, h, w) on its device).
+        repeats: timings for each model and batch size; with fewer than 20 the 95th percentile says little.
+
+    Cost: 2 (repeats + 2) + 3 forwards of each model, half of them of one image; and a copy of its weights on disk.
+
+    Raises:
+        ValueError: where a model is given no images, or `repeats` is below 1.
+    """
+    for name, (_, pixel_values) in models.items():
+        if not len(pixel_values):
+            raise ValueError(f"{name} has pixel_values {tuple(pixel_values.shape)}; expected one image or more.")
+    single = latency({name: (model, pixels[:1]) for name, (model, pixels) in models.items()}, repeats)
+    whole = latency(models, repeats)
+    found = {}
+    for name, (model, pixels) in models.items():
+        found[name] = {
+            "device": _device(pixels.device),
+            "batch_size": len(pixels),
+            "dtype": str(pixels.dtype).removeprefix("torch."),
+            "parameters": parameters(model),
+            "flops": flops(model, pixels),
+            "images_per_second": 1000 * len(pixels) / whole[name]["median"],
+            "latency_ms": {"1": single[name], str(len(pixels)): whole[name]},
+            "peak_memory_bytes": peak_memory(model, pixels),
+            "file_bytes": file_size(model),
+        }
+    return found
 
 
 def parameters(model: nn.Module) -> int:
@@ -15,31 +74,141 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@torch.no_grad()
-def images_per_second(models: Mapping[str, tuple[nn.Module, Tensor]], repeats: int = 7) -> dict[str, float]:
-    """Images per second of a forward in eval mode, as the median of `repeats` timings.
+def flops(model: nn.Module, pixel_values: Tensor) -> int:
+    """Floating-point operations of a forward of one image, a multiply-add counted as 2. [ours]
 
-    The models take turns, so that a machine that slows down slows all of them; a first turn is not measured.
+    Of matrix products, convolutions and attention, as torch counts them; norms, activations and softmax are left out.
+    For a ViT of L blocks of width D and inner width M, over T tokens of which P are patches of p x p pixels:
+
+        2 P D C p^2 + L (8 T D^2 + 4 T^2 D + 4 T D M) + 2 D K.
+
+    Args:
+        model: with attention of torch ("eager" or "sdpa"); other kernels (flash_attention_2) are not seen.
+        pixel_values: (B, C, h, w) on its device; the first image is used.
+
+    Cost: one forward of one image.
+    """
+    counter = FlopCounterMode(display=False)
+    # torch counts the CPU's fused attention as 0.
+    with _measuring([model]), math_attention(), counter:
+        model(pixel_values=pixel_values[:1])
+    return counter.get_total_flops()
+
+
+def latency(models: Models, repeats: int = 30) -> dict[str, dict[str, float]]:
+    """{name: {"median": ..., "p95": ...}}: milliseconds of a forward of the whole batch, after a warm-up. [ours]
+
+    Args:
+        models: name -> (model, its pixel_values (B, C, h, w) on its device).
+        repeats: timings for each model. The 95th percentile is interpolated between them.
+
+    Raises:
+        ValueError: when `repeats` is below 1.
+    """
+    seconds = _seconds(models, repeats)
+    return {
+        name: {"median": 1000 * median(taken), "p95": 1000 * float(np.percentile(taken, 95))}
+        for name, taken in seconds.items()
+    }
+
+
+def images_per_second(models: Models, repeats: int = 7) -> dict[str, float]:
+    """Images per second of a forward in eval mode, as the median of `repeats` timings after a warm-up.
 
     Args:
         models: name -> (model, its pixel_values (B, C, h, w) on its device). B is the batch size to be named beside
             the numbers.
+        repeats: timings for each model.
+
+    Raises:
+        ValueError: when `repeats` is below 1.
     """
+    return {name: len(models[name][1]) / median(taken) for name, taken in _seconds(models, repeats).items()}
+
+
+def peak_memory(model: nn.Module, pixel_values: Tensor) -> int:
+    """Bytes that must be free for a forward: weights, buffers, pixels, and the most that it allocates at once. [ours]
+
+    What torch's allocator hands out, on a GPU and on a CPU. Not seen: Python and torch themselves, and the work space
+    that libraries such as cuDNN and oneDNN take past the allocator. A first forward is not measured.
+
+    Args:
+        model: the model.
+        pixel_values: (B, C, h, w) on its device.
+
+    Cost: two forwards; on a CPU under torch's profiler.
+    """
+    held = sum(t.nbytes for t in chain(model.parameters(), model.buffers(), [pixel_values]))
+    allocated = _allocated_on_gpu if pixel_values.is_cuda else _allocated_on_cpu
+    with _measuring([model]):
+        model(pixel_values=pixel_values)
+        return held + allocated(model, pixel_values)
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the model's weights and persistent buffers as a safetensors file, which is written and removed."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save_model(model, str(path))
+        return path.stat().st_size
+
+
+def _allocated_on_gpu(model: nn.Module, pixel_values: Tensor) -> int:
+    device = pixel_values.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(pixel_values=pixel_values)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _allocated_on_cpu(model: nn.Module, pixel_values: Tensor) -> int:
+    # The CPU's allocator keeps no record, but tells the profiler of each block that it gives and takes back.
+    with profile(profile_memory=True) as run:
+        output = model(pixel_values=pixel_values)
+    del output
+    blocks = [event for event in run.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(blocks, key=lambda event: event.start_ns())]
+    return int(np.cumsum(changes).max(initial=0))
+
+
+def _seconds(models: Models, repeats: int) -> dict[str, list[float]]:
+    """Timings of each model. They take turns, so that a machine that slows down slows all of them."""
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}, expected 1 or more.")
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    modes = {name: model.training for name, (model, _) in models.items()}
-    for turn in range(repeats + 1):
-        for name, (model, pixel_values) in models.items():
-            elapsed = _forward(model.eval(), pixel_values)
-            if turn:
-                seconds[name].append(elapsed)
-    for name, (model, _) in models.items():
-        model.train(modes[name])
-    return {name: len(models[name][1]) / median(taken) for name, taken in seconds.items()}
+    with _measuring([model for model, _ in models.values()]):
+        for turn in range(WARM_UP + repeats):
+            for name, (model, pixel_values) in models.items():
+                elapsed = _forward(model, pixel_values)
+                if turn >= WARM_UP:
+                    seconds[name].append(elapsed)
+    return seconds
 
 
 def _forward(model: nn.Module, pixel_values: Tensor) -> float:
     start = time.perf_counter()
     model(pixel_values=pixel_values)
-    if pixel_values.is_cuda:
+    if pixel_values.is_cuda:  # else only the launch of its kernels was timed
         torch.cuda.synchronize(pixel_values.device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def _measuring(models: list[nn.Module]) -> Iterator[None]:
+    """Inside: eval mode and no graph; the mode of each module is put back."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        with torch.no_grad():
+            for model in models:
+                model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"

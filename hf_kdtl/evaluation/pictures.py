@@ -12,8 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hf_kdtl.evaluation.text import drawn
+
 CURVES = "curves.png"
 SHEET = "sheet.png"
+FIRST = (
+    "Shown are the first images that the two classify differently, up to half of the sheet, and then the first of the "
+    "others."
+)
 # Told apart by colour-blind eyes too (Okabe and Ito).
 COLOURS = {"teacher": "#7f7f7f", "alone": "#E69F00", "distilled": "#0072B2"}
 
@@ -23,7 +29,7 @@ def curves_picture(curves: dict[str, list[dict[str, Any]]], path: str | Path) ->
 
     One thin line for each run, and a thick one for the mean over the seeds of an arm.
     """
-    figure = _figure(9, 3.6)
+    figure = figure_of(9, 3.6)
     shown = (("loss", "training loss (of each arm's own terms)"), ("eval_accuracy", "validation accuracy"))
     for axes, (key, label) in zip(figure.subplots(1, 2), shown, strict=True):
         arms: dict[str, list[dict[int, float]]] = {}
@@ -71,6 +77,7 @@ def sheet_picture(
     names: Sequence[str],
     teacher: np.ndarray,
     student: np.ndarray,
+    which: str = FIRST,
 ) -> str:
     """A grid of images, each beside the probabilities of its three likeliest classes; returns the caption.
 
@@ -78,14 +85,15 @@ def sheet_picture(
         images: PIL images.
         labels: their classes.
         teacher, student: probabilities (n, K), row i for image i.
+        which: a sentence on how the images were chosen; by default as by `sheet_choice`.
     """
     columns = min(3, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(4.1 * columns, 1.75 * rows + 0.5)
+    figure = figure_of(4.1 * columns, 1.75 * rows + 0.5)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.15] * columns)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        _image(figure.add_subplot(grid[row, 2 * column]), image, f"true: {_short(names[labels[i]])}")
+        _image(figure.add_subplot(grid[row, 2 * column]), image, f"true: {drawn(names[labels[i]])}")
         bars = figure.add_subplot(grid[row, 2 * column + 1])
         _bars(bars, names, teacher[i], student[i], labels[i])
         if i + columns >= len(images):
@@ -94,9 +102,8 @@ def sheet_picture(
     figure.legend(handles, ["teacher", "student"], loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
     return (
-        "Test images with the probabilities of the three classes that teacher and student together find likeliest "
-        "(the true class in bold). Shown are the first images that the two classify differently, up to half of the "
-        "sheet, and then the first of the others."
+        "Images with the probabilities of the three classes that teacher and student together find likeliest (the "
+        f"true class in bold). {which}"
     )
 
 
@@ -113,7 +120,7 @@ def _bars(axes: Axes, names: Sequence[str], teacher: np.ndarray, student: np.nda
         axes.barh(places + shift, values[top], height=0.38, color=COLOURS[who])
         for place, value in zip(places, values[top], strict=True):
             axes.text(value + 0.03, place + shift, f"{value:.2f}", va="center", fontsize=6.5)
-    axes.set_yticks(places, [_short(names[index]) for index in top], fontsize=8)
+    axes.set_yticks(places, [drawn(names[index]) for index in top], fontsize=8)
     for tick, index in zip(axes.get_yticklabels(), top, strict=True):
         tick.set_fontweight("bold" if index == label else "normal")
     axes.set_ylim(len(top) - 0.5, -0.5)
@@ -122,11 +129,8 @@ def _bars(axes: Axes, names: Sequence[str], teacher: np.ndarray, student: np.nda
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _short(name: str, most: int = 14) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """A figure of that many inches."""
     # Not pyplot, which would choose a backend for the whole program and keep every figure.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

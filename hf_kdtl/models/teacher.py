@@ -140,6 +140,11 @@ class Teacher:
         dtype = next(self.model.parameters()).dtype
         return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
 
+    @property
+    def order(self) -> list[int] | None:
+        """The teacher's class for each of the student's, by index; None where they are the same, or not compared."""
+        return self._order
+
     def in_order(self, geometry: ModelGeometry) -> ModelGeometry:
         """What is known of the model, with a classifier that answers in the student's class order."""
         if self._order is None or geometry.classifier is None:

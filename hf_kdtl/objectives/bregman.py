@@ -78,7 +78,7 @@ class Bregman(Objective):
         if setting.teacher is not None:  # without one `build` refuses
             self.layer.check_teacher(setting.teacher.model)
             if self.of == "probabilities":
-                self.layer = self.layer.reordered(setting.teacher._order)
+                self.layer = self.layer.reordered(setting.teacher.order)
         share = f"{100 * self.layer.representation.explained:.1f} %"
         return [f"{self.layer.k} coefficients explain {share} of the {self.layer.provenance}."]
 

@@ -187,6 +187,14 @@ def test_autocast_keeps_the_divergence_in_float32():
             rounded = value()
         assert rounded.dtype == torch.float32
         torch.testing.assert_close(rounded, plain, rtol=0.1, atol=0.05)
+    objective = bregman("pooled", teacher, coefficients=1.0)
+    made(student, teacher, objective)
+    mine, its = (capture(m, PIXELS, objective.needs(None)[0]) for m in (student, teacher))
+    with torch.autocast("cpu", torch.bfloat16):
+        value, c = objective(mine, its, {}), objective.head(mine.pooled).float()
+    exact = objective.layer.link.divergence(objective.layer.before(c), its.pooled)
+    exact = exact + (c - objective.layer.encode(its.pooled)).square().sum(-1)
+    assert c.dtype == torch.float32 and ((value - exact) / exact).abs().max() < 1e-5
 
 
 def test_what_is_saved_and_what_learns():

@@ -4,12 +4,16 @@ import pytest
 
 from hf_kdtl import DistillationConfig, cli
 from tests.recipes.conftest import RECIPES
+from tests.representations import made_up
+from tests.tiny import build
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config(recipe, path):
+    if path.stem == "bregman":
+        made_up(build("vit"), "probabilities").save("runs/bregman_layer")
     module, options = ("train_teacher", "TeacherOptions") if "teacher" in path.stem else ("distill", "DistillOptions")
     types = (getattr(recipe(module), options), recipe("building").DataOptions, DistillationConfig)
     extra = ["--teacher", "x"] if module == "distill" else []

@@ -1,0 +1,113 @@
+"""A model as an ONNX file, and that file beside the model: do they agree, and which is faster?"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+TOLERANCE = 1e-4  # of the logits, or of the largest of them where that is above 1
+BATCHES = (1, 5)  # at which a file is compared: an exporter that fixes the batch size is caught
+NEEDS = ("onnx", "onnxruntime", "onnxscript")
+
+
+def check_installed() -> None:
+    """Look for what an export needs.
+
+    Raises:
+        ValueError: naming what is missing, and what to type.
+    """
+    if missing := [name for name in NEEDS if find_spec(name) is None]:
+        raise ValueError(f"{', '.join(missing)} not found; an export needs it. Type: pip install -e '.[export]'.")
+
+
+def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
+    """Write the model in eval mode as one ONNX file: pixel_values (B, C, h, w) -> logits (B, K), for any B. [ours]
+
+    Attention is written as plain matrix products ("eager"): torch 2.13 does not export Swin's fused attention for any
+    batch size.
+
+    Args:
+        model: a transformers image classifier, on the CPU. It is left as it was.
+        pixel_values: (B, C, h, w) of any values; h and w are fixed in the file.
+        path: the file.
+
+    Cost: a trace of the model, some seconds to a minute.
+
+    Raises:
+        ValueError: where torch cannot export the model, or what it needs is not installed.
+    """
+    check_installed()
+    mode, attention = model.training, model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    two = pixel_values[:1].expand(2, -1, -1, -1).contiguous()  # a batch of 1 would be taken for a constant
+    try:
+        torch.onnx.export(
+            _Logits(model).eval(),
+            (two,),
+            str(path),
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            external_data=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"torch {torch.__version__} cannot export {type(model).__name__} for any batch size; export another "
+            f"architecture, or try a newer torch. It said: {error}"
+        ) from error
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(mode)
+
+
+def largest_difference(model: nn.Module, exported: nn.Module, pixel_values: Tensor) -> float:
+    """Largest difference of any logit, over batches of 1 and of 5 images, as a share of max(1, largest logit).
+
+    Args:
+        model: the original, in eval mode.
+        exported: `OnnxModel` of its file.
+        pixel_values: (B, C, h, w), B >= 5.
+    """
+    worst = 0.0
+    for size in BATCHES:
+        with torch.no_grad():
+            ours, theirs = (one(pixel_values=pixel_values[:size]).logits for one in (model, exported))
+        difference = (ours - theirs).abs().max() / ours.abs().max().clamp(min=1)
+        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # max() would pass over a nan
+    return worst
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file that is called as the model it was made from, run by onnxruntime on the CPU.
+
+    With as many threads as torch has, so that their times compare (evaluation/cost.py).
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        check_installed()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def forward(self, pixel_values: Tensor) -> ModelOutput:
+        (logits,) = self.session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        return ModelOutput(logits=torch.from_numpy(logits))
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).logits

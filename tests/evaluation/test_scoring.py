@@ -1,0 +1,86 @@
+"""What is kept of logits, against slow versions."""
+
+import doctest
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from hf_kdtl.evaluation import scoring, text
+from hf_kdtl.evaluation.scoring import accuracy_interval, compared, findings, most_apart
+
+NAMES = ["cat", "dog", "emu"]
+
+
+def random(seed, n=40):
+    draw = np.random.default_rng(seed)
+    return draw.normal(size=(n, 3)) * 2, draw.integers(0, 3, n)
+
+
+def test_doctests():
+    assert doctest.testmod(scoring).failed == doctest.testmod(text).failed == 0
+
+
+def test_accuracy_interval_is_the_bootstrap():
+    right = np.arange(80) < 52
+    draw = np.random.default_rng(0)
+    means = [right[draw.integers(0, 80, 80)].mean() for _ in range(20_000)]
+    low, high = accuracy_interval(right)
+    # A resample's mean moves in steps of 1/80, and its quantile may fall on the next one.
+    assert np.abs(np.quantile(means, [0.025, 0.975]) - [low, high]).max() <= 1.01 / 80
+    assert low < 52 / 80 < high
+    narrow = accuracy_interval(right, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_no_interval_where_no_image_differs():
+    assert accuracy_interval([True] * 5) is None and accuracy_interval(np.zeros(5, bool)) is None
+
+
+def test_compared_adds_what_it_is_given():
+    (logits, labels), (teacher, _), (baseline, _) = random(0), random(1), random(2)
+    alone = compared(logits, labels)
+    both = compared(logits, labels, teacher, baseline)
+    assert "agreement" not in alone and "negative_flip_rate" not in alone
+    assert alone.items() <= both.items()
+    assert set(both) - set(alone) == {"agreement", "teacher_kl", "agreement_teacher_wrong", "negative_flip_rate"}
+    assert both["agreement"] == np.mean(logits.argmax(1) == teacher.argmax(1))
+    flips = sum(b == y != s for s, b, y in zip(logits.argmax(1), baseline.argmax(1), labels, strict=True))
+    assert both["negative_flip_rate"] == flips / 40 > 0
+    assert compared(logits, labels, logits, logits)["negative_flip_rate"] == 0
+
+
+def test_findings_count_every_labelled_image_once():
+    logits, labels = random(3)
+    labels[labels == 2] = 1  # a class without images
+    labels[:4] = -100
+    found = findings(logits, labels, NAMES)
+    slow = {name: {} for name in NAMES}
+    for row, label in zip(logits.argmax(1), labels, strict=True):
+        if label >= 0:
+            slow[NAMES[label]][NAMES[row]] = slow[NAMES[label]].get(NAMES[row], 0) + 1
+    assert found["confusion"] == slow and slow["emu"] == {}
+    assert sum(one["images"] for one in found["reliability"]) == 36
+    right = sum(slow[name].get(name, 0) for name in NAMES) / 36
+    assert found["accuracy_interval"][0] < right < found["accuracy_interval"][1]
+
+
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_most_apart(scale):
+    student, teacher = (scale * random(seed)[0] for seed in (4, 5))
+    teacher[7] = student[7]
+
+    def divergence(i):
+        p, q = softmax(student[i]), softmax(teacher[i])
+        terms = ((a, (a + b) / 2) for one, other in ((p, q), (q, p)) for a, b in zip(one, other, strict=True))
+        return sum(a * math.log(a / m) for a, m in terms if a > 0) / 2
+
+    found = most_apart(student, teacher, 40)
+    values = [divergence(i) for i in found]
+    assert sorted(found) == list(range(40))
+    assert all(a >= b - 1e-9 for a, b in pairwise(values))
+    assert most_apart(student, teacher, 3) == found[:3]
+    if scale == 1:
+        assert found[-1] == 7 and values[0] > 0.1
