@@ -157,7 +157,7 @@ def plot(curves: dict[str, list[tuple[float, ...]]], path: Path) -> None:
         axes.set(title=title, xlabel="directions k", ylabel="divergence explained, %", ylim=(0, 102))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    figure.axes[1].legend(frameon=False, loc="lower right")  # its lines are one, at the upper left
     figure.savefig(path, dpi=150)
 
 

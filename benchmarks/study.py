@@ -107,6 +107,6 @@ class Study:
             return "-"
         found = paired_difference([100 * v for v in values], [100 * v for v in reference])
         if found["interval"] is None:
-            return f"{found['mean']:+.2f} (one seed: no interval)"
+            return f"{found['mean']:+.2f} ({found['note']})"
         low, high = found["interval"]
         return f"{found['mean']:+.2f} ({low:+.2f} to {high:+.2f})"

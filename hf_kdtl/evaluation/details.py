@@ -101,8 +101,8 @@ RELIABILITY_NOTE = (
     "images (lower panels) says little."
 )
 CONFUSION_NOTE = (
-    "A row is a true class. Red on the diagonal: more often right than the other model; blue on the diagonal: less "
-    "often. Red beside it: a mistake that this student makes more often, blue one that it makes less often."
+    "A row is a true class, a number the change in points. Red is worse than the other model: less often right (on "
+    "the diagonal), or a mistake that is made more often (beside it). Blue is better."
 )
 CKA_NOTE = (
     "How alike the features of two blocks are (mean over the patch tokens): 1 is the same up to rotation and scale, 0 "

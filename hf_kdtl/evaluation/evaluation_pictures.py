@@ -84,7 +84,9 @@ def classes_picture(model: Model, others: dict[str, Model], path: str | Path) ->
     }
     some = min(MOST_CLASSES, len(mine))
     figure = figure_of(1.6 + 3.6 * len(changes), 1 + 0.24 * some)
-    for axes, (role, change) in zip(figure.subplots(1, len(changes), squeeze=False)[0], changes.items(), strict=True):
+    for axes, (role, change) in zip(
+        figure.subplots(1, len(changes), squeeze=False, sharex=True)[0], changes.items(), strict=True
+    ):
         order = sorted(change, key=lambda name: change[name])
         _bars(axes, {name: change[name] for name in ends(order, some)}, role)
     figure.savefig(path, dpi=130)
@@ -114,8 +116,8 @@ def _bars(axes: Axes, change: dict[str, float], role: str) -> None:
 
 
 def confusion_picture(model: Model, other: Model, role: str, path: str | Path) -> str:
-    """Which classes are taken for which more often (red) or less often (blue) than by another model; returns which
-    classes it shows."""
+    """Which classes are taken for which more or less often than by another model, red where that is worse; returns
+    which classes it shows."""
     names = list(class_accuracies(model))
     change = 100 * (_shares(model, names) - _shares(other, names))
     moved = np.abs(change).sum(1)
@@ -124,7 +126,8 @@ def confusion_picture(model: Model, other: Model, role: str, path: str | Path) -
     figure = figure_of(2.4 + 0.36 * len(chosen), 1.8 + 0.33 * len(chosen))
     axes = figure.subplots()
     most = max(1.0, float(np.abs(shown).max()))
-    image = axes.imshow(shown, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+    worse = np.where(np.eye(len(chosen), dtype=bool), -shown, shown)  # less often right, or a mistake more often
+    image = axes.imshow(worse, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
     ticks = [drawn(names[i]) for i in chosen]
     axes.set_xticks(range(len(chosen)), ticks, rotation=90, fontsize=8)
     axes.set_yticks(range(len(chosen)), ticks, fontsize=8)
@@ -133,7 +136,10 @@ def confusion_picture(model: Model, other: Model, role: str, path: str | Path) -
             colour = "white" if abs(value) > 0.6 * most else "black"
             axes.text(column, row, f"{value:+.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="taken for", ylabel="true class")
-    figure.colorbar(image, ax=axes, label=f"student minus {role},\npoints of the class's images", shrink=0.8)
+    axes.set_title(f"student minus {role}, points of the class's images", fontsize=9)
+    figure.colorbar(
+        image, ax=axes, label="better (blue) or worse (red) by", shrink=0.8, format=lambda v, _: f"{abs(v):g}"
+    )
     figure.savefig(path, dpi=130)
     return "" if len(chosen) == len(names) else f"The {len(chosen)} classes that changed most, of {len(names)}."
 

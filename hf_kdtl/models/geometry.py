@@ -114,7 +114,9 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
             ordered = _row_by_row(hidden, image, roles)
         layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
         before = hidden
-    width, heads = pooled[0].shape[-1] if pooled else 0, classifiers(model)
+    # PEFT keeps what a module was beside the one that it trains.
+    set_aside = {id(m) for name, m in model.named_modules() if "original_module" in name}
+    width, heads = pooled[0].shape[-1] if pooled else 0, [m for m in classifiers(model) if id(m) not in set_aside]
     classifier = heads[0] if len(heads) == 1 and pooled else None
     return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
 

@@ -345,6 +345,7 @@ def test_the_document_has_the_table_and_the_picture():
     assert (ROOT / "docs" / "degradations.png").is_file() and "(degradations.png)" in text
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(tmp_path):
     d.picture(tmp_path / "degradations.png", d.drawing(24))
     pixels = np.array(PIL.Image.open(tmp_path / "degradations.png"))
