@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
@@ -22,12 +23,11 @@ from hf_kdtl.optim import LayerRates
 logger = logging.get_logger(__name__)
 
 
-def assemble(trainer: Any, resumed_start: Path | None = None) -> Distiller:
+def assemble(trainer: Any) -> Distiller:
     """The student and the objectives of the trainer's settings, on its device.
 
     Args:
         trainer: a DistillationTrainer, whose teacher and settings are taken.
-        resumed_start: where a run that is resumed keeps what its student started from.
 
     Raises:
         ValueError: where the models, the data and the objectives do not fit.
@@ -39,7 +39,7 @@ def assemble(trainer: Any, resumed_start: Path | None = None) -> Distiller:
     if teacher is not None:
         trainer._match_teacher()
         teacher.to(device)
-    start = _start(trainer, resumed_start).to(device) if by_start else None
+    start = _start(trainer).to(device) if by_start else None
     measured, pairing, beside = options is not None and options.measured, None, None
     if teacher is not None and (measured or any(objective.needs_plan for objective in by_teacher)):
         pairing = plan(student, teacher, pixel_values=_pixels(trainer))
@@ -88,20 +88,41 @@ def _pixels(trainer: Any) -> Tensor | None:
     return None if images is None else images["pixel_values"]
 
 
-def _start(trainer: Any, resumed: Path | None) -> Start:
-    """What the student started from: as the config says, or the copy kept with a run that is resumed."""
+def _start(trainer: Any) -> Start:
+    """What the student started from, as the config says."""
     student, path = trainer.model, trainer.args.start
-    if resumed is None or hasattr(student, "disable_adapter"):
-        return Start(student) if path is None else Start.from_path(path, student, trainer.processing_class)
-    if not resumed.is_dir():
+    if path is not None:
+        start = Start.from_path(path, student, trainer.processing_class)
+        for note in start.notes:
+            logger.info(note.replace("the teacher", "the start"))
+        return start
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # As DDP will do when it wraps: a head with random weights is another one on every rank.
+        if trainer.place_model_on_device:
+            student.to(trainer.accelerator.device)
+        for tensor in (*student.parameters(), *student.buffers()):
+            dist.broadcast(tensor.data, 0)
+    return Start(student)
+
+
+def kept_start(trainer: Any, folder: Path) -> Start:
+    """What the student of a run that is resumed started from, as the run kept it.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    student = trainer.model
+    if hasattr(student, "disable_adapter"):
+        return Start(student)
+    if not folder.is_dir():
         raise ValueError(
-            f"{resumed} is missing: the run kept there what its student started from, and its objectives hold the "
+            f"{folder} is missing: the run kept there what its student started from, and its objectives hold the "
             "student to it. Put the folder back beside the checkpoints, or start a new run from the checkpoint's "
             "weights."
         )
-    start = Start.from_path(resumed, student, trainer.processing_class if path else None)
-    start.kept = resumed
-    return start
+    start = Start.from_path(folder, student, trainer.processing_class)
+    start.kept = folder
+    return start.to(trainer.accelerator.device)
 
 
 def _sample(trainer: Any, number: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import TwoGradients
+from hf_kdtl.models.start import Start
 from hf_kdtl.optim.layer_rates import LayerRates
 
 logger = logging.get_logger(__name__)
@@ -28,6 +29,7 @@ def save_distillation_state(
     entries: list[dict[str, Any]],
     rates: LayerRates | None = None,
     gradients: TwoGradients | None = None,
+    start: Start | None = None,
 ) -> None:
     """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
     rule met (JSON)."""
@@ -39,6 +41,8 @@ def save_distillation_state(
         state["layer_rates"] = rates.state_dict()
     if gradients is not None:
         state["gradient_rule"] = gradients.state_dict()
+    if start is not None:
+        state["start"] = start.fingerprint
     Path(folder, STATE_JSON).write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -48,17 +52,31 @@ def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entri
     Raises:
         ValueError: when the checkpoint is of other objectives, or its file is missing.
     """
+    check_objectives(folder, entries)
+    for before, now in zip(_state(folder)["objectives"], entries, strict=True):
+        if before != now:
+            logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
+    tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
+    objectives.load_state_dict(tensors, strict=True)
+
+
+def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
+    """Raises ValueError when a checkpoint is of other objectives."""
     saved = _state(folder)["objectives"]
     if _names(saved) != _names(entries):
         raise ValueError(
             f"{folder} was trained with the objectives {_names(saved)} and this run has {_names(entries)}. Resume "
             "with the same objectives, or start a new run from the checkpoint's weights."
         )
-    for before, now in zip(saved, entries, strict=True):
-        if before != now:
-            logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
-    tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
-    objectives.load_state_dict(tensors, strict=True)
+
+
+def check_start(folder: str | Path, start: Start) -> None:
+    """Raises ValueError when the start that was kept is not the one that a checkpoint was held to."""
+    if _state(folder).get("start") != start.fingerprint:
+        raise ValueError(
+            f"the weights in {start.kept} are not those that {folder} started from: another run was begun in this "
+            "folder since. Put the start of the checkpoint's own run there, or start a new run from its weights."
+        )
 
 
 def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:

@@ -65,6 +65,12 @@ def check_setting(trainer: Trainer) -> None:
             "compute_loss_func replaces the value of the task objective, and there is none. Add "
             '{"name": "task"} to objectives, or write an Objective instead of compute_loss_func.'
         )
+    if trainer.accelerator.scaler is not None and (derived or args.gradient_rule is not None):
+        problems.append(
+            "mixed precision is fp16 (from the launcher), whose scaling of the loss neither a gradient_rule nor "
+            "derivative objectives allow. Use bf16: accelerate launch --mixed_precision bf16."
+        )
+    problems += _too_few(trainer)
     if args.layer_rates is not None and trainer.optimizer is not None:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
@@ -72,6 +78,22 @@ def check_setting(trainer: Trainer) -> None:
         problems += class_problems(dataset, trainer.model)
     if problems:
         raise ValueError(problems[0])
+
+
+def _too_few(trainer: Trainer) -> list[str]:
+    """Batch statistics that the last micro-batch of an epoch is too small for: known now, not after an epoch."""
+    args: Any = trainer.args
+    data: Any = trainer.train_dataset
+    if not hasattr(data, "__len__") or args.dataloader_drop_last or args.world_size > 1:
+        return []
+    size = args.per_device_train_batch_size
+    last = len(data) % size or size
+    return [
+        f"objective {key!r} needs {least} images in a micro-batch, and the last one of an epoch has {last} "
+        f"({len(data)} images in batches of {size}). Set dataloader_drop_last=True, or another batch size."
+        for key, objective in args.build_objectives().items()
+        if (least := getattr(objective, "least_images", 1)) > last
+    ]
 
 
 def setting_problems(args: DistillationConfig, student: Any) -> list[str]:

@@ -50,7 +50,8 @@ class DistillationConfig(TrainingArguments):
         gradient_rule: how the gradients of task and transfer objectives are combined, such as
             `{"name": "never_hurt", "form": "one_sided"}`; see `hf_kdtl.gradient_rules`. None: their sum.
         start: the model that `l2_sp`, `delta` and `lwf` (source: start) hold the student to, as a folder or Hub name.
-            None: the student as it is when training begins. It is kept with the run, for resuming.
+            None: the student as it is when the trainer first looks at it, in `train` or `evaluate`; a second `train`
+            keeps it. It is kept with the run, for resuming.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
 
     Raises:
@@ -144,7 +145,8 @@ class DistillationConfig(TrainingArguments):
         for option in options:
             check_known(f"option of gradient rule {name!r}", option, valid)
         rule = GRADIENT_RULES[name](**options)
-        check_roles(name, rule, self.build_objectives())
+        weights = self.weights()
+        check_roles(name, rule, {key: o for key, o in self.build_objectives().items() if weights[key]})
         return rule
 
     def _share_smoothing(self, task: Task, key: str) -> None:
@@ -166,7 +168,11 @@ class DistillationConfig(TrainingArguments):
         if "." not in name:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         holder, key = self._holder(name)
-        return holder.get(key)
+        value = holder.get(key)
+        # Trainer gives a trial's value the type of the old one: a weight of 1 would make 0.3 a 0.
+        options = inspect.signature(OBJECTIVES[holder["name"]]).parameters if name.startswith("objectives.") else {}
+        fraction = key == "weight" or (key in options and isinstance(options[key].default, float))
+        return float(value) if fraction and type(value) is int else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "." not in name:

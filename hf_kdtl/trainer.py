@@ -15,10 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from hf_kdtl.assembly import assemble
+from hf_kdtl.assembly import assemble, kept_start
 from hf_kdtl.callbacks import EpochToDataset, StopOnSignal, TaskStep
 from hf_kdtl.checkpoint import (
     START,
+    check_objectives,
+    check_start,
     load_distillation_state,
     load_gradient_rule,
     load_layer_rates,
@@ -89,7 +91,6 @@ class DistillationTrainer(Trainer):
         self._built_from: tuple[Any, ...] = ()
         self._gradients: TwoGradients | None = None
         self._micro_step = 0
-        self._resumed_start: Path | None = None
         self._parts: Parts = {}
         self._meter = TermMeter()
         self._eval_terms: dict[str, list[Tensor]] | None = None
@@ -114,7 +115,7 @@ class DistillationTrainer(Trainer):
         stale = self._distiller is None or self._distiller.student is not self.model
         if stale or self._built_from != self._made_of():
             self._built_from = self._made_of()
-            self._distiller = assemble(self, self._resumed_start)
+            self._distiller = assemble(self)
             self._gradients = two_gradients(self.args.build_rule(), self._distiller)
         assert self._distiller is not None
         return self._distiller
@@ -178,7 +179,7 @@ class DistillationTrainer(Trainer):
         # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
         order = self.distiller.student_needs.order if recomputed else 0
-        with differentiable(order), two_backwards(self, model, self._gradients, lambda: self._parts):
+        with differentiable(order), two_backwards(self, model, self._gradients):
             loss = super().training_step(model, *args, **kwargs)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)
@@ -304,7 +305,6 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints ----
 
     def train(self, *args, **kwargs):
-        self._resumed_start = None
         with self._stop.listening():
             output = super().train(*args, **kwargs)
         self._stop.raise_if_told_late(self.args)
@@ -316,17 +316,21 @@ class DistillationTrainer(Trainer):
         if _internal_call and output_dir is not None and self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_distillation_state(
-                output_dir, self.distiller.objectives, self._built_from[0], self.layer_rates, self.gradient_rule
-            )
+                output_dir, self.distiller.objectives, self._built_from[0], self.layer_rates, self.gradient_rule,
+                self.distiller.start,
+            )  # fmt: skip
             if self.distiller.start is not None:
                 self.distiller.start.save(Path(output_dir).parent / START)
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = super()._load_from_checkpoint
-        if any(objective.source == "start" for objective in self.args.build_objectives().values()):
+        check_objectives(resume_from_checkpoint, self.args.entries)
+        if self.distiller.start is not None:
             # As it was when the run began: the student has moved on since.
-            self._resumed_start, self._distiller = Path(resume_from_checkpoint).parent / START, None
+            start = kept_start(self, Path(resume_from_checkpoint).parent / START)
+            check_start(resume_from_checkpoint, start)
+            self.distiller.start = start
         self._load_whole(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
         load_layer_rates(resume_from_checkpoint, self.layer_rates)
         load_gradient_rule(resume_from_checkpoint, self.args.gradient_rule, self.gradient_rule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,9 +46,7 @@ Parts = dict[str, Tensor | list[Tensor]]
 
 
 @contextmanager
-def two_backwards(
-    trainer: Any, model: nn.Module, gradients: TwoGradients | None, parts: Callable[[], Parts]
-) -> Iterator[None]:
+def two_backwards(trainer: Any, model: nn.Module, gradients: TwoGradients | None) -> Iterator[None]:
     """Around Trainer's training_step: its one backward pass becomes the rule's two, and the window's end the rule.
 
     DDP, which knows one gradient, does not synchronise here: each of the two is reduced once, at the window's end.
@@ -56,10 +54,14 @@ def two_backwards(
     if gradients is None:
         yield
         return
-    accelerator = trainer.accelerator
+    accelerator, args = trainer.accelerator, trainer.args
+    called = []
 
     def backward(loss: Tensor, **kwargs: Any) -> None:
-        gradients.add(*_sides(parts(), trainer.distiller))
+        # Taken away, so that the graph does not live until the next forward.
+        parts, trainer._parts = trainer._parts, {}
+        gradients.add(*_sides(parts, trainer.distiller))
+        called.append(True)
 
     accelerator.backward = backward  # hides the method
     try:
@@ -68,8 +70,15 @@ def two_backwards(
             yield
     finally:
         del accelerator.backward
+    if not called:
+        raise RuntimeError(
+            "Trainer's training_step did not call accelerator.backward, where gradient_rule takes its two gradients: "
+            "this version of transformers is not supported with a gradient_rule. Use one that pyproject.toml allows."
+        )
     if accelerator.sync_gradients:
-        gradients.watch = (trainer.state.global_step + 1) % (trainer.state.logging_steps or 1) == 0
+        step = trainer.state.global_step + 1
+        every = (trainer.state.logging_steps or 1) if args.logging_strategy == "steps" else 1
+        gradients.watch = step % every == 0 or (step == 1 and args.logging_first_step)
         several = dist.is_initialized() and dist.get_world_size() > 1
         gradients.write(int(trainer.state.epoch or 0), _mean_over_ranks if several else None)
         for buffer in trainer.distiller.buffers() if several else ():

@@ -22,9 +22,9 @@ from hf_kdtl.evaluation.degradations import DEGRADATIONS
 from hf_kdtl.evaluation.details import picture_name
 from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.pictures import sheet_picture
+from hf_kdtl.evaluation.readings import REFERENCES
 from hf_kdtl.evaluation.scoring import compared, findings, is_right, most_apart
 from hf_kdtl.evaluation.statistics import images_difference
-from hf_kdtl.evaluation.verdict import REFERENCES
 from hf_kdtl.images import decode
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names

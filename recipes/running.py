@@ -83,9 +83,10 @@ def for_run(
 
 
 def try_once(trainer: Any) -> None:
-    """Run two images through everything, so that what does not fit is told before anything is written or removed."""
+    """Run one batch through everything, so that what does not fit is told before anything is written or removed."""
     trainer.model.eval()  # in train mode BatchNorm would remember them
-    trainer.objective_terms(default_data_collator([trainer.train_dataset[i] for i in range(2)]))
+    number = min(len(trainer.train_dataset), max(2, trainer.args.per_device_train_batch_size))
+    trainer.objective_terms(default_data_collator([trainer.train_dataset[i] for i in range(number)]))
 
 
 # ---- The run folder ----

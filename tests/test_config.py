@@ -90,3 +90,11 @@ def test_dotted_names_reach_into_the_list(tmp_path):
     with pytest.raises(ValueError, match="expected a number greater than 0"):
         setattr(config, "objectives.logit_kd.temperature", -1)
     assert copy.deepcopy(config).objectives == config.objectives
+
+
+def test_a_whole_number_does_not_round_what_a_search_tries(tmp_path):
+    config = DistillationConfig(str(tmp_path), objectives=[{"name": "logit_kd", "weight": 1, "temperature": 4}])
+    for name in ("objectives.logit_kd.weight", "objectives.logit_kd.temperature"):
+        assert type(getattr(config, name)) is float  # Trainer gives a trial's value the type of the old one
+    probes = DistillationConfig(str(tmp_path), objectives=[{"name": "noisy_kd", "probes": 2}])
+    assert type(getattr(probes, "objectives.noisy_kd.probes")) is int

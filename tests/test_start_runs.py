@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import ViTImageProcessor
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.models import Needs
@@ -174,3 +175,60 @@ def test_preflight_knows_the_start(tmp_path):
 def test_start_comes_from_the_command_line_too(tmp_path):
     settings = DistillationConfig(str(tmp_path), objectives=json.dumps(L2_SP), start="there")
     assert settings.start == "there" and settings.to_dict()["start"] == "there"
+
+
+def test_a_kept_start_has_its_image_processor(tmp_path):
+    source = build("vit", seed=9)
+    source.save_pretrained(tmp_path / "source")
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(tmp_path / "source")
+    mine = ViTImageProcessor(size={"height": 32, "width": 32})
+    objectives = [TASK, {"name": "lwf", "source": "start", "weight": 0.5}]
+
+    def runner(**extra):
+        settings = config(tmp_path / "out", objectives, start=str(tmp_path / "source"), **RUN)
+        return DistillationTrainer(build("vit"), settings, train_dataset=Images(), **extra)
+
+    with pytest.raises(ValueError, match=r"start .* has its own image processor"):
+        runner().train()
+    whole, again = runner(processing_class=mine), runner(processing_class=mine)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_the_start_of_another_run_is_refused(tmp_path):
+    trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN).train()
+    trainer(tmp_path, build("vit", seed=3), objectives=L2_SP, **RUN | {"max_steps": 2}).train()
+    again = trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN)
+    with pytest.raises(ValueError, match="another run was begun in this folder since"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_trainer_that_has_trained_can_resume(tmp_path):
+    runner = trainer(tmp_path, build("vit"), objectives=KEPT[2], **RUN)
+    runner.train()
+    end = weights(runner.distiller)
+    runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(end, weights(runner.distiller)) == 0.0
+
+
+def test_objectives_added_at_a_resume_are_said_before_the_start(tmp_path):
+    trainer(tmp_path, build("vit"), objectives=[TASK], **RUN).train()
+    with pytest.raises(ValueError, match="was trained with the objectives"):
+        again = trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_adapters_that_are_more_than_a_product_are_refused():
+    student = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="beside A and B"):
+        weight_pairs(student, student)
+    named = get_peft_model(
+        build("vit"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layernorm"]), adapter_name="mine"
+    )
+    assert any(w.then is not None and "layernorm" in w.name for w in weight_pairs(named, named))
+
+
+def test_a_last_batch_that_bss_cannot_take_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="dataloader_drop_last=True"):
+        trainer(tmp_path, build("vit"), data=Images(17), objectives=[TASK, {"name": "bss"}], **RUN)

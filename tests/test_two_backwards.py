@@ -197,6 +197,29 @@ def test_no_gradients_are_left_and_the_backward_of_accelerate_is_back(tmp_path):
     assert all(p.grad is None for p in runner.distiller.parameters())
 
 
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1]], ids=_id)
+def test_the_graph_is_gone_after_the_step(tmp_path, rule):
+    class Alive(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            held.append(runner._parts)
+
+    student, teacher = pair()
+    held = []
+    runner = trainer(tmp_path, student, teacher, Images(8), _objectives(rule), gradient_rule=rule, max_steps=2)
+    runner.add_callback(Alive())
+    runner.train()
+    assert held == [{}, {}]
+
+
+def test_the_step_is_measured_whatever_the_logging_strategy(tmp_path):
+    student, teacher = pair()
+    settings = {"gradient_rule": {"name": "never_hurt"}, "logging_strategy": "epoch", "num_train_epochs": 2}
+    runner = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings | {"logging_steps": 500})
+    runner.train()
+    lines = [line for line in runner.state.log_history if "gradient_rule/cosine" in line]
+    assert len(lines) == 2 and all("gradient_rule/task_step" in line for line in lines)
+
+
 def test_checkpointing_and_bf16_agree_with_plain(tmp_path):
     student, teacher = pair()
     settings = {"gradient_rule": {"name": "never_hurt"}, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
@@ -243,6 +266,7 @@ def test_a_term_without_gradient_adds_nothing(tmp_path):
         ({"name": "never_hurt", "form": "orthogonal", "alpha": -1.0}, KD, "alpha is -1.0"),
         ({"name": "never_hurt", "form": "orthogonal", "decay": 1.5}, KD, "decay is 1.5"),
         ({"name": "never_hurt"}, [{"name": "logit_kd"}], "protects the task"),
+        ({"name": "never_hurt"}, [{"name": "task", "weight": 0}, {"name": "logit_kd"}], "protects the task"),
         ({"name": "layer_local"}, KD, "logit_kd pairs no layers"),
     ],
 )

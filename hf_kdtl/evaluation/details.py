@@ -17,9 +17,9 @@ from hf_kdtl.evaluation.evaluation_pictures import (
     degradations_picture,
     reliability_picture,
 )
+from hf_kdtl.evaluation.readings import of_role, references, scores_of
 from hf_kdtl.evaluation.statistics import spread
 from hf_kdtl.evaluation.text import aligned, percent, plain
-from hf_kdtl.evaluation.verdict import REFERENCES, of_role, scores_of
 
 RELIABILITY, DEGRADED = "reliability.png", "degradations.png"
 PICTURES = ("reliability", "degradations", "classes", "confusion", "cka", "disagreement")
@@ -48,8 +48,7 @@ def sections(evaluation: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _of_student(evaluation: dict[str, Any], student: str, folder: Path) -> list[str]:
-    others = {role: model for role in REFERENCES for model in of_role(evaluation, role).values()}
-    model, lines = evaluation["models"][student], []
+    others, model, lines = references(evaluation), evaluation["models"][student], []
     if others:
         file, role = picture_name(evaluation, student, "classes"), next(iter(others))
         which = classes_picture(model, others, folder / file)
@@ -143,7 +142,7 @@ def _left(found: dict[str, Any], name: str) -> str:
 
 def fidelity_note(found: dict[str, Any]) -> str:
     """Jacobian cosine and attention agreement in words, and why what is missing is missing."""
-    lines = [f"On {found['images']:,} images."]
+    lines = [f"On {found['images']:,} images; the teacher is shown the student's pixels, resized to its own size."]
     if (cosine := found["jacobian_cosine"]) is not None:
         lines.append(
             f"Do the same pixels move both? The cosine of the gradients of the likeliest class is {cosine:.2f} in the "

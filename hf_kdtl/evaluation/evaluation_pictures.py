@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from hf_kdtl.evaluation.pictures import COLOURS, figure_of
+from hf_kdtl.evaluation.readings import Model, class_accuracies, overconfidence
 from hf_kdtl.evaluation.text import drawn
-from hf_kdtl.evaluation.verdict import Model, class_accuracies, overconfidence
 
 MOST_CLASSES = 24  # in a picture
 
@@ -132,7 +132,7 @@ def confusion_picture(model: Model, other: Model, role: str, path: str | Path) -
     axes.set_xticks(range(len(chosen)), ticks, rotation=90, fontsize=8)
     axes.set_yticks(range(len(chosen)), ticks, fontsize=8)
     for (row, column), value in np.ndenumerate(shown):
-        if abs(value) >= 0.5:
+        if abs(round(value)) >= 1:
             colour = "white" if abs(value) > 0.6 * most else "black"
             axes.text(column, row, f"{value:+.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="taken for", ylabel="true class")

@@ -98,6 +98,17 @@ class BregmanLayer(nn.Module):
         self.register_buffer("directions", representation.directions.float().contiguous())
         self.register_buffer("mean", representation.mean.float().contiguous())
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        for name in ("directions", "mean"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and not (saved.shape == own.shape and torch.equal(saved.to(own), own)):
+                errors.append(
+                    f"the representation of the {self.provenance} is another than the one that was trained with; give "
+                    "back the folder that it was, or start a new run."
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     @property
     def link(self) -> Link:
         """f."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers.utils import logging
 
 from hf_kdtl.models.capture import Capture, Needs, WeightPair, capture
 from hf_kdtl.models.geometry import ModelGeometry, classifiers
+from hf_kdtl.models.representation import fingerprint
 from hf_kdtl.models.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -49,11 +52,19 @@ class Start(Teacher):
                 "off. Leave start out."
             )
         kernel = getattr(student.config, "_attn_implementation", None)
-        saved = Teacher.from_pretrained(path, dtype=next(student.parameters()).dtype, attn_implementation=kernel)
+        try:
+            saved = Teacher.from_pretrained(path, dtype=next(student.parameters()).dtype, attn_implementation=kernel)
+        except OSError as error:
+            raise OSError(str(error).replace("the teacher", "the start")) from error
         start = cls.__new__(cls)
         Teacher.__init__(start, saved.model, saved.processing_class)
         start.adapted, start.kept = False, None
-        if start.processing_class is not None and processing_class is not None:
+        if start.processing_class is not None:
+            if processing_class is None:
+                raise ValueError(
+                    f"the start {str(path)!r} has its own image processor and the student's is unknown, so its pixels "
+                    "cannot be matched. Pass processing_class=<the student's image processor> to the trainer."
+                )
             start._pixels = start._match_pixels(processing_class)
         weight_pairs(student, start.model)  # refuses another architecture now
         return start
@@ -77,7 +88,7 @@ class Start(Teacher):
         Raises:
             ValueError: for a model that cannot be saved.
         """
-        if self.adapted or self.kept == folder:
+        if self.adapted or (self.kept == folder and folder.is_dir()):
             return
         model: Any = self.model
         if not hasattr(model, "save_pretrained"):
@@ -87,14 +98,25 @@ class Start(Teacher):
             )
         part = folder.with_name(f"{folder.name}.part")
         model.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)  # of the run that was here before
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(part)
+        old = folder.with_name(f"{folder.name}.old")  # of the run that was here before
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir():
+            folder.rename(old)
         part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         self.kept = folder
 
     def to(self, device: torch.device) -> Start:
         """Move to a device."""
         super().to(device)
         return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its weights; empty for a student with adapters, which keeps them itself."""
+        return "" if self.adapted else fingerprint(self.model)
 
     def weights(self, student: nn.Module) -> list[WeightPair]:
         """The student's trainable tensors, and what they were."""
@@ -138,6 +160,12 @@ def _adapted_pairs(student: nn.Module, head: set[int]) -> list[WeightPair]:
         layer: Any = module
         if not (hasattr(layer, "get_delta_weight") and hasattr(layer, "active_adapters")):
             continue
+        learned = [n for n, p in module.named_parameters() if p.requires_grad]
+        if other := [n for n in learned if not n.startswith(("lora_A", "lora_B", "lora_embedding"))]:
+            raise ValueError(
+                f"the adapter of {name} trains {other[:3]} beside A and B, so what it adds to the weight is not their "
+                "product, which l2_sp holds. Use plain LoRA, or train without adapters."
+            )
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "lora_A", {}):
                 now = layer.get_delta_weight(adapter)
@@ -147,7 +175,7 @@ def _adapted_pairs(student: nn.Module, head: set[int]) -> list[WeightPair]:
         if not now.requires_grad or id(now) in seen:
             continue
         # Beside adapters PEFT trains whole modules, and keeps what they were.
-        kept = name.replace("modules_to_save.default", "original_module")
+        kept = re.sub(r"modules_to_save\.[^.]+", "original_module", name)
         then = dict(student.named_parameters()).get(kept) if kept != name else None
         if id(now) not in head and then is None:
             raise ValueError(

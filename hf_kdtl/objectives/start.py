@@ -218,7 +218,7 @@ class BSS(Objective):
     def __init__(self, *, k: int = 1):
         super().__init__()
         check_option("bss", "k", k, type(k) is int and k >= 1, "a whole number of at least 1")
-        self.k = k
+        self.k, self.least_images = k, k + 1
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         return Needs(pooled=True), Needs()

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import softmax
 
 from hf_kdtl.evaluation import scoring, text
-from hf_kdtl.evaluation.scoring import accuracy_interval, compared, findings, most_apart
+from hf_kdtl.evaluation.scoring import accuracy_interval, compared, findings, is_right, most_apart
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -37,6 +37,10 @@ def test_accuracy_interval_is_the_bootstrap():
 
 def test_no_interval_where_no_image_differs():
     assert accuracy_interval([True] * 5) is None and accuracy_interval(np.zeros(5, bool)) is None
+
+
+def test_unlabelled_images_are_neither_right_nor_wrong():
+    assert is_right(np.eye(3), np.array([0, -100, 1])).tolist() == [True, False]
 
 
 def test_compared_adds_what_it_is_given():

@@ -1,19 +1,30 @@
 """The report of an evaluation, from hand-made numbers: what its first screen says, and that no name can break it."""
 
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_kdtl.evaluation import update_results
 from hf_kdtl.evaluation.degradations import DEGRADATIONS
+from hf_kdtl.evaluation.evaluation_pictures import (
+    classes_picture,
+    confusion_picture,
+    degradations_picture,
+    reliability_picture,
+)
+from hf_kdtl.evaluation.readings import class_accuracies, overconfidence, shown_text
 from hf_kdtl.evaluation.report import write_report
 from hf_kdtl.evaluation.results import FILE
 from hf_kdtl.evaluation.scoring import compared, findings, is_right
+from hf_kdtl.evaluation.sentences import sentences
 from hf_kdtl.evaluation.statistics import images_difference
-from hf_kdtl.evaluation.verdict import class_accuracies, overconfidence, sentences, verdict_table
+from hf_kdtl.evaluation.text import drawn, plain
+from hf_kdtl.evaluation.verdict import verdict_table
 
 NAMES = ["cat", "dog", "emu"]
 LABELS = np.repeat([0, 1, 2], 20)
@@ -25,7 +36,8 @@ COST = {
     "images_per_second": 100.0,
     "latency_ms": {"1": {"median": 20.0, "p95": 30.0}, "8": {"median": 80.0, "p95": 90.0}},
 }
-HALF = COST | {"parameters": 1_000_000, "images_per_second": 250.0}
+HALF = COST | {"parameters": 1_000_000, "flops": 1.5e9, "images_per_second": 250.0}
+HALF["latency_ms"] = {"1": {"median": 30.0, "p95": 30.0}, "8": {"median": 32.0, "p95": 90.0}}
 
 
 def logits(wrong, sure=2.0):
@@ -84,7 +96,12 @@ def cells(text, name):
 
 def test_the_first_screen_answers():
     text = report(evaluation())
-    assert text.startswith("# May it ship? Evaluated on pets\n\n| ")
+    assert text.startswith(
+        "# May it ship? Evaluated on pets\n\n**In short:** student is right in 60.0 % of the images, -20.0 points "
+        "against the teacher (lost), +10.0 points against the baseline (no difference was shown), on degraded ones in "
+        "45.0 %, at 0.50 x the operations and 1.50 x the time for one image of the teacher, at 0.50 x the operations "
+        "and 1.50 x the time for one image of the baseline.\n\n| "
+    )
     assert cells(text, "accuracy [95% interval]") == [
         "60.0 % [46.7, 71.7]",
         "80.0 % [70.0, 90.0]",
@@ -98,14 +115,15 @@ def test_the_first_screen_answers():
         "28.7 %, over-confident",
     ]
     assert cells(text, "worst degradation") == ["jpeg 5: 10.0 %", "jpeg 5: 40.0 %", "jpeg 5: 20.0 %"]
-    # (5/6 + 1/6 + 1 + 1) / 4, (3/4 + 1/2 + 2) / 4, (4/5 + 2/5 + 2) / 4
-    assert cells(text, "accuracy kept, mean of all degradations") == ["75.0 %", "81.2 %", "80.0 %"]
+    # Left: (5/6 + 1/6 + 1 + 1) / 4, (3/4 + 1/2 + 2) / 4, (4/5 + 2/5 + 2) / 4
+    means = ["45.0 % (75.0 % left)", "65.0 % (81.2 % left)", "40.0 % (80.0 % left)"]
+    assert cells(text, "degraded images, mean accuracy") == means
     # Of what the baseline gets right (all cats, the last 10 emus) the student gets 10 cats wrong; so does the teacher.
     assert cells(text, "right in the baseline, wrong here") == ["16.7 %", "16.7 %", "-"]
     assert cells(text, "same answer as the teacher")[:2] == ["80.0 %", "-"]
     assert cells(text, "parameters (million)") == ["1.00 (0.50 x)", "2.00", "2.00 (1.00 x)"]
     assert cells(text, "images/s") == ["250 (2.50 x)", "100", "100 (1.00 x)"]
-    assert cells(text, "milliseconds of one image") == ["20.0 (1.00 x)", "20.0", "20.0 (1.00 x)"]
+    assert cells(text, "milliseconds of one image") == ["30.0 (1.50 x)", "20.0", "20.0 (1.00 x)"]
     first = text.split("## All scores")[0]
     assert len(first.splitlines()) < 50 and "![" not in first
     for said in (
@@ -116,11 +134,12 @@ def test_the_first_screen_answers():
         "A class has 20 to 20 images; an accuracy on 20 is known to about ±22 points",
         "it claims 78.7 % in the mean and is right in 60.0 %, so it is over-confident; the teacher claims 78.7 % in "
         "the mean and is right in 80.0 %; the baseline",
-        "75.0 % is left in the mean. Worst under jpeg at severity 5: 60.0 % falls to 10.0 %",
-        "75.0 % left here, 81.2 % there. In comparison it keeps least under jpeg: 50.0 % of its own accuracy, the "
-        "teacher 62.5 %",
+        "right in 45.0 % (75.0 % left) in the mean. Worst under jpeg at severity 5: 60.0 % falls to 10.0 %",
+        "which is right in 65.0 % (81.2 % left): in comparison it keeps least under jpeg, 50.0 % of its own accuracy, "
+        "the teacher 62.5 %",
         "Degradations left out: gaussian_noise,",
-        "student, attention_agreement: the teacher has none.",
+        "Severities left out: 2, 3, 4.",
+        "student, attention agreement: the teacher has none.",
         "There is no threshold in this report.",
     ):
         assert said in first, said
@@ -133,6 +152,9 @@ def test_what_there_is_below():
         pixels = np.array(Image.open(f"run/{picture}.png"))
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50, picture
     assert cells(text, "`agreement_teacher_wrong`")[0] == "100.0 %"
+    right, total = math.exp(2), math.exp(2) + 2  # the student: 36 images right and 24 wrong, all as sure
+    assert cells(text, "`nll`")[0] == f"{0.6 * math.log(total / right) + 0.4 * math.log(total):.4f}"
+    assert cells(text, "`teacher_kl`")[0] == f"{0.2 * 2 * (right - 1) / total:.4f}"  # 12 answers apart
     assert cells(text, "`jpeg`")[0] == "30.0 % (50.0 % left)" and cells(text, "`clean`")[1] == "80.0 %"
     assert "On 30 of the 60 (drawn once, with seed 0) test images" in text
     assert "cosine of the gradients of the likeliest class is 0.25" in text
@@ -145,6 +167,7 @@ def test_an_improvement_and_no_difference():
     told = " ".join(sentences(value, value["models"]["student"]))
     assert "teacher**: +0.0 points, 95% interval -5.0 to +5.0: no difference was shown (1 images only" in told
     assert "baseline**: +30.0 points" in told and ": gained (" in told
+    assert shown_text(images_difference([True] * 5, [False] * 5)) == "gained"
     same = evaluation(ALL | {"student": ("student", HALF, ALL["teacher"][2])})
     assert "teacher**: +0.0 points (0 images" in " ".join(sentences(same, same["models"]["student"]))
 
@@ -185,7 +208,7 @@ def test_nothing_right_on_the_clean_images():
     value["models"]["teacher"]["degraded"] = {"clean": 0.0, "jpeg": [0.0, 0.0], "contrast": [0.0, 0.0]}
     value["models"]["student"]["degraded"] = {"clean": 0.0, "jpeg": [0.0, 0.0], "contrast": [0.0, 0.0]}
     text = report(value)
-    assert cells(text, "accuracy kept, mean of all degradations") == ["-", "-", "80.0 %"]
+    assert cells(text, "degraded images, mean accuracy") == ["0.0 %", "0.0 %", "40.0 % (80.0 % left)"]
 
 
 def test_overconfidence_is_mean_confidence_minus_accuracy():
@@ -197,7 +220,13 @@ def test_overconfidence_is_mean_confidence_minus_accuracy():
     )
 
 
-HOSTILE = ["a|b\n\n# not a heading", "<script>alert(1)</script>", "$\\frac{ [x](http://evil.example) ![y](z.png) `"]
+def test_plain_and_drawn():
+    assert plain("a\tb\n c\x1b[0m") == "a b c\\[0m"
+    assert plain("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
+    assert drawn("two\nlines of $a$", 30) == r"two lines of \$a\$"
+
+
+HOSTILE = ["a|b\n\n# not a heading", "<script>alert(1)</script>", "$\\frac{$ [x](http://evil.example) ![y](z.png) `"]
 
 
 def test_names_cannot_break_the_report():
@@ -238,6 +267,30 @@ def test_pictures_of_few_and_of_many_classes(classes):
         assert "The 12 classes that lose most and the 12 that gain most, of 60." in text
         assert "The 24 classes that changed most, of 60." in text
     assert all(max(Image.open(f"run/{p}.png").size) < 2000 for p in ("classes", "confusion"))
+
+
+def test_what_is_drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    value = evaluation()
+    models = value["models"]
+    assert classes_picture(models["student"], {"teacher": models["teacher"]}, "x") == "All classes that have images."
+    confusion_picture(models["student"], models["teacher"], "teacher", "x")
+    degradations_picture(models, [1, 5], "x")
+    reliability_picture(models, "x")
+    classes, confusion, degradations, reliability_ = ([axes for axes in figure.axes] for figure in figures)
+    assert [tick.get_text() for tick in classes[0].get_yticklabels()] == ["dog", "cat", "emu"]
+    assert [bar.get_width() for bar in classes[0].patches] == pytest.approx([-60, 0, 0])
+    # The student takes 12 dogs more for emus: red (above 0) on the diagonal, where it is right less often, and beside it.
+    worse = np.zeros((3, 3))
+    worse[1] = 0, 60, 60
+    assert np.asarray(confusion[0].images[0].get_array()) == pytest.approx(worse)
+    assert {text.get_text() for text in confusion[0].texts} == {"-60", "+60"}
+    student = degradations[0].lines[0]
+    assert (list(student.get_xdata()), student.get_ydata().tolist()) == ([0, 1, 5], [60, 50, 10])
+    assert degradations[2].lines[0].get_ydata().tolist() == pytest.approx([60, 55, 35])
+    assert [bar.get_height() for bar in reliability_[0].patches] == pytest.approx([0.6])
+    assert "18.7 points\nmore" in reliability_[0].texts[0].get_text()
 
 
 def test_table_as_text():
