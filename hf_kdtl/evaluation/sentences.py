@@ -1,5 +1,7 @@
-"""What a student loses and gains, in sentences, and what nobody looked at. No thresholds: what is good enough depends on
-the use, and is the reader's to say."""
+"""What a student loses and gains, in sentences, and what nobody looked at.
+
+No thresholds: what is good enough depends on the use, and is the reader's to say.
+"""
 
 from __future__ import annotations
 
@@ -96,8 +98,8 @@ def _under_degradation(evaluation: dict[str, Any], model: Model) -> str:
     name, severity, value = found
     clean = model["degraded"]["clean"]
     return (
-        f"**Degraded images**: it is right in {left_text(model)} in the mean. Worst under {name} at severity {severity}: "
-        f"{percent(clean)} falls to {percent(value)}."
+        f"**Degraded images**: it is right in {left_text(model)} in the mean. Worst under {name} at severity "
+        f"{severity}: {percent(clean)} falls to {percent(value)}."
     )
 
 

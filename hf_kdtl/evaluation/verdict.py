@@ -42,8 +42,8 @@ def in_short(evaluation: dict[str, Any], name: str, model: Model) -> str:
     if kept(model):
         told.append(f"on degraded ones in {percent(degraded_mean(model))}")
     for role, its in references(evaluation).items():
-        ratios = [f"{value(model) / value(its):.2f} x the {what} " for what, value in RATIOS.items()]
-        told.append(f"at {' and '.join(ratios)}of the {role}")
+        ratios = [f"{value(model) / value(its):.2f} x the {what}" for what, value in RATIOS.items()]
+        told.append(f"at {' and '.join(ratios)} of the {role}")
     return f"**In short:** {', '.join(told)}."
 
 

@@ -281,7 +281,7 @@ def test_what_is_drawn(monkeypatch):
     classes, confusion, degradations, reliability_ = ([axes for axes in figure.axes] for figure in figures)
     assert [tick.get_text() for tick in classes[0].get_yticklabels()] == ["dog", "cat", "emu"]
     assert [bar.get_width() for bar in classes[0].patches] == pytest.approx([-60, 0, 0])
-    # The student takes 12 dogs more for emus: red (above 0) on the diagonal, where it is right less often, and beside it.
+    # 12 dogs more are taken for emus: red (above 0) on the diagonal, right less often, and beside it.
     worse = np.zeros((3, 3))
     worse[1] = 0, 60, 60
     assert np.asarray(confusion[0].images[0].get_array()) == pytest.approx(worse)
