@@ -12,6 +12,7 @@ from transformers import TrainerCallback, pipeline
 
 from hf_kdtl import cli
 from hf_kdtl.evaluation import read_results
+from hf_kdtl.evaluation.predictions import read_predictions
 from tests.recipes.conftest import CONFIG, QUICK, RECIPES
 
 NEW = ("--student_config", json.dumps(CONFIG))
@@ -46,6 +47,12 @@ def test_two_seeds_two_arms_to_the_end_and_again(recipe, images, teacher, capsys
     assert set(results["curves"]) == {f"{arm}-seed{k}" for arm in ("alone", "distilled") for k in (1, 2)}
     assert set(results["evaluation"]["models"]["alone"]["runs"]) == {"1", "2"}
     assert results["evaluation"]["paired_difference"]["test"]["number"] == 2
+    for arm, replaces in (("alone", False), ("distilled", True)):  # the student alone is what a distilled one replaces
+        for seed, run in results["evaluation"]["models"][arm]["runs"].items():
+            assert {"ece", "agreement"} < set(run["test"]) and ("negative_flip_rate" in run["test"]) == replaces
+            predicted, labels = read_predictions(f"out/{arm}-seed{seed}", "test")
+            assert (predicted == labels).mean() == run["test"]["accuracy"]
+    assert "| `negative_flip_rate`" in Path("out/report.md").read_text()
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
 
     # Another run in the folder: stop, and lose nothing.
