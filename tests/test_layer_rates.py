@@ -293,6 +293,7 @@ def test_two_processes_equal_one(tmp_path, rates):
     assert largest_difference(weights(single.distiller), weights(split.distiller)) < 1e-6
 
 
+@pytest.mark.slow
 def test_reduce_on_plateau_on_two_processes(tmp_path):
     """The scheduler is not accelerate's, so it steps once an evaluation on any number of ranks."""
     plateau = {"patience": 0, "factor": 0.5, "threshold": 10.0}  # no improvement is ever large enough

@@ -30,7 +30,7 @@ def _torchrun(out, processes, *arguments):
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["logged"])  # noqa: SIM118
 
 
-@pytest.mark.parametrize("labels", ["some", "soft"])
+@pytest.mark.parametrize("labels", ["some", pytest.param("soft", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tmp_path, labels):
     single = run(tmp_path / "single", 8, 1, labels)
     two, logged = _torchrun(tmp_path / "two.safetensors", 2, 2, 2, labels)
