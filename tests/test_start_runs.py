@@ -13,7 +13,7 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.models import Needs
 from hf_kdtl.models.start import Start, weight_pairs
 from hf_kdtl.preflight import preflight
-from tests.helpers import Images, config, largest_difference, trainer, weights
+from tests.helpers import Images, config, largest_difference, torchrun, trainer, weights
 from tests.tiny import build
 
 TASK = {"name": "task"}
@@ -232,3 +232,11 @@ def test_adapters_that_are_more_than_a_product_are_refused():
 def test_a_last_batch_that_bss_cannot_take_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="dataloader_drop_last=True"):
         trainer(tmp_path, build("vit"), data=Images(17), objectives=[TASK, {"name": "bss"}], **RUN)
+
+
+@pytest.mark.slow
+def test_the_start_is_that_of_the_first_rank(tmp_path):
+    torchrun("tests.start_worker", 2, tmp_path / "out")
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"out.{rank}.json").read_text())
+        assert found["world"] == 2 and found["same"] and found["l2_sp"] < 1e-9
