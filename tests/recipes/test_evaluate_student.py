@@ -57,6 +57,7 @@ def test_student_teacher_and_baseline_to_the_end(evaluate):
     # The same weights: the same scores, and agreement, which would not hold if a model's classes were mixed up.
     scores = mine["runs"]["student"]["test"]
     assert scores["accuracy"] == its["runs"]["teacher"]["test"]["accuracy"] and scores["agreement"] == 1
+    assert "agreement" not in its["runs"]["teacher"]["test"], "a model is not compared with itself"
     assert scores["negative_flip_rate"] == 0 and scores["teacher_kl"] == pytest.approx(0, abs=1e-9)
     assert mine["degraded"] == its["degraded"] and list(mine["degraded"]) == ["clean", "jpeg"]
     assert value["degraded"] == {"images": 4, "severities": [1, 5], "side": 16}
