@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from hf_kdtl.distiller import Distiller
+from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.start import Start
@@ -112,7 +113,7 @@ def kept_start(trainer: Any, folder: Path) -> Start:
         ValueError: when it is not there.
     """
     student = trainer.model
-    if hasattr(student, "disable_adapter"):
+    if adapted(student):
         return Start(student)
     if not folder.is_dir():
         raise ValueError(

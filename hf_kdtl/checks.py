@@ -41,10 +41,6 @@ def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
             'a teacher was given and no objective uses it. Add one, such as {"name": "logit_kd", "weight": 0.9}, or '
             "leave the teacher out."
         )
-    if isinstance(teacher, str) and teacher == "self":
-        raise ValueError(
-            "teacher='self' (the student with its adapters off) is not in this version; pass a copy of the model."
-        )
 
 
 def check_setting(trainer: Trainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -113,6 +113,7 @@ class Capture:
     rows: Tensor | None = None
     weights: list[WeightPair] = field(default_factory=list)
     _again: Callable[..., Capture] | None = field(default=None, repr=False)
+    _inside: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def input_gradient(self, scalar: Tensor, create_graph: bool = True) -> Tensor:
@@ -136,9 +137,10 @@ class Capture:
         two passes in full precision.
         """
         x, again = self.leaf(), self._rerun()
-        if step is None:
-            return derivatives.directional(lambda z: scalar(again(z)), x, u)
-        return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
+        with self._inside():
+            if step is None:
+                return derivatives.directional(lambda z: scalar(again(z)), x, u)
+            return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
 
     def at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
         """The logits at x + step u, (B, K), under the same masks; run once for all who ask.
@@ -153,7 +155,8 @@ class Capture:
         key = direction, draws, precise or not rounded
         if key not in self._shifted:
             shifted = x + direction.step * direction.draw(draws, x) if direction.step else x
-            self._shifted[key] = self._rerun()(shifted, precise=precise).logits
+            with self._inside():
+                self._shifted[key] = self._rerun()(shifted, precise=precise).logits
         return self._shifted[key]
 
     def leaf(self) -> Tensor:
@@ -177,6 +180,7 @@ def capture(
     needs: Needs,
     geometry: ModelGeometry | None = None,
     *,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     shown: Callable[[Tensor], Tensor] | None = None,
     classes: Sequence[int] | None = None,
     **inputs: Any,
@@ -191,6 +195,7 @@ def capture(
         pixel_values: (B, C, h, w).
         needs: what must be captured; an empty `Needs` still runs the model and gives its logits.
         geometry: of this model at this image size; by default looked up with one more small forward, if needed.
+        inside: makes the context that this forward and later passes run in.
         shown: what the model is shown for these pixels (a teacher's re-normalisation and size). Derivatives are by
             `pixel_values`, so it is part of the function that is differentiated.
         classes: the order in which the logits are wanted.
@@ -208,7 +213,8 @@ def capture(
         return got
 
     if not needs.derivative:
-        return forward(pixel_values, needs)
+        with inside():
+            return forward(pixel_values, needs)
     x, masks = shown_pixels(pixel_values, needs.input_gradient), Masks(pixel_values.device)
     kernel = partial(derivatives.differentiable, needs.order)
     trained = torch.is_grad_enabled()  # a teacher's passes leave no graph to its weights
@@ -218,9 +224,9 @@ def capture(
         with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), kernel(), full:
             return forward(z, Needs(hidden_states=needs.hidden_states))
 
-    with torch.set_grad_enabled(trained or needs.input_gradient), running_statistics(model), kernel():
+    with torch.set_grad_enabled(trained or needs.input_gradient), inside(), running_statistics(model), kernel():
         got = forward(x, needs.plain())
-    got.x, got._again = x, again
+    got.x, got._again, got._inside = x, again, inside
     return got
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.passes import evaluating
 from hf_kdtl.models.tap import attention_setting, recording, run
 
 AttentionKind = Literal["full", "windowed", "reduced", "none"]
@@ -82,16 +83,19 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
         tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
         entering.extend(x for x in tensors if x.ndim in (3, 4) and len(x) == len(probe))
 
-    handle = blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True)
-    training = model.training
-    model.eval()
+    # PEFT keeps what a head was beside the one that it trains: only one of them answers.
+    answered: list[nn.Linear] = []
+    handles = [head.register_forward_pre_hook(lambda head, _: answered.append(head)) for head in classifiers(model)]
+    handles.append(blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True))
     try:
-        with recording(model, every, every) as recorder, pooled_features(model) as pooled:
-            run(model, probe)
-        weights = [] if recorder.attention else _attention_weights(model, probe)
+        with evaluating(model):
+            with recording(model, every, every) as recorder, pooled_features(model) as pooled:
+                run(model, probe)
+            heads = list(answered)
+            weights = [] if recorder.attention else _attention_weights(model, probe)
     finally:
-        handle.remove()
-        model.train(training)
+        for handle in handles:
+            handle.remove()
     image = (probe.shape[-2], probe.shape[-1])
     shapes: list[tuple[int, ...] | None] = [None] * len(every)
     for i, seen in recorder.attention.items():
@@ -114,10 +118,7 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
             ordered = _row_by_row(hidden, image, roles)
         layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
         before = hidden
-    # PEFT keeps what a module was beside the one that it trains.
-    set_aside = {id(m) for name, m in model.named_modules() if "original_module" in name}
-    width, heads = pooled[0].shape[-1] if pooled else 0, [m for m in classifiers(model) if id(m) not in set_aside]
-    classifier = heads[0] if len(heads) == 1 and pooled else None
+    width, classifier = pooled[0].shape[-1] if pooled else 0, heads[0] if len(heads) == 1 else None
     return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
 
 

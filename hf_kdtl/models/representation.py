@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import LINKS, Link, find, leaky_relu
 from hf_kdtl.functional.resample import matmul, precise
+from hf_kdtl.models.adapters import adapted, plain_state
 from hf_kdtl.models.geometry import ModelGeometry
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.models.outputs import width_of
@@ -27,12 +28,14 @@ SAVED = ("mean", "directions", "spectrum")
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's weights: of the names, shapes, dtypes and bytes of all tensors of its state_dict.
 
-    Equal after saving and loading, another one after any training, and in another dtype.
+    Equal after saving and loading, another one after any training, and in another dtype. Of a model with adapters it
+    is that of the model without them.
 
     Cost: reads every weight once, about 1 s a GB.
     """
     found = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
+    state = plain_state(model) if adapted(model) else model.state_dict()
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             # Byte for byte: numpy knows no bfloat16.

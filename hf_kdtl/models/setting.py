@@ -21,7 +21,7 @@ class Setting:
 
     Args:
         trainable: the student has parameters that learn.
-        sharded: the student is under FSDP2, where a double backward gives zero gradients or fails.
+        sharded: the student or the teacher is under FSDP2, where a double backward gives zero gradients or fails.
         compiled: the models run under torch.compile, which has no double backward and no forward mode.
         checkpointing: blocks are recomputed in the backward pass.
         batch_norm: the student has BatchNorm.
@@ -45,13 +45,18 @@ class Setting:
 
     @classmethod
     def of(
-        cls, student: nn.Module, teacher: Teacher | None, compiled: bool = False, checkpointing: bool = False
+        cls,
+        student: nn.Module,
+        teacher: Teacher | None,
+        compiled: bool = False,
+        checkpointing: bool = False,
+        sharded: bool = False,
     ) -> Setting:
-        """Look at the models; `compiled` and `checkpointing` are what the run will do with them."""
+        """Look at the models; `compiled`, `checkpointing` and `sharded` are what the run will do with them."""
         models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
         return cls(
             trainable=any(p.requires_grad for p in student.parameters()),
-            sharded=any(isinstance(m, FSDPModule) for m in student.modules()),
+            sharded=sharded or any(isinstance(m, FSDPModule) for model in models.values() for m in model.modules()),
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
             checkpointing=checkpointing or bool(getattr(student, "is_activation_checkpointing", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
-from hf_kdtl.models.capture import Capture, Needs, WeightPair, capture
-from hf_kdtl.models.geometry import ModelGeometry, classifiers
+from hf_kdtl.models.adapters import adapted, adapters_off
+from hf_kdtl.models.capture import WeightPair
+from hf_kdtl.models.geometry import classifiers
 from hf_kdtl.models.representation import fingerprint
 from hf_kdtl.models.teacher import Teacher
 
@@ -31,7 +32,7 @@ class Start(Teacher):
     def __init__(self, student: nn.Module):
         """As the student is now."""
         self.kept: Path | None = None
-        self.adapted = hasattr(student, "disable_adapter")
+        self.adapted = adapted(student)
         if self.adapted:  # not Teacher's own, which freezes the model
             self.model, self.processing_class, self.notes = student, None, []
             self._pixels, self._order = None, None
@@ -46,7 +47,7 @@ class Start(Teacher):
             OSError: when nothing is there.
             ValueError: when its weights are not those of the student's architecture, naming them.
         """
-        if hasattr(student, "disable_adapter"):
+        if adapted(student):
             raise ValueError(
                 f"start is {str(path)!r} and the student has adapters, whose start is the student with its adapters "
                 "off. Leave start out."
@@ -69,18 +70,9 @@ class Start(Teacher):
         weight_pairs(student, start.model)  # refuses another architecture now
         return start
 
-    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
-        """What the start gives for the student's pixel_values (B, C, h, w)."""
-        if not self.adapted:
-            return super().__call__(pixel_values, needs, geometry)
-        model: Any = self.model
-        training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter():
-                return capture(model, pixel_values, needs, geometry)
-        finally:
-            model.train(training)
+    def ready(self) -> Any:
+        """A context in which the model answers as it did at the start."""
+        return adapters_off(self.model) if self.adapted else super().ready()
 
     def save(self, folder: Path) -> None:
         """Keep it with the run, whole or not at all. There is nothing to keep of a student with adapters.
@@ -130,7 +122,7 @@ def weight_pairs(student: nn.Module, start: nn.Module) -> list[WeightPair]:
         ValueError: when a tensor outside the head has no counterpart of its shape, naming them.
     """
     head = {id(p) for module in classifiers(student) for p in module.parameters()}
-    if hasattr(student, "disable_adapter"):
+    if adapted(student):
         return _adapted_pairs(student, head)
     then, pairs, lost = dict(start.named_parameters()), [], []
     for name, now in student.named_parameters():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import Trainer
 
 from hf_kdtl.models.blocks import Blocks, find_blocks
 from hf_kdtl.models.pairing import blank_pixels
+from hf_kdtl.models.passes import evaluating
 from hf_kdtl.models.tap import run
 
 Layer = int | str
@@ -117,18 +117,6 @@ def group_table(groups: Sequence[dict[str, Any]]) -> str:
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]) for row in rows
     )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while of this context; then every module in the mode it had, also where they differed."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:  # outer ones first: train() of a module sets those inside it too
-            module.train(mode)
 
 
 def _label(layer: Layer) -> str:

@@ -15,8 +15,9 @@ from hf_kdtl.functional.discrepancy import discrepancy, distribution
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.capture import Capture, Needs, capture
 from hf_kdtl.models.pairing import Pair, PairingPlan
+from hf_kdtl.models.passes import evaluating
 from hf_kdtl.models.teacher import Teacher
-from hf_kdtl.optim.groups import evaluating, layer_groups, named_blocks
+from hf_kdtl.optim.groups import layer_groups, named_blocks
 from hf_kdtl.optim.layerwise import is_layerwise
 from hf_kdtl.optim.measure import (
     attention_discrepancies,

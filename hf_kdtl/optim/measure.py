@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,9 @@ from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.capture import Capture, Needs, capture
 from hf_kdtl.models.geometry import LayerGeometry
 from hf_kdtl.models.pairing import Pair, PairingPlan
+from hf_kdtl.models.passes import evaluating
 from hf_kdtl.models.tap import Attention, run
 from hf_kdtl.models.teacher import Teacher
-from hf_kdtl.optim.groups import evaluating
 from hf_kdtl.optim.rates import RateOptions
 
 
@@ -135,15 +135,16 @@ def input_discrepancies(
     for who, model in (("student_layer", student), ("teacher_layer", teacher.model)):
         layers = [getattr(pair, who) for pair in pairs]
 
-        def energies(z: Tensor, layers=layers, model=model) -> list[Tensor]:
+        def energies(z: Tensor, layers=layers, model=model, who=who) -> list[Tensor]:
             wanted = Needs(hidden_states=frozenset(layers))
-            if model is student:
+            if who == "student_layer":  # which may be the teacher's own model, with adapters
                 captured = capture(model, z, wanted, plan.student)
             else:
                 captured = teacher(z, wanted, plan.teacher)
             return [output_energy(captured.hidden_states[layer]) for layer in layers]
 
-        with torch.enable_grad(), evaluating(model):
+        answers = teacher.ready() if who == "teacher_layer" else nullcontext()
+        with torch.enable_grad(), evaluating(model), answers:
             found = _input_energies(options, energies, x, [_grid(pair.student) for pair in pairs], draws)
         sides.append([distribution(e) for e in found])
     return torch.stack([discrepancy(p, q) for p, q in zip(*sides, strict=True)], 1)
@@ -170,7 +171,8 @@ def parameter_energies(
     sides = []
     for who, model, pixels in (("student_layer", student, x), ("teacher_layer", teacher.model, teacher.pixels(x))):
         layers = [getattr(pair, who) for pair in pairs]
-        with evaluating(model), _block_inputs(model, layers) as calls:
+        answers = teacher.ready() if who == "teacher_layer" else nullcontext()
+        with evaluating(model), answers, _block_inputs(model, layers) as calls:
             with torch.no_grad():
                 run(model, pixels)
             found = []
@@ -187,11 +189,14 @@ def _block_energy(options: RateOptions, place: int, call: Call, images: int, dra
     if options.source == "jacobian":
         return parameter_gradient_energy(function, parameters, inputs).double()
     total = torch.zeros(images, dtype=torch.float64, device=inputs[0].device)
-    # One direction for all images of the batch, on every rank; of the same name and shape in both models, the same.
+    # One direction for all images of the batch, on every rank; of the same name and shape in both models, the same:
+    # the name without what PEFT adds to that of a layer that it adapts.
     shared = Draws(draws.seed, draws.step, (0,))
     for probe in range(options.probes):
         v = {
-            name: shared.rademacher(tuple(p.shape), f"layer_rates/{place}/{probe}/{name}", p)[0]
+            name: shared.rademacher(
+                tuple(p.shape), f"layer_rates/{place}/{probe}/{name.replace('base_layer.', '')}", p
+            )[0]
             for name, p in parameters.items()
         }
         total += parameter_curvature(function, parameters, inputs, v).double() / options.probes

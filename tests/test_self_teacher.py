@@ -1,0 +1,198 @@
+"""teacher="self": a student with adapters learns from itself without them, as from a second copy of the model."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_kdtl import DistillationTrainer
+from hf_kdtl.distiller import Distiller
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models import Needs, Teacher, plan
+from hf_kdtl.models.adapters import plain_state
+from hf_kdtl.models.representation import fingerprint
+from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.start import Start
+from hf_kdtl.models.teacher import SelfTeacher
+from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.preflight import preflight
+from tests.helpers import KD, Images, config, largest_difference, weights
+from tests.representations import complete
+from tests.tiny import build
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+LEARNING_FROM_A_TEACHER = sorted(name for name, kind in OBJECTIVES.items() if kind.source == "teacher")
+
+
+def adapted(base="vit", moved=True, **settings):
+    """A student with LoRA that has moved away from its base, and a copy of the base."""
+    base = build(base, **DROPOUT) if isinstance(base, str) else base
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"], "lora_dropout": 0.1}
+    torch.manual_seed(3)
+    student = get_peft_model(copy.deepcopy(base), LoraConfig(**(options | settings)))
+    for name, p in student.named_parameters():
+        if moved and p.requires_grad and "lora_A" not in name:  # lora_B is zeros at first
+            p.data += 0.1 * torch.randn_like(p)
+    return student, base
+
+
+def batch(number=4):
+    data = Images(number)
+    return {"pixel_values": data.pixels, "labels": data.labels}
+
+
+def value_and_gradient(name, student, teacher):
+    teacher = Teacher.of(teacher)
+    teacher.match(student, None, False)
+    options = complete(name, {}, build("vit", **DROPOUT))
+    torch.manual_seed(0)  # projectors
+    made = Distiller(
+        student.train(), {name: OBJECTIVES[name](**options)}, {name: 1.0}, teacher,
+        plan(student, teacher), setting=Setting.of(student, teacher),
+    )  # fmt: skip
+    torch.manual_seed(1)  # dropout
+    terms = made.terms(batch(), Draws(0, 0, (0, 1, 2, 3)))[1]
+    terms[name].sum().backward()
+    return terms[name].detach(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", LEARNING_FROM_A_TEACHER)
+def test_it_equals_a_second_copy(name):
+    (one, base), (other, _) = adapted(), adapted()
+    found, gradient = value_and_gradient(name, one, "self")
+    expected, its = value_and_gradient(name, other, base)
+    assert found.abs().max() > 0
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert gradient.keys() == its.keys() and gradient
+    assert max((gradient[n] - its[n]).abs().max() for n in its) < 1e-6
+
+
+def run(folder, student, teacher, objectives=KD, **settings):
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2} | settings
+    runner = DistillationTrainer(
+        student, config(folder, objectives, **settings), teacher=teacher, train_dataset=Images()
+    )
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objectives": [*KD, {"name": "attention_map"}, {"name": "jacobian", "fraction": 0.5}]},
+        {"objectives": [*KD, {"name": "hidden_states"}], "gradient_rule": {"name": "never_hurt"}},
+        {"layer_rates": {"mode": "discrepancy", "source": "attention"}},
+        {"layer_rates": {"mode": "discrepancy", "source": "jacobian"}},
+        {"layer_rates": {"mode": "discrepancy", "source": "jacobian", "wrt": "parameters"}},
+        {"layer_rates": {"mode": "discrepancy", "source": "hessian"}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+    ],
+    ids=[
+        "kd",
+        "attention and jacobian",
+        "never_hurt",
+        "rates",
+        "rates jacobian",
+        "rates parameters",
+        "rates hessian",
+        "checkpointing",
+    ],
+)
+def test_runs_end_with_the_same_weights(tmp_path, settings):
+    (one, base), (other, _) = adapted(), adapted()
+    before = weights(one)
+    mine, its = run(tmp_path, one, "self", **settings), run(tmp_path, other, base, **settings)
+    assert largest_difference(weights(mine.model), weights(its.model)) < 1e-6
+    moved = {n for n, w in weights(mine.model).items() if not torch.equal(w, before[n])}
+    assert moved and all("lora_" in n or "modules_to_save" in n for n in moved), "the base stays as it is"
+
+
+def test_no_second_copy_is_held(tmp_path):
+    def held():
+        gc.collect()
+        tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+        return sum({s.data_ptr(): s.nbytes() for t in tensors if (s := t.untyped_storage())}.values())
+
+    def extra(teacher_of):
+        student, base = adapted(build("vit", hidden_size=64))
+        size, before = sum(p.nbytes for p in base.parameters()), held()
+        runner = run(tmp_path, student, teacher_of(base), gradient_accumulation_steps=2)
+        grown = held() - before
+        del runner
+        return grown, size
+
+    alone, size = extra(lambda base: "self")
+    two, _ = extra(lambda base: copy.deepcopy(base))
+    assert two - alone == pytest.approx(size, rel=0.05)
+
+
+def test_modes_and_frozen_adapters_are_put_back():
+    student, _ = adapted()
+    student.train()
+    student.base_model.model.vit.layernorm.eval()  # as a user may leave it
+    frozen = [p for n, p in student.named_parameters() if "lora_A" in n]
+    for p in frozen:
+        p.requires_grad_(False)
+    teacher = Teacher.of("self")
+    teacher.match(student, None, False)
+    modes = [m.training for m in student.modules()]
+    trained = [p.requires_grad for p in student.parameters()]
+    teacher(batch()["pixel_values"], Needs(logits=True))
+    assert [m.training for m in student.modules()] == modes and not all(modes)
+    assert [p.requires_grad for p in student.parameters()] == trained and not frozen[0].requires_grad
+
+
+def test_further_passes_of_the_teacher_have_the_adapters_off_too():
+    student, base = adapted()
+    teacher = Teacher.of("self")
+    teacher.match(student, None, False)
+    x = batch()["pixel_values"]
+    needs = Needs(logits=True, input_gradient=True)
+    mine, its = (t(x, needs).directional(torch.ones_like(x)) for t in (teacher, Teacher(copy.deepcopy(base))))
+    assert torch.allclose(mine, its, atol=1e-6)
+    start = Start(student)(x, needs).directional(torch.ones_like(x))
+    assert torch.allclose(start, its, atol=1e-6)
+
+
+def test_the_same_hash_with_and_without_adapters():
+    student, base = adapted(modules_to_save=["classifier", "layernorm"])
+    assert plain_state(student).keys() == base.state_dict().keys()
+    assert fingerprint(student) == fingerprint(base)
+
+
+def test_preflight_of_adapters():
+    student, _ = adapted()
+    report = preflight(student, "self", config("unused", [*KD, {"name": "attention_transfer"}]), Images(8).pixels)
+    assert not report.problems and "no second copy" in str(report)
+
+
+def test_a_student_without_adapters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"peft\.get_peft_model"):
+        run(tmp_path, build("vit"), "self")
+
+
+@pytest.mark.parametrize(
+    "settings, name", [({"bias": "all"}, "bias"), ({"modules_to_save": None}, "classifier")], ids=["bias", "head"]
+)
+def test_a_teacher_that_would_move_is_refused(tmp_path, settings, name):
+    student, _ = adapted(moved=False, **settings)
+    if settings.get("bias") is None:
+        student.base_model.model.classifier.requires_grad_(True)
+    with pytest.raises(ValueError, match=f"must stay as it is.*{name}"):
+        run(tmp_path, student, "self")
+
+
+def test_a_model_that_is_shared_says_self(tmp_path):
+    student, _ = adapted()
+    with pytest.raises(ValueError, match="teacher='self'"):
+        run(tmp_path, student, Teacher(student.get_base_model()))
+
+
+def test_it_is_no_module_of_the_container(tmp_path):
+    student, _ = adapted()
+    runner = run(tmp_path, student, "self")
+    assert isinstance(runner.teacher, SelfTeacher) and runner.teacher.model is runner.model
+    assert not any("teacher" in name for name in runner.distiller.state_dict())
