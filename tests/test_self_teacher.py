@@ -6,12 +6,13 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, plan
-from hf_kdtl.models.adapters import plain_state
+from hf_kdtl.models.adapters import load_adapters, plain_state
 from hf_kdtl.models.representation import fingerprint
 from hf_kdtl.models.setting import Setting
 from hf_kdtl.models.start import Start
@@ -196,3 +197,49 @@ def test_it_is_no_module_of_the_container(tmp_path):
     runner = run(tmp_path, student, "self")
     assert isinstance(runner.teacher, SelfTeacher) and runner.teacher.model is runner.model
     assert not any("teacher" in name for name in runner.distiller.state_dict())
+
+
+@pytest.mark.parametrize("adapter", ["default", "mine"])
+def test_a_resumed_run_is_as_if_never_stopped(tmp_path, adapter):
+    objectives = [*KD, {"name": "hidden_states"}]
+    every = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def student():
+        torch.manual_seed(3)
+        options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["classifier"], "lora_dropout": 0.1}
+        return get_peft_model(build("vit", **DROPOUT), LoraConfig(**options), adapter_name=adapter)
+
+    whole = run(tmp_path / "a", student(), "self", objectives, **every)
+    data = {"train_dataset": Images()}
+    settings = config(tmp_path / "a", objectives, per_device_train_batch_size=4, learning_rate=1e-2, **every)
+    resumed = DistillationTrainer(student(), settings, teacher="self", **data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert largest_difference(weights(whole.distiller), weights(resumed.distiller)) == 0
+    saved = {path.name for path in (tmp_path / "a" / "checkpoint-4").rglob("*.safetensors")}
+    assert saved == {"adapter_model.safetensors", "distillation_state.safetensors"}, "adapters alone, no base"
+
+
+def test_adapters_of_another_shape_are_refused(tmp_path):
+    student, _ = adapted()
+    student.save_pretrained(tmp_path)
+    for settings in ({"r": 3}, {"target_modules": ["q_proj"]}, {"modules_to_save": None}):
+        other, _ = adapted(moved=False, **settings)
+        before = weights(other)
+        with pytest.raises(ValueError, match="is not the student's"):
+            load_adapters(other, tmp_path)
+        assert largest_difference(weights(other), before) == 0
+    torch.manual_seed(3)
+    named = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(ValueError, match="no adapter 'mine'"):
+        load_adapters(named, tmp_path)
+    same, _ = adapted(moved=False)
+    load_adapters(same, tmp_path)
+    assert largest_difference(weights(same), weights(student)) == 0
+
+
+def test_adapters_are_saved_merged_as_a_plain_model(tmp_path):
+    student, _ = adapted()
+    expected = student.eval()(pixel_values=batch()["pixel_values"]).logits
+    student.merge_and_unload().save_pretrained(tmp_path)
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.allclose(plain(pixel_values=batch()["pixel_values"]).logits, expected, atol=1e-5)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from hf_kdtl.models.passes import evaluating
@@ -59,3 +61,27 @@ def plain_state(model: Any) -> dict[str, Tensor]:
         else:
             state[name] = value
     return state
+
+
+def load_adapters(model: Any, folder: str | Path) -> None:
+    """Load the adapters that `model.save_pretrained(folder)` wrote, every tensor of every adapter.
+
+    Through PEFT's own functions, which take what fits and leave the rest as it was, in silence.
+
+    Raises:
+        ValueError: when the folder's adapters are others than the model's, or lack a tensor.
+    """
+    for name in model.peft_config:
+        path = Path(folder) if name == "default" else Path(folder, name)
+        if not (path / "adapter_config.json").is_file():
+            raise ValueError(f"{path} has no adapter {name!r}. Resume with the adapters that were trained there.")
+        found, own = load_peft_weights(str(path), device="cpu"), get_peft_model_state_dict(model, adapter_name=name)
+        wrong = sorted(found.keys() ^ own.keys()) + [
+            k for k in found.keys() & own.keys() if found[k].shape != own[k].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the adapter {name!r} in {path} is not the student's: {wrong[:3]} are missing on one side, or of "
+                "another shape. Resume with the same adapter settings (r, target_modules, modules_to_save)."
+            )
+        set_peft_model_state_dict(model, found, adapter_name=name)

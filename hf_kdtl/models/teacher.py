@@ -99,7 +99,7 @@ class Teacher:
         if any(id(p) in own for p in self.model.parameters()):
             raise ValueError(
                 "teacher and student share parameters, so freezing the teacher froze the student. Pass a copy: "
-                "copy.deepcopy(model); or teacher='self' for a student with adapters, whose teacher is it without them."
+                "copy.deepcopy(model); or for a student with adapters teacher='self', which is it without them."
             )
         self.notes = []
         self._order = None
