@@ -243,3 +243,13 @@ def test_adapters_are_saved_merged_as_a_plain_model(tmp_path):
     student.merge_and_unload().save_pretrained(tmp_path)
     plain = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert torch.allclose(plain(pixel_values=batch()["pixel_values"]).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["attention", "jacobian", "hessian"])
+def test_rates_begin_at_one_where_adapters_change_nothing_yet(tmp_path, source):
+    torch.manual_seed(3)
+    student = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"]))
+    rates = {"mode": "discrepancy", "source": source}
+    first = run(tmp_path, student, "self", max_steps=1, layer_rates=rates).layer_rates.history[0]
+    assert list(first["multipliers"]) == pytest.approx([1.0, 1.0], abs=1e-9)
+    assert max(first["discrepancies"].values()) < 1e-9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,28 @@ def adapters_off(model: Any) -> Iterator[None]:
 def plain_state(model: Any) -> dict[str, Tensor]:
     """The state_dict of the model without its adapters, under the names that it had before it was adapted."""
     base = model.get_base_model()
+    state = base.state_dict()
+    return {plain: state[name] for name, plain in plain_names(base, state).items()}
+
+
+def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """{name: what the tensor was called before its layer was adapted}; the tensors of adapters are left out."""
     # PEFT wraps a layer, and keeps it by one of these names.
-    kept = {name: word for name, module in base.named_modules() for word in ("base_layer", "original_module")
-            if isinstance(getattr(module, word, None), nn.Module)}  # fmt: skip
-    state = {}
-    for name, value in base.state_dict().items():
+    kept = {name: word for name, inner in module.named_modules() for word in ("base_layer", "original_module")
+            if isinstance(getattr(inner, word, None), nn.Module)}  # fmt: skip
+    found = {}
+    for name in names:
+        plain = name
         for wrapped, word in kept.items():
-            if not name.startswith(f"{wrapped}."):
+            if not plain.startswith(f"{wrapped}."):
                 continue
-            rest = name.removeprefix(f"{wrapped}.")
+            rest = plain.removeprefix(f"{wrapped}.")
             if not rest.startswith(f"{word}."):
                 break  # of the adapter
-            name = f"{wrapped}.{rest.removeprefix(f'{word}.')}"
+            plain = f"{wrapped}.{rest.removeprefix(f'{word}.')}"
         else:
-            state[name] = value
-    return state
+            found[name] = plain
+    return found
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:

@@ -23,6 +23,7 @@ from hf_kdtl.functional.discrepancy import (
 from hf_kdtl.functional.features import energy
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.functional.resample import Grid, redistribute
+from hf_kdtl.models.adapters import plain_names
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.capture import Capture, Needs, capture
 from hf_kdtl.models.geometry import LayerGeometry
@@ -185,18 +186,18 @@ def parameter_energies(
 def _block_energy(options: RateOptions, place: int, call: Call, images: int, draws: Draws) -> Tensor:
     block, args, kwargs = call
     parameters = {n: p.detach() for n, p in block.named_parameters() if p.dtype.is_floating_point}
+    # Both models by the same weights: adapters are part of the function, and only one of them may have any.
+    called = plain_names(block, parameters)
+    parameters = {name: parameters[name] for name in called}
     inputs, function = _as_function(block, args, kwargs, images)
     if options.source == "jacobian":
         return parameter_gradient_energy(function, parameters, inputs).double()
     total = torch.zeros(images, dtype=torch.float64, device=inputs[0].device)
-    # One direction for all images of the batch, on every rank; of the same name and shape in both models, the same:
-    # the name without what PEFT adds to that of a layer that it adapts.
+    # One direction for all images of the batch, on every rank; of the same name and shape in both models, the same.
     shared = Draws(draws.seed, draws.step, (0,))
     for probe in range(options.probes):
         v = {
-            name: shared.rademacher(
-                tuple(p.shape), f"layer_rates/{place}/{probe}/{name.replace('base_layer.', '')}", p
-            )[0]
+            name: shared.rademacher(tuple(p.shape), f"layer_rates/{place}/{probe}/{called[name]}", p)[0]
             for name, p in parameters.items()
         }
         total += parameter_curvature(function, parameters, inputs, v).double() / options.probes
