@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-oldest lint format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,14 @@ test: $(VENV)/.installed ## the test-suite (offline, CPU, under 5 minutes)
 test-slow: $(VENV)/.installed ## the slow suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed (an environment of gigabytes)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
 lint: $(VENV)/.installed ## ruff (check, format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +51,4 @@ bench: $(VENV)/.installed ## the cost of a step, as ratios (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py
 
 clean: ## remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs

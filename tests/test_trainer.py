@@ -185,7 +185,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
     refused("logit_kd need a teacher and none was given", given=None)
     refused("a teacher was given and no objective uses it", entries=[{"name": "task"}])
     refused("the teacher is int; expected a model", given=3, kind=TypeError)
-    refused("is not in this version", given="self")
+    refused("the student with its adapters off, and ViTForImageClassification has none", given="self")
     refused("does not exist", given="./nowhere", kind=FileNotFoundError)
     refused("there is none. Add", entries=[{"name": "logit_kd"}], loss=lambda *a, **k: 0)
     refused("Rename the column", label_names=["target"])
