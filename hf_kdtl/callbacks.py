@@ -58,7 +58,10 @@ class StopOnSignal(TrainerCallback):
         if os.getpid() != self._owner:
             return  # a data-loading worker: it inherits the handler, and is ended with its parent
         if self.received is not None:
-            raise KeyboardInterrupt("stopped at once, at the second signal; the last checkpoint is whole.")
+            raise KeyboardInterrupt(
+                "stopped at once, at the second signal. trainer.train(resume_from_checkpoint=True) continues from the "
+                "last whole checkpoint; one whose save was broken off is not used."
+            )
         self.received = number
         print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
 

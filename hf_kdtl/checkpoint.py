@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_kdtl.assembly import kept_start
 from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.models.start import Start
 from hf_kdtl.optim.layer_rates import LayerRates
 
 logger = logging.get_logger(__name__)
 
+VERSION = 1
 STATE_JSON = "distillation_state.json"
 STATE_TENSORS = "distillation_state.safetensors"
 START = "start"
@@ -36,7 +39,7 @@ def save_distillation_state(
     tensors = {name: value.contiguous() for name, value in objectives.state_dict().items()}
     if tensors:
         save_file(tensors, Path(folder, STATE_TENSORS))
-    state: dict[str, Any] = {"version": 1, "objectives": entries}
+    state: dict[str, Any] = {"version": VERSION, "objectives": entries}
     if rates is not None:
         state["layer_rates"] = rates.state_dict()
     if gradients is not None:
@@ -70,13 +73,28 @@ def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
         )
 
 
-def check_start(folder: str | Path, start: Start) -> None:
-    """Raises ValueError when the start that was kept is not the one that a checkpoint was held to."""
-    if _state(folder).get("start") != start.fingerprint:
+def load_start(trainer: Any, folder: str | Path) -> Start:
+    """What the student of a checkpoint's run started from, as the run kept it beside its checkpoints.
+
+    Raises:
+        ValueError: when it is missing, cannot be read, or is not what the checkpoint was held to.
+    """
+    kept = Path(folder).parent / START
+    try:
+        start = kept_start(trainer, kept)
+        found = start.fingerprint
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"the weights in {start.kept} are not those that {folder} started from: another run was begun in this "
-            "folder since. Put the start of the checkpoint's own run there, or start a new run from its weights."
+            f"{kept} cannot be read ({error}): the run kept there what its student started from. Put it back as it "
+            "was, or start a new run from the checkpoint's weights."
+        ) from error
+    if _state(folder).get("start") != found:
+        raise ValueError(
+            f"the weights in {kept} are not those that {folder} started from: another run was begun in this folder "
+            "since, or they were damaged. Put the start of the checkpoint's own run there, or start a new run from "
+            "its weights."
         )
+    return start
 
 
 def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
@@ -117,6 +135,7 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: when the checkpoint is of another architecture, or lacks a tensor.
     """
+    _check_architecture(student, Path(folder, "config.json"))
     loaded: Any = type(student).from_pretrained(folder, output_loading_info=True)
     saved, info = loaded
     # Only what is missing or does not fit: from_pretrained would leave it at its random initial value.
@@ -129,6 +148,16 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     student.load_state_dict(saved.state_dict(), strict=True)
 
 
+def _check_architecture(student: PreTrainedModel, path: Path) -> None:
+    saved, now = json.loads(path.read_text()), type(student).__name__.removeprefix("FSDP")
+    found = (saved.get("architectures") or [now])[0]
+    if found != now:
+        raise ValueError(
+            f"{path.parent} holds a {found} ({saved.get('model_type')}) and the student is a {now}. Resume with the "
+            "student that the checkpoint was made from."
+        )
+
+
 def _state(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, STATE_JSON)
     if not path.is_file():
@@ -136,7 +165,13 @@ def _state(folder: str | Path) -> dict[str, Any]:
             f"{folder} has no {STATE_JSON}: it is not a checkpoint of DistillationTrainer. Start from its weights "
             "instead: AutoModelForImageClassification.from_pretrained."
         )
-    return json.loads(path.read_text())
+    state = json.loads(path.read_text())
+    if (found := state["version"]) > VERSION:
+        raise ValueError(
+            f"{path} is of version {found} and this hf_kdtl reads up to {VERSION}: it was written by a newer one. "
+            "Install that one to resume."
+        )
+    return state
 
 
 def _names(entries: list[dict[str, Any]]) -> list[str]:

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
+from hf_kdtl.checkpoint_folder import checkpoints, problems
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
+
+DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
@@ -49,9 +51,12 @@ def check_setting(trainer: Trainer) -> None:
     assert isinstance(args, DistillationConfig)
     problems = setting_problems(args, trainer.model)
     if trainer.is_deepspeed_enabled:
-        problems.append("DeepSpeed is not supported: it owns the backward pass. Use DDP: accelerate launch.")
-    if trainer.is_fsdp_enabled:
-        problems.append("FSDP is not supported in this version. Use DDP: accelerate launch --multi_gpu.")
+        problems.append(f"DeepSpeed is not supported: it owns the backward pass. Use DDP: {DDP}.")
+    if trainer.is_fsdp_enabled or args.fsdp:  # on CPUs accelerate leaves out the first without a word
+        problems.append(
+            f"FSDP is not supported by the trainer: its checkpoints would not be whole. Use DDP: {DDP}; for models "
+            "that do not fit a GPU, hf_kdtl.sharding.shard (FSDP2) in a loop of your own, as in docs/devices.md."
+        )
     handler = getattr(trainer.accelerator, "ddp_handler", None)
     derived = [key for key, o in args.build_objectives().items() if isinstance(o, DerivativeObjective)]
     if derived and getattr(handler, "static_graph", False):
@@ -98,7 +103,8 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
     if args.n_gpu > 1:
         found.append(
             f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot hold the teacher. Start one "
-            f"process a GPU: accelerate launch --num_processes {args.n_gpu} <script>."
+            f"process a GPU: accelerate launch --multi_gpu --num_processes {args.n_gpu} <script>; or show it one GPU: "
+            "CUDA_VISIBLE_DEVICES=0."
         )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         found.append(
@@ -220,8 +226,5 @@ def broken_gradient(step: int, norm: float, output_dir: str | None) -> FloatingP
 
 
 def _last_good(output_dir: str | None) -> str:
-    try:
-        last = get_last_checkpoint(output_dir)
-    except (FileNotFoundError, TypeError):
-        last = None
-    return f"The last good checkpoint is {last}." if last else "No checkpoint was written yet."
+    whole = [c for c in checkpoints(output_dir or "") if not problems(c, contents=False)]
+    return f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written yet."

@@ -1,5 +1,6 @@
 """Every test runs offline, on the CPU, in one thread, from a fixed seed, in a folder of its own."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,13 @@ from transformers.utils import logging
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _collect_little():
+    """accelerate collects garbage before each run: not through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

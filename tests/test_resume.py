@@ -1,15 +1,18 @@
 """A stopped run continues as if it had never stopped, and the best checkpoint is loaded whole."""
 
+import importlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainerState
 
 from hf_kdtl.checkpoint import STATE_JSON
-from tests.helpers import Images, largest_difference, trainer, weights
+from hf_kdtl.checkpoint_folder import seal
+from tests.helpers import Images, config, largest_difference, trainer, weights
 from tests.tiny import build
 
 FAMILIES = ["vit", "deit", "dinov2", "swin", "convnext", "resnet"]
@@ -91,6 +94,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
     tensors = load_file(path)
     tensors.pop(next(name for name in tensors if "classifier.weight" in name))
     save_file(tensors, path, metadata={"format": "pt"})
+    seal(path.parent, 1, [])  # as if it had been written so
     with pytest.raises(ValueError, match=r"does not fit ViTForImageClassification.*classifier.weight"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(str(tmp_path / "checkpoint-4"))
 
@@ -100,6 +104,59 @@ def test_a_checkpoint_of_other_objectives_is_refused(tmp_path):
     other = trainer(tmp_path, build("vit"), **RUN)
     with pytest.raises(ValueError, match=r"was trained with the objectives .*logit_kd.*Resume with the same"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_architecture_or_a_newer_version_is_refused(tmp_path):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    said = r"holds a ViTForImageClassification \(vit\) and the student is a DeiTForImageClassification. Resume with"
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, build("deit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
+    path = tmp_path / "checkpoint-6" / STATE_JSON
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    seal(path.parent, 1, [])
+    with pytest.raises(ValueError, match=r"is of version 2 and this hf_kdtl reads up to 1: .*newer one. Install"):
+        trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
+
+
+def test_a_start_that_was_damaged_stops_the_resume(tmp_path):
+    objectives = [{"name": "task"}, {"name": "l2_sp"}]
+    trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train()
+    weights_file, config_file = (tmp_path / "start" / name for name in ("model.safetensors", "config.json"))
+    whole = weights_file.read_bytes()
+    for path, content, said in (
+        (weights_file, b"", r"start cannot be read \(.*Put it back as it was"),
+        (
+            weights_file,
+            whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
+            r"are not those that .* or they were damaged",
+        ),
+        (config_file, b"{", r"start cannot be read \(.*Put it back as it was"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train(resume_from_checkpoint=True)
+
+
+def test_recipes_begin_anew_where_only_a_save_was_broken_off(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+    train = importlib.import_module("running")._train
+
+    class Asked:
+        state = TrainerState()
+
+        def train(self, resume_from_checkpoint):
+            self.asked = resume_from_checkpoint
+
+    def asked(setting="true"):
+        runner = Asked()
+        train(runner, config(tmp_path / "run", resume_from_checkpoint=setting))
+        return runner.asked
+
+    assert asked() is False
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    assert asked() is False and asked("no") is False and asked("a/path") == "a/path"
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("")
+    assert asked() is True and asked("no") is False  # the trainer says that it is damaged
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -123,14 +180,36 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
     assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
 
 
-def test_dropout_and_augmented_state_resume_bitwise(tmp_path):
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+PLATEAU |= {"warmup_steps": 0, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+DRAWN = [{"name": name} for name in ("task", "noisy_kd", "hessian", "bss", "dist")]
+EVERY_KIND = {
+    "dropout, draws, batch statistics and a ragged window": (DRAWN, {"gradient_accumulation_steps": 3}),
+    "a schedule that looks": ([{"name": "task"}, {"name": "logit_kd"}], PLATEAU),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_of_state_resumes_bitwise(tmp_path, kind):
+    objectives, settings = EVERY_KIND[kind]
     student, teacher = build("vit", hidden_dropout_prob=0.2), build("vit", seed=5)
-    whole = trainer(tmp_path, student, teacher, **RUN)
+    rates = []
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            rates.append((state.global_step, optimizer.param_groups[0]["lr"]))
+
+    def run():
+        extra = {"eval_dataset": Images(4), "callbacks": [Remember()]}
+        return trainer(tmp_path, student, teacher, Images(20), objectives, **RUN | settings | extra)
+
+    whole = run()
     whole.train()
     torch.manual_seed(99)  # what happens in between must not matter
-    again = trainer(tmp_path, student, teacher, **RUN)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert rates[4:6] == rates[6:] and (kind != "a schedule that looks" or len({rate for _, rate in rates}) > 1)
 
 
 def test_projectors_are_trained_saved_and_resumed_and_stay_out_of_the_student(tmp_path):

@@ -13,6 +13,7 @@ from hf_kdtl.functional.resample import precise
 from hf_kdtl.functional.start import channel_distance, channel_importance, l2_sp, smallest_singular
 from hf_kdtl.models.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
+from hf_kdtl.models.setting import Setting
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 from hf_kdtl.objectives.pairs import PairedObjective, as_tokens
 
@@ -38,7 +39,8 @@ class L2SP(Objective):
     Cost: no forward; a few passes over the weights, the gradient in closed form.
 
     Raises:
-        ValueError: for a head_weight below 0; in the forward pass where nothing of the backbone is trained.
+        ValueError: for a head_weight below 0; under FSDP2; in the forward pass where nothing of the backbone is
+            trained.
 
     Label: [paper], Li, Grandvalet, Davoine 2018, arXiv 1802.01483, which gives the new head its own L2; the default
     of 0 for it is [ours].
@@ -60,6 +62,14 @@ class L2SP(Objective):
         check_option("l2_sp", "head_weight", head_weight, valid, "a number of at least 0")
         self.head_weight = head_weight
         self.divergence = head_weight == 0
+
+    def prepare(self, setting: Setting) -> list[str]:
+        if setting.sharded:
+            raise ValueError(
+                "under FSDP2 each process holds a part of every weight, and l2_sp compares whole ones. Use DDP, or "
+                "'delta', which compares features."
+            )
+        return []
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         return Needs(), Needs(weights=True)

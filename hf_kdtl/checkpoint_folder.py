@@ -1,0 +1,211 @@
+"""The folder of a checkpoint: whether it is whole, which one to continue from, which ones to remove.
+
+Beside Trainer's files a checkpoint has a list of them, with size and checksum, written when all the others are there;
+`trainer_state.json` comes last. So a save that was broken off lacks it, and what was cut, changed or lost later is
+found by its checksum. Nothing is unpickled to find out.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+import hf_kdtl
+
+FILES = "checkpoint_files.json"
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints in a run's folder, whole or not, by step."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=_step)
+
+
+def problems(folder: str | Path, contents: bool = True) -> list[str]:
+    """What is wrong with a checkpoint: one text for each file, naming it. Empty where the checkpoint is whole.
+
+    Args:
+        folder: the checkpoint.
+        contents: also read every file and compare its checksum.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return [f"{TRAINER_STATE_NAME} is missing: its save was not finished"]
+    try:
+        listed, state = _read(folder / FILES), _read(folder / TRAINER_STATE_NAME)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    files = listed["files"].items()
+    checked = [_problem(folder / name, size, checksum, contents) for name, (size, checksum) in files]
+    if not isinstance(state.get("global_step"), int):
+        checked.append(f"{TRAINER_STATE_NAME} has no global_step")
+    return [problem for problem in checked if problem]
+
+
+def last_whole(folder: str | Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The last whole checkpoint of a run's folder, and what is wrong with each of the later ones."""
+    damaged: dict[Path, list[str]] = {}
+    for checkpoint in reversed(checkpoints(folder)):
+        if not (wrong := problems(checkpoint)):
+            return checkpoint, damaged
+        damaged[checkpoint] = wrong
+    return None, damaged
+
+
+def choose(asked: str | Path | Literal[True], folder: str | Path) -> tuple[Path, dict[Path, list[str]]]:
+    """The checkpoint to continue from, and what is wrong with those that are skipped for it.
+
+    Args:
+        asked: True for the last whole one, or the path of one.
+        folder: where True looks.
+
+    Raises:
+        ValueError: when the one asked for is not whole, or none is: naming the files, and what else there is.
+    """
+    run = Path(folder) if asked is True else Path(asked).parent
+    put_back(run)
+    if asked is not True and not (wrong := problems(asked)):
+        return Path(asked), {}
+    last, damaged = last_whole(run)
+    if asked is not True:
+        instead = f"The last whole one is {last}." if last else f"No other one in {run} is whole."
+        raise ValueError(f"{asked} is not a whole checkpoint: {'; '.join(wrong)}. {instead}")
+    if last is None:
+        found = "; ".join(f"{c.name}: {', '.join(wrong)}" for c, wrong in damaged.items()) or "there is none"
+        raise ValueError(
+            f"No whole checkpoint in {run} ({found}). Train without resume_from_checkpoint to begin anew."
+        )
+    return last, damaged
+
+
+def seal(folder: Path, processes: int, needed: list[str]) -> None:
+    """List the files of a checkpoint, with size and checksum, when all but `trainer_state.json` are written.
+
+    Raises:
+        FileNotFoundError: when one of `needed` is not there.
+    """
+    if lost := [name for name in needed if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"{lost} of {folder} were not written. Processes that do not share output_dir need save_on_each_node=True."
+        )
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FILES]
+    listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
+    content = {"version": 1, "written_with": _software() | {"processes": processes}, "files": listed}
+    (folder / FILES).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def changed_since(folder: Path, processes: int) -> str:
+    """What writes checkpoints otherwise now than when this one was written, in words; empty where nothing."""
+    before, now = _read(folder / FILES)["written_with"], _software() | {"processes": processes}
+    return ", ".join(
+        f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
+    )
+
+
+def superfluous(newest: Path, limit: int | None, best: str | None, damaged: frozenset[Path]) -> list[Path]:
+    """The checkpoints to remove so that `limit` are left: the newest and the best always stay.
+
+    Damaged ones go first, then those of later steps (of another run, or of one that was resumed before them), then the
+    oldest. Not by time as in Trainer, where a copied folder, or one written to again, is the newest.
+    """
+    keep = {newest.resolve()} | ({Path(best).resolve()} if best is not None and Path(best).is_dir() else set())
+    others = [path for path in checkpoints(newest.parent) if path.resolve() not in keep]
+    whole = {path: path not in damaged and not problems(path, contents=False) for path in others}
+    others.sort(key=lambda path: (whole[path], _step(path) < _step(newest), _step(path)))
+    spare = len(others) - max(0, limit - len(keep)) if limit is not None and limit > 0 else 0
+    return [*others[: max(0, spare)], *([_old(newest)] if _old(newest).exists() else [])]
+
+
+def to_disk(folder: Path) -> None:
+    """Have a checkpoint on the disk itself, where a machine that loses power finds it.
+
+    Raises:
+        OSError: where the disk only now says that it is full; the checkpoint is then not whole.
+    """
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # else this file system cannot be asked to
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                raise
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a checkpoint: an older one of its step must not mix with it, and is kept until it is whole."""
+    if folder.exists():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        folder.rename(_old(folder))
+
+
+def put_back(run: Path) -> None:
+    """Undo `set_aside` where the new checkpoint did not become whole."""
+    for old in run.glob("checkpoint-*.old"):
+        new = old.with_suffix("")
+        if problems(new):
+            shutil.rmtree(new, ignore_errors=True)
+            old.rename(new)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing: it was lost, or this is no checkpoint of hf_kdtl's trainer")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict) or (path.name == FILES and not {"files", "written_with"} <= content.keys()):
+        raise ValueError(f"{path.name} is not what was written")
+    return content
+
+
+def _problem(path: Path, size: int, checksum: int, contents: bool) -> str:
+    """What is wrong with a file that was written with this size and checksum; empty where nothing is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (found := path.stat().st_size) != size:
+        return f"{path.name} has {found} bytes, and was written with {size}"
+    try:
+        changed = contents and _checksum(path) != checksum
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return f"{path.name} is not as it was written: its checksum is another" if changed else ""
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32: against accidents, at a fraction of the time of the writing."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _software() -> dict[str, Any]:
+    names = ("torch", "transformers", "accelerate")
+    return {"hf_kdtl": hf_kdtl.__version__, **{name: metadata.version(name) for name in names}}
