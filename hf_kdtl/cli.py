@@ -102,8 +102,18 @@ def run(program: Callable[[], None]) -> int:
 
 def _told(sentence: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(sentence if rank == "0" else f"[process {rank}] {sentence}", file=sys.stderr, flush=True)
+    told = printable(sentence)
+    print(told if rank == "0" else f"[process {rank}] {told}", file=sys.stderr, flush=True)
     return code
+
+
+def printable(text: str) -> str:
+    """A text for the terminal without control characters, which names of files and classes may hold; lines stay.
+
+    >>> printable("a\\x1b[2Jb\\n| c |")
+    'a[2Jb\\n| c |'
+    """
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def quiet() -> None:

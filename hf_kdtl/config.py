@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
@@ -53,6 +54,8 @@ class DistillationConfig(TrainingArguments):
             None: the student as it is when the trainer first looks at it, in `train` or `evaluate`; a second `train`
             keeps it. It is kept with the run, for resuming.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
+        license: under which licence `push_to_hub` publishes the student, such as "apache-2.0". None: its
+            teacher's, which must then be known and allow it.
 
     Raises:
         ValueError: for an unknown name, key or value, naming the valid ones and the closest match.
@@ -73,6 +76,9 @@ class DistillationConfig(TrainingArguments):
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the published student; by default its teacher's."}
+    )
 
     def __post_init__(self):
         entries = _from_json("objectives", self.objectives)
@@ -84,6 +90,12 @@ class DistillationConfig(TrainingArguments):
         if self.rate_options is not None:
             check_optimizer_name(self)
         self.build_rule()
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is {str(HubStrategy(self.hub_strategy).value)!r}, which would publish the training "
+                "state: optimizer, random states and a pickle of the arguments with paths of this machine. Use "
+                "'every_save' or 'end'; to continue on another machine, copy the checkpoint folder."
+            )
 
     @property
     def entries(self) -> list[dict[str, Any]]:

@@ -170,6 +170,7 @@ class Distiller(nn.Module):
                 seen = source(pixels[: objective.sample], needs)
                 objective.observe(seen, labels if labels is None else labels[: objective.sample])
 
+    @torch.compiler.disable(recursive=False)
     def _values(
         self, inputs: dict[str, Any], draws: Draws, measured: LayerRates | None = None
     ) -> tuple[Capture, dict[str, Tensor], dict[str, list[Tensor]]]:

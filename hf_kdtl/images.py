@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from hf_kdtl.evaluation.text import one_line
+
 _HIGH_RANGE = ("I", "F")  # and the "I;16" family: the modes of more than 8 bits, which PIL's convert() would clip
 
 
@@ -44,6 +46,7 @@ def decode(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
         ValueError: when the image is corrupted, truncated or missing, or has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`, where PIL itself only warns up to twice as many.
     """
+    name = one_line(name)  # a file's name may hold anything, and the error is printed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -64,12 +67,16 @@ def decode(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    low, high = values.min(), values.max()
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"its pixels range from {low} to {high}, expected finite values")
     scales = (1, 255, 65535) if image.mode == "F" else (65535,)
     fitting = [scale for scale in scales if low >= 0 and high <= scale]
     if fitting:
         low, high = 0, fitting[0]
-    return Image.fromarray(np.rint((values - low) * (255 / (high - low or 1))).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 256):  # in strips: as float64 at once, a file of some kB could take gigabytes
+        strip = slice(top, top + 256)
+        grey[strip] = np.rint((values[strip].astype(np.float64) - low) * (255 / (high - low or 1)))
+    return Image.fromarray(grey)

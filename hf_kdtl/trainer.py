@@ -12,18 +12,18 @@ import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_kdtl.assembly import assemble, kept_start
+from hf_kdtl.assembly import assemble
 from hf_kdtl.callbacks import EpochToDataset, StopOnSignal, TaskStep
 from hf_kdtl.checkpoint import (
     START,
     check_objectives,
-    check_start,
     load_distillation_state,
     load_gradient_rule,
     load_layer_rates,
+    load_start,
     load_student,
     save_distillation_state,
 )
@@ -35,14 +35,18 @@ from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.meter import TermMeter
+from hf_kdtl.models.adapters import adapted, load_adapters
 from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
+from hf_kdtl.publishing import PublishingTrainer
+from hf_kdtl.ranks import check_ranks
 from hf_kdtl.two_backwards import Parts, two_backwards, two_gradients
+from hf_kdtl.whole import CheckpointingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PublishingTrainer, CheckpointingTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; what is saved, evaluated and
@@ -305,43 +309,38 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints ----
 
     def train(self, *args, **kwargs):
+        check_ranks(self)
         with self._stop.listening():
             output = super().train(*args, **kwargs)
         self._stop.raise_if_told_late(self.args)
         return output
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Trainer's own order in _save_checkpoint: the model first, trainer_state.json last. What is written here is
-        # therefore there before the checkpoint counts as whole, and before an older one is removed.
-        if _internal_call and output_dir is not None and self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_distillation_state(
-                output_dir, self.distiller.objectives, self._built_from[0], self.layer_rates, self.gradient_rule,
-                self.distiller.start,
-            )  # fmt: skip
-            if self.distiller.start is not None:
-                self.distiller.start.save(Path(output_dir).parent / START)
-        super().save_model(output_dir, _internal_call)
+    def _save_beside(self, folder: Path) -> None:
+        start, rates = self.distiller.start, self.layer_rates
+        save_distillation_state(
+            folder, self.distiller.objectives, self._built_from[0], rates, self.gradient_rule, start
+        )
+        if start is not None:
+            start.save(folder.parent / START)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         plain = super()._load_from_checkpoint
         check_objectives(resume_from_checkpoint, self.args.entries)
         if self.distiller.start is not None:
             # As it was when the run began: the student has moved on since.
-            start = kept_start(self, Path(resume_from_checkpoint).parent / START)
-            check_start(resume_from_checkpoint, start)
-            self.distiller.start = start
+            self.distiller.start = load_start(self, resume_from_checkpoint)
         self._load_whole(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
         load_layer_rates(resume_from_checkpoint, self.layer_rates)
         load_gradient_rule(resume_from_checkpoint, self.args.gradient_rule, self.gradient_rule)
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_whole(self.state.best_model_checkpoint, super()._load_best_model)
+        self._load_whole(self._best(), super()._load_best_model)
 
     def _load_whole(self, folder: str, otherwise: Callable[[], None]) -> None:
         if isinstance(self.model, PreTrainedModel):
             load_student(self.model, folder)
+        elif adapted(self.model):
+            load_adapters(self.model, folder)
         else:
             otherwise()
         load_distillation_state(folder, self.distiller.objectives, self._built_from[0])

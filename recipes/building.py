@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,7 @@ def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:
     """The section `data` of results.json."""
     return {
         "source": data.source,
+        "hub": data.source != "digits" and not glob(str(Path(data.source).expanduser())),
         "sizes": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
         "classes": data.label_names,
         "splits": {name: getattr(options, name) for name in ("split_seed", "validation_fraction", "test_fraction")},

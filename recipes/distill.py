@@ -3,6 +3,7 @@
 python recipes/distill.py --config recipes/configs/digits.yaml
 python recipes/distill.py --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/mine
 python recipes/distill.py ... --baseline true --seeds 1 2 3
+python recipes/distill.py ... --push_to_hub true --hub_model_id me/my-student --license apache-2.0
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import adapting
 import building
 import comparing
+import push_student
 import running
 import torch
 from building import DataOptions
 from running import say
-from transformers import set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 from hf_kdtl import DistillationConfig, cli, make_student
 from hf_kdtl.checks import check_teacher_is_used
+from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.report import difference, note, table, write_report
-from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.representation import fingerprint
 from hf_kdtl.preflight import preflight
+from hf_kdtl.provenance import models_section
 
 
 @dataclass
@@ -36,7 +42,10 @@ class DistillOptions:
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "A folder or Hub name of an image classifier; none where no objective needs it."},
+        metadata={
+            "help": "A folder or Hub name of an image classifier; 'self': the student with its adapters off; none "
+            "where no objective needs it."
+        },
     )
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
     student_config: dict | str | None = field(
@@ -44,6 +53,9 @@ class DistillOptions:
     )
     student_layers: int | None = field(
         default=None, metadata={"help": "A student cut out of the teacher: this many of its blocks."}
+    )
+    adapter: dict | str | None = field(
+        default=None, metadata={"help": 'Train an adapter of PEFT, as JSON: {"peft_type": "LORA", "r": 8, ...}.'}
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
@@ -56,6 +68,12 @@ class DistillOptions:
 
 def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
     """The student before training; after `set_seed` with the same seed always the same weights."""
+    student = plain_student(options, teacher, names, notes)
+    return student if options.adapter is None else adapting.with_adapter(student, options.adapter)
+
+
+def plain_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
+    """The student without adapters."""
     given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
     if len(given) != 1:
         raise ValueError(
@@ -79,6 +97,15 @@ def student_processor(options: DistillOptions, teacher: Teacher | None, student:
     if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
         return teacher.processing_class
     return building.new_processor(student.config, options.image_size)
+
+
+def student_start(options: DistillOptions) -> dict[str, Any]:
+    """What the student begins as, for the section `models` of results.json."""
+    if options.student is not None:
+        return {"how": "pretrained"}
+    return (
+        {"how": "random"} if options.student_config is not None else {"how": "cut", "layers": options.student_layers}
+    )
 
 
 def _same_classes(student: Any, teacher: Teacher) -> bool:
@@ -105,11 +132,15 @@ class Study:
         self.notes: list[str] = []
         if options.baseline and config.rate_options is not None and config.rate_options.measured:
             self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
-        self.teacher = None if options.teacher is None else Teacher.from_pretrained(options.teacher)
-        check_teacher_is_used(self.teacher, config)
+        by_itself = options.teacher == "self"
+        self.teacher = None if options.teacher is None or by_itself else Teacher.from_pretrained(options.teacher)
+        self.source: Any = "self" if by_itself else self.teacher
+        check_teacher_is_used(self.source, config)
         with config.main_process_first(local=False):
             data = building.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)
+        if by_itself:
+            adapting.check_self(student, options.student, config)
         # A teacher of other classes (lwf) cannot be scored on these.
         self.scored = self.teacher is not None and _same_classes(student, self.teacher)
         if self.teacher is not None and not self.scored:
@@ -128,10 +159,17 @@ class Study:
             running.for_run(self.config, folder, seed, self.arms[arm], taught=arm == "distilled"),
             self.processor,
             f"{arm}, seed {seed}",
-            teacher=self.teacher if arm == "distilled" else None,
+            teacher=self.source if arm == "distilled" else None,
             train_dataset=building.pixels(self.data.train, self.processor, self.data_options, seed),
             eval_dataset=building.pixels(self.data.validation, self.processor),
         )
+
+    def open_teacher(self) -> None:
+        """For the scores: where the student taught itself, what it was; during training no copy is held."""
+        if self.source == "self":
+            assert self.options.student is not None
+            self.teacher = Teacher.from_pretrained(self.options.student)
+            self.scored = _same_classes(self.teacher.model, self.teacher)
 
     def runs(self) -> list[tuple[str, int, Path]]:
         """(arm, seed, folder) of every run."""
@@ -147,18 +185,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.preflight:
         return say(config, *preflight_report(Study(options, data_options, config)))
     running.check_folder(config, run, options.overwrite_output_dir)
+    pushing = push_student.planned(config, options.teacher, options.student)
     study = Study(options, data_options, config)
     first = study.trainer("distilled", study.seeds[0], study.folder)
     running.try_once(first)
     found = building.split_notes(options.teacher, study.data, data_options) if options.teacher else []
-    taught = study.teacher.notes if study.teacher else []
+    taught = first.teacher.notes if first.teacher else []
     notes = [*study.notes, *taught, *first.distiller.notes, *found]
-    models = {"teacher": building.summary(study.teacher.model)} if study.teacher else {}
+    models = {"teacher": building.summary(first.teacher.model)} if first.teacher else {}
     models |= {"student": study.student_summary}
     sections = {
         "run": run,
         "data": building.facts(study.data, data_options),
         "objectives": config.objectives,
+        "models": models_section(first, student_start(options)),
         "pairing": models | {"notes": notes},
     }
     running.begin(first, sections)
@@ -166,10 +206,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(config, *(f"- {sentence}" for sentence in notes), running.place(run))
     for arm, seed, folder in study.runs():
         running.train_and_save(study.trainer(arm, seed, folder), folder.name, study.folder)
+    study.open_teacher()
     comparing.evaluate(study)
     if config.process_index == 0:
+        sign(study)
         write_report(study.folder)
         say(config, *farewell(study))
+    if pushing is not None:
+        say(config, push_student.published(push_student.push(pushing, config.hub_token), pushing))
+
+
+def sign(study: Study) -> None:
+    """Note the hash of the weights of student/, by which an evaluation says that it is of this student."""
+    section = read_results(study.folder)["models"]
+    model = AutoModelForImageClassification.from_pretrained(study.folder / "student")
+    section["student"]["fingerprint"] = fingerprint(model)
+    if section["student"]["adapters"] is not None:  # student/ is a plain model, with the adapters in its weights
+        section["student"] |= {"merged": True, "parameters": parameters(model)}
+    update_results(study.folder, "models", section)
 
 
 def preflight_report(study: Study) -> list[str]:
@@ -177,7 +231,7 @@ def preflight_report(study: Study) -> list[str]:
     rows = building.pixels(study.data.train, study.processor).__getitems__(list(range(8)))
     pixels = torch.stack([row["pixel_values"] for row in rows])
     student = new_student(study.options, study.teacher, study.data.label_names, [])
-    return [str(preflight(student, study.teacher, study.config, pixels, study.processor))]
+    return [str(preflight(student, study.source, study.config, pixels, study.processor))]
 
 
 def farewell(study: Study) -> list[str]:

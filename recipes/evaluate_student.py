@@ -28,6 +28,7 @@ from hf_kdtl.evaluation.details import PICTURES
 from hf_kdtl.evaluation.report import SPLITS, write_report
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.evaluation.verdict import verdict_table
+from hf_kdtl.models.representation import fingerprint
 
 
 @dataclass
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         clear(folder)  # not before everything that can be wrong was looked at
     evaluation = judging.Evaluation(candidates, data, options.split, options.images, config)
     value = evaluation.section(names, sorted(set(options.severities)))
+    for candidate in candidates:
+        value["models"][candidate.name]["fingerprint"] = fingerprint(candidate.model)
     if config.process_index == 0:
         sections = {"run": run, "data": building.facts(data, data_options), "evaluation": value}
         for section, found in (sections | {"pairing": summaries | {"notes": notes}}).items():

@@ -12,25 +12,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import adapting
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 import hf_kdtl
-from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl import DistillationConfig, DistillationTrainer, cli
 from hf_kdtl.evaluation.cost import images_per_second, parameters
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
+from hf_kdtl.models.adapters import adapted
 
 YES = ("true", "yes", "1")
 TASK = [{"name": "task"}]
 # Settings that change where and how fast a run goes, and not what comes out.
 FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "seeds", "baseline", "disable_tqdm",
-        "dataloader_num_workers", "save_total_limit", "use_cpu", "preflight")  # fmt: skip
+        "dataloader_num_workers", "save_total_limit", "use_cpu", "preflight", "push_to_hub", "hub_model_id",
+        "hub_private_repo", "hub_revision", "license")  # fmt: skip
 
 
 class Progress(ProgressCallback):
@@ -72,6 +75,7 @@ def for_run(
     there are no layer_rates that compare with one."""
     settings = copy.copy(config)
     settings.output_dir, settings.seed, settings.objectives = str(folder), seed, objectives
+    settings.push_to_hub = False  # the recipe does, once, at its end
     if not taught and settings.rate_options is not None and settings.rate_options.measured:
         settings.layer_rates = None
     built = settings.build_objectives().values()
@@ -153,7 +157,13 @@ def clear(folder: Path) -> None:
 
 
 def described(recipe: str, config: DistillationConfig, *options: Any) -> dict[str, Any]:
-    """The section `run` of results.json: what was set, and what it ran on. Nothing that names a machine or a user."""
+    """The section `run` of results.json: what was set, and what it ran on. Nothing that names a machine or a user.
+
+    Raises:
+        ValueError: where a recipe is to push that trains no student.
+    """
+    if config.push_to_hub and recipe != "distill":
+        raise ValueError(f"recipes/{recipe}.py publishes nothing; leave out push_to_hub. A student: push_student.py.")
     settings = {name: value for group in (*options, config) for name, value in _changed(group).items()}
     device = torch.cuda.get_device_name() if config.device.type == "cuda" else f"{platform.machine()} CPU"
     hidden = ("output_dir", "objectives", "hub_token", "push_to_hub_token")  # objectives have their own section
@@ -226,12 +236,16 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
     """Train, unless it was done before; note curve and rates in results.json as `name`, and keep the final model.
 
     The model is put in place last, whole, with its image processor and without a pickle: then the run is finished.
+    Adapters are merged into it, and kept beside it in `adapter/`.
     """
     folder = Path(trainer.args.output_dir)
     if finished(folder):
         return say(trainer.args, f"{name}: finished before, kept.")
     log = _train(trainer, trainer.args)
-    trainer.save_model(str(folder / "model.part"))
+    if adapted(trainer.model):
+        adapting.keep(trainer, folder)
+    else:
+        trainer.save_model(str(folder / "model.part"))
     if trainer.is_world_process_zero():
         results = results or folder
         sections = {"curves": log}
@@ -250,9 +264,12 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
 def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
     """Train, from the checkpoint that is asked for or the last one there is; return Trainer's log."""
     folder, asked = config.output_dir, str(config.resume_from_checkpoint)
-    path = get_last_checkpoint(folder) if resumes(config) and Path(folder).is_dir() else None
-    if resumes(config) and asked.lower() not in YES:
+    path: str | bool = resumes(config)
+    if path and asked.lower() not in YES:
         path = asked
+    elif path:
+        # None yet, or only one whose save was broken off: begin anew. A damaged one is the trainer's to judge.
+        path = any(Path(folder).glob("checkpoint-*/trainer_state.json"))
     trainer.train(resume_from_checkpoint=path)
     timing = ("runtime", "per_second", "total_flos")
     own = ("lr_multiplier/", "lr_discrepancy/", "gradient_rule/")  # have a section
@@ -298,4 +315,4 @@ def measured(models: dict[str, tuple[Any, Any]], config: DistillationConfig) -> 
 def say(config: DistillationConfig, *lines: str) -> None:
     """Print, on the main process."""
     if config.process_index == 0:
-        tqdm.write("\n".join(lines))
+        tqdm.write(cli.printable("\n".join(lines)))

@@ -80,8 +80,17 @@ def torchrun(module, processes, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def launch(module, processes, *arguments):
+    """As `torchrun`, through `accelerate launch` and the file that users are given for it."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    command += ["--config_file", str(root / "recipes/launch/cpu.yaml"), "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
 def leave():
-    """End a worker of `torchrun` once all have written what they have to say.
+    """End a worker of `torchrun` or `launch` once all have written what they have to say.
 
     At once, and not through Python's exit: on a busy machine gloo's threads abort there now and then ("terminate
     called without an active exception"), whether or not the group was destroyed.

@@ -1,5 +1,5 @@
 """One run whose weights are written to a file, and each rank's layer rates to OUT.<rank>.json; started by torchrun
-with one or two processes.
+or accelerate launch with one or two processes.
 
 python -m tests.split_worker OUT PER_DEVICE ACCUMULATION LABELS [SETTINGS as JSON]
 """

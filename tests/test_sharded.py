@@ -1,16 +1,18 @@
-"""Derivatives under FSDP2, on two processes: exact where they are allowed, refused where they would be zero."""
+"""Objectives under FSDP2, on two processes: exact where they are allowed, refused where they would be wrong."""
+
+import json
 
 import pytest
 from safetensors import safe_open
 
 from tests.fsdp_worker import IMAGES, WAYS, gradient
-from tests.helpers import torchrun
+from tests.helpers import launch
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     out = tmp_path_factory.mktemp("fsdp") / "out.safetensors"
-    torchrun("tests.fsdp_worker", 2, out)
+    launch("tests.fsdp_worker", 2, out)
     with safe_open(out, "pt") as file:
         assert file.metadata()["world"] == "2"
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -28,6 +30,14 @@ def test_sharded_gradients_equal_one_process(sharded, way):
         assert (got - g).abs().max() < 1e-6, name
 
 
-def test_double_backward_is_refused(sharded):
-    said = sharded[0]["refused"]
-    assert "under FSDP2 a double backward gives zero gradients, silently; use estimator='split'" in said
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("vjp", "under FSDP2 a double backward gives zero gradients, silently; use estimator='split'"),
+        ("hessian, by the teacher", "under FSDP2 a double backward gives zero gradients, silently; use what="),
+        ("l2_sp", "under FSDP2 each process holds a part of every weight, and l2_sp compares whole ones"),
+        ("rule", "a gradient_rule compares whole gradients, and FSDP2 leaves each process a part"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(sharded, what, says):
+    assert says in json.loads(sharded[0]["refused"])[what]

@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors import safe_open
 
-from tests.helpers import largest_difference, pair, torchrun, weights
-from tests.split_worker import run
+from tests.helpers import largest_difference, launch, pair, weights
+from tests.split_worker import per_image_objectives, run
 
 
 @pytest.mark.parametrize("number", [16, 20], ids=["whole", "ragged"])
@@ -23,8 +23,10 @@ def test_accumulation_equals_one_large_batch(tmp_path, labels, number):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-def _torchrun(out, processes, *arguments):
-    torchrun("tests.split_worker", processes, out, *arguments)
+def _launch(out, processes, per_device, accumulation, labels):
+    # From here, so that both read one folder of a representation: processes with other settings are refused.
+    settings = json.dumps({"objectives": per_image_objectives(labels, pair()[1])})
+    launch("tests.split_worker", processes, out, per_device, accumulation, labels, settings)
     with safe_open(out, "pt") as file:
         assert file.metadata()["world"] == str(processes)
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["logged"])  # noqa: SIM118
@@ -33,7 +35,7 @@ def _torchrun(out, processes, *arguments):
 @pytest.mark.parametrize("labels", ["some", pytest.param("soft", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tmp_path, labels):
     single = run(tmp_path / "single", 8, 1, labels)
-    two, logged = _torchrun(tmp_path / "two.safetensors", 2, 2, 2, labels)
+    two, logged = _launch(tmp_path / "two.safetensors", 2, 2, 2, labels)
     assert largest_difference(weights(single.distiller), two) < 1e-6
     for a, b in zip(single.state.log_history[:-1], logged[:-1], strict=True):
         for key in single.distiller.weights:

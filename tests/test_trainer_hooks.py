@@ -6,6 +6,8 @@ import pytest
 from transformers import Trainer
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.publishing import PublishingTrainer
+from hf_kdtl.whole import CheckpointingTrainer
 
 # name -> (parameters that the override relies on, text that must still be in Trainer, why)
 RELIED_ON = {
@@ -33,8 +35,44 @@ RELIED_ON = {
     "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], ["load_state_dict(state_dict, False)"]),
     "_load_best_model": (["self"], ["load_state_dict(state_dict, False)"]),
     "save_model": (["self", "output_dir", "_internal_call"], ["self._save(output_dir)"]),
-    "_save_checkpoint": (["self", "model", "trial"], ["self.save_model(output_dir, _internal_call=True)"]),
+    "_save_checkpoint": (
+        ["self", "model", "trial"],
+        [
+            'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"',
+            "run_dir = self._get_output_dir(trial=trial)",
+            "self.save_model(output_dir, _internal_call=True)",
+            "if not self.args.save_only_model:\n            # Save optimizer",
+            "save_total_limit=self.args.save_total_limit",
+        ],
+    ),
+    "_save_optimizer_and_scheduler": (["self", "output_dir"], ["OPTIMIZER_NAME", "SCHEDULER_NAME"]),
+    "_save_scaler": (["self", "output_dir"], ["self.accelerator.scaler", "SCALER_NAME"]),
+    "_save_rng_state": (
+        ["self", "output_dir"],
+        ['"rng_state.pth"', 'f"rng_state_{self.args.process_index}.pth"'],
+    ),
     "log": (["self", "logs", "start_time"], ["on_log"]),
+    "init_hf_repo": (["self", "token", "private"], ["self.hub_model_id = ", "self.push_in_progress = None"]),
+    "create_model_card": (
+        [
+            "self",
+            "language",
+            "license",
+            "tags",
+            "model_name",
+            "finetuned_from",
+            "tasks",
+            "dataset_tags",
+            "dataset",
+            "dataset_args",
+        ],
+        ["README.md"],
+    ),
+    "push_to_hub": (
+        ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+        ["self.save_model(_internal_call=True)", "on_push_begin", "self._finish_current_push()", "model_tags"],
+    ),
+    "_push_from_checkpoint": (["self", "checkpoint_folder"], ["HubStrategy.END", "hub_always_push", "on_push_begin"]),
 }
 
 
@@ -49,8 +87,19 @@ def test_trainer_still_has_the_hook(name):
 
 
 def test_every_override_is_listed():
-    ours = {n for n, v in vars(DistillationTrainer).items() if inspect.isfunction(v) and hasattr(Trainer, n)}
+    members = vars(CheckpointingTrainer) | vars(PublishingTrainer) | vars(DistillationTrainer)
+    ours = {n for n, v in members.items() if inspect.isfunction(v) and hasattr(Trainer, n)}
     assert ours - {"__init__", "train"} <= RELIED_ON.keys()
+
+
+def test_a_push_takes_what_trainer_takes_and_when_it_does():
+    for name in ("push_to_hub", "create_model_card", "init_hf_repo"):
+        ours = inspect.signature(getattr(PublishingTrainer, name)).parameters
+        for parameter in inspect.signature(getattr(Trainer, name)).parameters.values():
+            assert ours[parameter.name].default == parameter.default, (name, parameter)
+    assert "if self.args.push_to_hub:\n            self.init_hf_repo()" in inspect.getsource(Trainer.__init__)
+    assert "self._push_from_checkpoint(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self._finish_current_push()" in inspect.getsource(Trainer._finalize_training)
 
 
 def test_the_order_of_a_checkpoint_is_still_ours():

@@ -1,4 +1,4 @@
-"""BibTeX of what the metrics come from."""
+"""BibTeX of what the metrics come from, and layer-wise decay."""
 
 SKLEARN = """@article{pedregosa2011scikit,
   title={Scikit-learn: Machine Learning in {P}ython},
@@ -43,4 +43,12 @@ NEGATIVE_FLIPS = """@inproceedings{yan2021positive,
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2021},
   note={arXiv 2011.09161}
+}"""
+
+LLRD = """@inproceedings{clark2020electra,
+  title={{ELECTRA}: Pre-training Text Encoders as Discriminators Rather Than Generators},
+  author={Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
+  booktitle={International Conference on Learning Representations},
+  year={2020},
+  note={arXiv 2003.10555}
 }"""

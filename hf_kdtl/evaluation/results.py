@@ -14,12 +14,14 @@ SECTIONS = (
     "run",
     "data",
     "objectives",
+    "models",
     "pairing",
     "curves",
     "layer_rates",
     "gradient_rule",
     "representation",
     "evaluation",
+    "judged",
 )
 
 

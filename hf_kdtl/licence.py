@@ -1,0 +1,125 @@
+"""Under which licence a student may go out: what its teacher's licence allows, as we read it.
+
+A student is treated as a derivative of its teacher and of what it started from. Whether the law sees it so is not
+settled anywhere; the stricter reading is taken here. This is our reading of the licences and no legal advice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+UNKNOWN = ("", "unknown", "other", "none")
+"""What the metadata of a card may say that tells nothing: `other` is a text that somebody has to read."""
+
+PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "ncsa",
+              "cc0-1.0", "unlicense", "wtfpl", "pddl", "bsl-1.0", "afl-3.0", "artistic-2.0", "cdla-permissive-1.0",
+              "cdla-permissive-2.0", "postgresql", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "odc-by",
+              "ms-pl")  # fmt: skip
+"""Ask for a notice at most: the student may be published under any licence."""
+
+
+def inherited(teacher_name_or_path: str | Path, token: str | bool | None = None) -> str | None:
+    """The licence that a model's card states, as the Hub's identifier in lower case; None where it is not known.
+
+    Args:
+        teacher_name_or_path: a folder with a README.md, or a name on the Hub.
+        token: for a gated or private model; by default the one that is logged in.
+    """
+    folder = Path(teacher_name_or_path).expanduser()
+    try:
+        if folder.is_dir():
+            card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        else:
+            card = ModelCard.load(str(teacher_name_or_path), token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+    except Exception:  # no card, no network, no such model, metadata that is no YAML: each means that it is not known
+        return None
+    return _word(card.data.license)
+
+
+def settle(inherited: str | None, asked: str | None) -> str:
+    """The licence of a student.
+
+    Args:
+        inherited: what its teacher's licence is, as `inherited` returns it.
+        asked: what the user typed, None where nothing.
+
+    Raises:
+        ValueError: when neither is known; when the teacher's forbids derivatives; when the one that is asked for
+            would loosen the teacher's.
+
+    >>> settle("mit", "apache-2.0"), settle("cc-by-nc-4.0", None)
+    ('apache-2.0', 'cc-by-nc-4.0')
+    """
+    its, wanted = _word(inherited), _word(asked)
+    if asked is not None and wanted is None:
+        raise ValueError(f"license is {asked!r}; expected an identifier of the Hub, such as --license apache-2.0.")
+    if its is not None and "nd" in its.split("-"):
+        raise ValueError(
+            f"the teacher's licence is {its}, which allows no derivatives, and a distilled student is one as we read "
+            "it. Do not publish it, or ask the teacher's owner and distil from a copy whose card states what they "
+            "allow."
+        )
+    if its is None and wanted is None:
+        raise ValueError(
+            "the teacher's licence is not known (its card states none, or could not be read). Find out what it allows "
+            "and type --license <identifier>, such as --license apache-2.0."
+        )
+    if its is None or wanted is None or wanted == its or its in PERMISSIVE:
+        return wanted or its  # type: ignore[return-value]
+    if _keeps(its, wanted):
+        return wanted
+    raise ValueError(
+        f"the teacher's licence is {its} and {wanted} is asked for, which would loosen it ({_why(its)}). Type "
+        f"--license {its}, or leave --license out."
+    )
+
+
+def strictest(licences: list[str | None]) -> str | None:
+    """The licence that binds a student with several parents (its teacher and what it started from).
+
+    None where one is not known. Of permissive ones the first.
+
+    Raises:
+        ValueError: when two of them cannot both be kept.
+    """
+    if not licences or None in [_word(one) for one in licences]:
+        return None
+    found = [word for one in licences if (word := _word(one)) is not None]
+    binding = [one for one in dict.fromkeys(found) if one not in PERMISSIVE]
+    if len(binding) > 1:
+        raise ValueError(f"teacher and start have the licences {' and '.join(binding)}, which cannot both be kept.")
+    return (binding or found)[0]
+
+
+def _keeps(its: str, wanted: str) -> bool:
+    """Whether a licence that is not permissive may become `wanted`: non-commercial by attribution may add share-alike,
+    and a licence's later version of the same terms is taken."""
+    mine, other = _terms(its), _terms(wanted)
+    if mine is None or other is None:
+        return False
+    return "sa" not in mine and "nd" not in other and mine <= other
+
+
+def _terms(licence: str) -> set[str] | None:
+    """The terms of a Creative Commons licence: {"by", "nc", "sa", "nd"}; None of another."""
+    words = licence.split("-")
+    return set(words[1:]) & {"by", "nc", "sa", "nd"} if words[0] == "cc" else None
+
+
+def _why(licence: str) -> str:
+    terms = _terms(licence)
+    if terms is None:
+        return "it is not on our list of permissive ones, so it is kept as it is"
+    said = {"nc": "non-commercial", "sa": "share-alike"}
+    return " and ".join(said[term] for term in ("nc", "sa") if term in terms) or "its terms go on"
+
+
+def _word(licence: Any) -> str | None:
+    """An identifier in lower case; None for what says nothing. Of a list (a card may hold one) its only entry."""
+    if isinstance(licence, list) and len(licence) == 1:
+        licence = licence[0]
+    word = licence.strip().lower() if isinstance(licence, str) else ""
+    return None if word in UNKNOWN or not word.isprintable() or len(word) > 60 or " " in word else word

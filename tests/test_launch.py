@@ -1,0 +1,190 @@
+"""Starting several processes: the files of recipes/launch, and what is said when the processes are not as meant."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from hf_kdtl.checks import check_setting
+from hf_kdtl.ranks import check_ranks, data_problem, difference, launch_problem
+from tests.helpers import Images, launch, trainer
+from tests.tiny import build
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "recipes/launch").glob("*.yaml"))
+EXPECTED = {
+    "one": (DistributedType.NO, "no"),
+    "cpu": (DistributedType.MULTI_GPU, "no"),
+    "ddp": (DistributedType.MULTI_GPU, "no"),
+    "ddp_bf16": (DistributedType.MULTI_GPU, "bf16"),
+}
+
+
+def parsed(*arguments):
+    """What `accelerate launch` makes of its command line."""
+    args = launch_command_parser().parse_args([*arguments, "script.py"])
+    return _validate_launch_command(args)[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_accelerate_reads_each_file_and_it_says_what_it_is_for(file):
+    kind, precision = EXPECTED[file.stem]
+    found = load_config_from_file(str(file))
+    assert found.distributed_type == kind and found.mixed_precision == precision
+    args = parsed("--config_file", str(file))
+    assert args.multi_gpu == (kind == DistributedType.MULTI_GPU) and not args.cpu
+    assert args.num_processes == (1 if file.stem == "one" else 2) and args.mixed_precision == precision
+    head = " ".join(line.lstrip("# ") for line in file.read_text().split("compute_environment")[0].splitlines())
+    assert f"accelerate launch --config_file recipes/launch/{file.name}" in head
+    assert "Tested: " in head and ("ot tested: " in head or file.stem == "cpu")
+
+
+def test_every_file_is_expected():
+    assert {file.stem for file in FILES} == EXPECTED.keys()
+
+
+# ---- Fewer processes than were asked for ----
+
+
+def environment(*arguments):
+    """What `accelerate launch` would tell the process that it starts alone."""
+    return prepare_simple_launcher_cmd_env(parsed(*arguments))[1]
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_launcher_that_started_one_process_of_two_is_found(bare, tmp_path):
+    multi_cpu = tmp_path / "multi_cpu.yaml"
+    multi_cpu.write_text((ROOT / "recipes/launch/cpu.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU"))
+    for asked in (["--cpu", "--num_processes=2"], ["--num_processes=2"], [f"--config_file={multi_cpu}"]):
+        said = launch_problem(environment(*asked), 1)
+        assert "asked for several processes and started one" in said and "--multi_gpu --num_processes 2" in said
+    assert launch_problem(environment("--cpu", "--num_processes=1"), 1) is None
+    assert launch_problem(environment(f"--config_file={ROOT / 'recipes/launch/one.yaml'}"), 1) is None
+
+
+def test_processes_that_torchrun_started_are_fine(bare):
+    several = prepare_multi_gpu_env(parsed(f"--config_file={ROOT / 'recipes/launch/cpu.yaml'}"))
+    ranked = several | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert launch_problem(ranked, 2) is None
+    assert launch_problem(ranked | {"WORLD_SIZE": "1"}, 1) is None  # torchrun --nproc_per_node 1
+    assert launch_problem({"MASTER_ADDR": "a-cluster"}, 1) is None  # no launcher
+    said = launch_problem(ranked, 1)
+    assert "asked for 2 processes (WORLD_SIZE) and this run sees 1" in said and "--num_processes 2" in said
+
+
+# ---- Other ways of several devices ----
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("is_deepspeed_enabled", "DeepSpeed is not supported.*accelerate launch --multi_gpu --num_processes"),
+        ("is_fsdp_enabled", "FSDP is not supported by the trainer.*hf_kdtl.sharding.shard"),
+    ],
+)
+def test_what_is_refused_by_name(tmp_path, name, says):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    setattr(runner, name, True)
+    with pytest.raises(ValueError, match=says):
+        check_setting(runner)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_refused_too(tmp_path):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    runner.args.fsdp = True
+    with pytest.raises(ValueError, match="FSDP is not supported"):
+        check_setting(runner)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    runner.args._n_gpu = 4
+    with pytest.raises(ValueError, match=r"DataParallel.*accelerate launch --multi_gpu --num_processes 4 <script>"):
+        check_setting(runner)
+
+
+# ---- Processes that differ, and too little data ----
+
+
+def test_the_settings_that_differ_are_named():
+    assert difference([{"seed": "1"}, {"seed": "1"}]) is None
+    said = difference([{"seed": "1", "bf16": "false"}, {"seed": "1", "bf16": "false"}, {"seed": "2", "bf16": "false"}])
+    assert said.startswith("processes 0 and 2 differ in seed (seed 1 on 0 and 2 on 2)") and "bf16" not in said
+    assert "differ in max_steps" in difference([{}, {"max_steps": "3"}])
+    many = [{str(i): str(rank) for i in range(9)} for rank in range(2)]
+    assert "and 4 more" in difference(many)
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "drop_last", "says"),
+    [
+        (3, 4, False, "4 processes and 3 training images.*--num_processes 3"),
+        (4, 4, False, None),
+        (31, 4, True, "31 training images are less than one batch of 4 x 8.*--per_device_train_batch_size 7"),
+        (32, 4, True, None),
+        (7, 1, True, "7 training images are less than one batch of 1 x 8"),
+    ],
+)
+def test_data_that_does_not_go_round(images, processes, drop_last, says):
+    args = SimpleNamespace(world_size=processes, per_device_train_batch_size=8, dataloader_drop_last=drop_last)
+    said = data_problem(SimpleNamespace(args=args, train_dataset=range(images)))
+    assert said is None if says is None else re.search(says, said)
+
+
+def test_one_process_is_not_compared(bare, tmp_path):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    check_ranks(runner)
+    runner.train_dataset, runner.args.dataloader_drop_last = Images(2), True
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        check_ranks(runner)
+
+
+# ---- Really started ----
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_wrong(tmp_path):
+    launch("tests.ranks_worker", 2, tmp_path / "out")
+    first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first["world"] == 2
+    assert first["equal"] == first["of a rank"] == ""
+    assert "differ in seed (seed 42 on 0 and 43 on 1)" in first["seed"]
+    assert "differ in objectives" in first["objectives"]
+    assert "differ in the number of training images (the number of training images 16 on 0 and 15" in first["images"]
+    assert "2 processes and 1 training images" in first["fewer images"]
+    assert "differ in the student's parameters" in first["student"]
+
+
+@pytest.mark.slow
+def test_one_process_where_two_were_asked_for(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command += ["-m", "tests.ranks_worker", str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    found = json.loads((tmp_path / "out.0.json").read_text())
+    assert found["world"] == 1 and "asked for several processes and started one" in found["equal"]
+
+
+@pytest.mark.slow
+def test_a_recipe_on_two_cpu_processes(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]
+    command += ["recipes/train_teacher.py", "--config", "recipes/configs/digits_teacher.yaml", "--use_cpu", "true"]
+    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--eval_strategy", "no"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["run"]["processes"] == 2 and (tmp_path / "out/model/model.safetensors").is_file()
