@@ -124,7 +124,9 @@ def test_one_seed_is_said_to_be_one():
 
 
 def test_how_it_was_made_and_how_to_use_it():
-    text = student_card(results(), model_id="me/small").text
+    found = results()
+    found["run"]["settings"] |= {"resume_from_checkpoint": "true", "hub_model_id": "me/small"}
+    text = student_card(found, model_id="me/small").text
     assert "owner/vit-big (revision abc123), ViTForImageClassification, 2,000,000 parameters" in text
     assert "It began as 4 of the blocks of owner/vit-big." in text
     assert "90 train, 30 validation, 60 test" in text
@@ -135,6 +137,7 @@ def test_how_it_was_made_and_how_to_use_it():
     assert 'model="me/small"' in code and len([line for line in code.splitlines() if line]) == 4
     again = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert again["objectives"] == results()["objectives"] and again["learning_rate"] == 0.001
+    assert not {"resume_from_checkpoint", "hub_model_id"} & set(again)
 
 
 def test_rates_and_rule_are_told_and_cited_where_they_were_used():
@@ -402,6 +405,14 @@ def _other(section, **changed):
 def test_an_evaluation_of_something_else_is_refused(its, said):
     with pytest.raises(ValueError, match=said):
         with_evaluation(results(), its)
+
+
+def test_an_evaluation_may_list_the_classes_in_another_order():
+    its = evaluated()
+    its["data"]["classes"] = its["data"]["classes"][::-1]
+    assert str(student_card(with_evaluation(results(), its))) == str(
+        student_card(with_evaluation(results(), evaluated()))
+    )
 
 
 def test_a_run_without_a_fingerprint_takes_no_evaluation():
