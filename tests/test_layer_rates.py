@@ -276,9 +276,8 @@ def test_the_best_model_does_not_bring_its_rates_back(tmp_path):
 SPLIT = {"objectives": [*KD, {"name": "attention_transfer"}], "max_steps": 3, "learning_rate": 0.5}
 
 
-@pytest.mark.parametrize(
-    "rates", [ATTENTION | {"every": 1}, pytest.param(JACOBIAN | {"every": 1}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rates", [ATTENTION | {"every": 1}, JACOBIAN | {"every": 1}], ids=str)
 def test_two_processes_equal_one(tmp_path, rates):
     settings = SPLIT | {"layer_rates": rates}
     single = run(tmp_path / "single", 8, 1, "hard", **settings)

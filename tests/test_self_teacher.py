@@ -1,5 +1,6 @@
 """teacher="self": a student with adapters learns from itself without them, as from a second copy of the model."""
 
+import contextlib
 import copy
 import gc
 
@@ -114,8 +115,12 @@ def test_runs_end_with_the_same_weights(tmp_path, settings):
 def test_no_second_copy_is_held(tmp_path):
     def held():
         gc.collect()
-        tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
-        return sum({s.data_ptr(): s.nbytes() for t in tensors if (s := t.untyped_storage())}.values())
+        sizes = {}
+        for o in gc.get_objects():
+            with contextlib.suppress(RuntimeError):  # what torch.compile left of other tests has no size in numbers
+                if type(o) in (torch.Tensor, torch.nn.Parameter):
+                    sizes[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+        return sum(sizes.values())
 
     def extra(teacher_of):
         student, base = adapted(build("vit", hidden_size=64))

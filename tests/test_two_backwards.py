@@ -56,7 +56,8 @@ def test_how_the_batch_is_split_changes_nothing(tmp_path, rule):
     assert largest_difference(weights(one.distiller), weights(without.distiller)) > 1e-4  # the rule did something
 
 
-@pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[-1], marks=pytest.mark.slow)], ids=_id)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [RULES[0], RULES[-1]], ids=_id)
 def test_two_processes_equal_one(tmp_path, rule):
     settings = {"gradient_rule": rule, "objectives": _objectives(rule), "number": 40}
     single = run(tmp_path / "single", 8, 1, "some", **settings)
