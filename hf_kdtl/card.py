@@ -10,15 +10,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_kdtl.card_facts import facts, millions
-from hf_kdtl.card_figures import models_of, saved_adapters, source_name, split_scores
-from hf_kdtl.card_results import Results, check_results, results_of, with_evaluation
+from hf_kdtl.cards.facts import facts, millions
+from hf_kdtl.cards.figures import models_of, saved_adapters, source_name, split_scores
+from hf_kdtl.cards.licence import settle, strictest
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, render, without_paths
+from hf_kdtl.cards.provenance import is_hub_name
+from hf_kdtl.cards.results import Results, check_results, results_of, with_evaluation
 from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.evaluation.text import one_line
-from hf_kdtl.licence import settle, strictest
-from hf_kdtl.markdown import Markdown, fenced, inline, render, without_paths
-from hf_kdtl.provenance import is_hub_name
 
 __all__ = ["inline", "results_of", "student_card", "with_evaluation", "write_card"]
 TASK = "image-classification"
@@ -176,7 +176,7 @@ def _usage(results: Results, model_id: str | None) -> Markdown:
     if not saved_adapters(results):
         return fenced(
             "from transformers import pipeline\n\n"
-            f"classifier = pipeline({TASK!r}, model={where})\n"
+            f"classifier = pipeline({json.dumps(TASK)}, model={where})\n"
             'answers = classifier("an_image.png")\n'
             'print(answers[0])  # {"label": ..., "score": ...}', "python",
         )  # fmt: skip

@@ -13,8 +13,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from hf_kdtl import licence, provenance
 from hf_kdtl.card import results_of, student_card
+from hf_kdtl.cards import licence, provenance
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.hub import HubError, check_access, later, send
@@ -67,7 +67,7 @@ class PublishingTrainer(Trainer):
         default `args.license`, and then the teacher's.
 
         Raises:
-            ValueError: as `hf_kdtl.licence.settle`.
+            ValueError: as `hf_kdtl.cards.licence.settle`.
         """
         if not self.is_world_process_zero():
             return

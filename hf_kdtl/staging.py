@@ -12,8 +12,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, get_token
 
+from hf_kdtl.cards.markdown import without_paths
 from hf_kdtl.evaluation.results import FILE
-from hf_kdtl.markdown import without_paths
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
            "adapter_model.safetensors", "adapter_config.json")  # fmt: skip

@@ -25,6 +25,7 @@ from running import say
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_kdtl import DistillationConfig, cli, make_student
+from hf_kdtl.cards.provenance import models_section
 from hf_kdtl.checks import check_teacher_is_used
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.report import difference, note, table, write_report
@@ -33,7 +34,6 @@ from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.representation import fingerprint
 from hf_kdtl.preflight import preflight
-from hf_kdtl.provenance import models_section
 
 
 @dataclass

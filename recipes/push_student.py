@@ -22,8 +22,9 @@ from huggingface_hub import CommitInfo
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
 
-from hf_kdtl import DistillationConfig, cli, licence
+from hf_kdtl import DistillationConfig, cli
 from hf_kdtl.card import student_card, with_evaluation
+from hf_kdtl.cards import licence
 from hf_kdtl.evaluation.results import FILE, read_results
 from hf_kdtl.hub import HubError, check_access, later, publish, student_of
 from hf_kdtl.models.representation import fingerprint

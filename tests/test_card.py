@@ -16,11 +16,11 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.card import results_of, student_card, with_evaluation
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, table, without_paths
+from hf_kdtl.cards.provenance import model_facts, origin
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import SCHEMA, update_results
 from hf_kdtl.evaluation.statistics import paired_difference
-from hf_kdtl.markdown import Markdown, fenced, inline, table, without_paths
-from hf_kdtl.provenance import model_facts, origin
 from tests.evaluation.test_verdict import evaluation
 from tests.helpers import Images, config, pair, trainer
 from tests.tiny import build

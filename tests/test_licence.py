@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hf_kdtl import licence
-from hf_kdtl.licence import inherited, settle, strictest
+from hf_kdtl.cards import licence
+from hf_kdtl.cards.licence import inherited, settle, strictest
 
 
 @pytest.mark.parametrize(

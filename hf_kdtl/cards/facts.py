@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_kdtl.card_figures import (
+from hf_kdtl.cards.figures import (
     ARM,
     first_seed,
     judged_student,
@@ -20,6 +20,7 @@ from hf_kdtl.card_figures import (
     source_name,
     teacher_scores,
 )
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, table, without_paths
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
 from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.readings import class_accuracies, degraded_mean, overconfidence, worst_degradation
@@ -27,7 +28,6 @@ from hf_kdtl.evaluation.report import conflict_note, rates_note, shown_conflicts
 from hf_kdtl.evaluation.statistics import spread
 from hf_kdtl.evaluation.text import percent
 from hf_kdtl.gradient_rules import GRADIENT_RULES
-from hf_kdtl.markdown import Markdown, fenced, inline, table, without_paths
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.optim.rates import RateOptions
 

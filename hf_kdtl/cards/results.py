@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from hf_kdtl.card_figures import ARM
+from hf_kdtl.cards.figures import ARM
+from hf_kdtl.cards.provenance import models_section
 from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.readings import of_role
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.provenance import models_section
 
 Results = dict[str, Any]
 # Settings that a card should tell and that cannot name a machine or a user.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_kdtl.cards.markdown import Markdown
 from hf_kdtl.evaluation.details import SCORES_NOTE, degraded_table, fidelity_note, scores_table
 from hf_kdtl.evaluation.readings import mean_of_bins, of_role, over_text, scores_of
 from hf_kdtl.evaluation.report import ARMS, SPLITS, note, table
@@ -14,7 +15,6 @@ from hf_kdtl.evaluation.scoring import accuracy_interval
 from hf_kdtl.evaluation.sentences import sentences
 from hf_kdtl.evaluation.text import percent, plain
 from hf_kdtl.evaluation.verdict import verdict_table
-from hf_kdtl.markdown import Markdown
 
 Results = dict[str, Any]
 ARM = "distilled"

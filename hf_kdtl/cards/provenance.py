@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hf_kdtl import licence
+from hf_kdtl.cards import licence
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.text import one_line
 from hf_kdtl.models.adapters import plain_state
