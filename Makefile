@@ -32,10 +32,11 @@ test-slow: $(VENV)/.installed ## the slow suite
 
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed (an environment of gigabytes)
+test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.installed ## ruff (check, format) and mypy

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from hf_kdtl.checkpoint_folder import checkpoints, problems
 from hf_kdtl.config import DistillationConfig
+from hf_kdtl.models.adapters import adapter_problems
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
@@ -149,6 +150,7 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
             f"the objectives {', '.join(derived)} take gradients before fp16's loss scaling, where they underflow. "
             "Use bf16=True, or float32."
         )
+    found += adapter_problems(student)
     problem = getattr(getattr(student, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         found.append(

@@ -7,6 +7,7 @@ from typing import Any
 
 import building
 import peft
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 
 from hf_kdtl import DistillationConfig, cli
@@ -17,7 +18,8 @@ from hf_kdtl.models.labels import match_labels
 
 
 def with_adapter(model: Any, settings: dict | str) -> Any:
-    """The model with an adapter of PEFT: `peft_type` and that type's options. The head is trained whole beside it.
+    """The model with an adapter of PEFT: `peft_type` and that type's options. The head is trained whole beside it, and
+    so is BatchNorm, whose running statistics training changes.
 
     Raises:
         ValueError: for an unknown type or option, a model that has adapters, or one that this adapter does not fit.
@@ -35,7 +37,8 @@ def with_adapter(model: Any, settings: dict | str) -> Any:
         check_known(f"option of adapter {kind}", name, sorted(config.__dataclass_fields__))
     if "modules_to_save" in config.__dataclass_fields__:
         heads = {id(head) for head in classifiers(model)}
-        options = {"modules_to_save": [n for n, m in model.named_modules() if id(m) in heads]} | options
+        beside = [n for n, m in model.named_modules() if id(m) in heads or isinstance(m, _BatchNorm)]
+        options = {"modules_to_save": beside} | options
     try:
         return peft.get_peft_model(model, config(**options))
     except (ValueError, TypeError) as error:

@@ -180,14 +180,9 @@ def test_a_student_without_adapters_is_refused(tmp_path):
         run(tmp_path, build("vit"), "self")
 
 
-@pytest.mark.parametrize(
-    "settings, name", [({"bias": "all"}, "bias"), ({"modules_to_save": None}, "classifier")], ids=["bias", "head"]
-)
-def test_a_teacher_that_would_move_is_refused(tmp_path, settings, name):
-    student, _ = adapted(moved=False, **settings)
-    if settings.get("bias") is None:
-        student.base_model.model.classifier.requires_grad_(True)
-    with pytest.raises(ValueError, match=f"must stay as it is.*{name}"):
+def test_a_teacher_that_would_move_is_refused(tmp_path):
+    student, _ = adapted(moved=False, bias="all")
+    with pytest.raises(ValueError, match="must stay as it is.*bias"):
         run(tmp_path, student, "self")
 
 
@@ -258,3 +253,39 @@ def test_rates_begin_at_one_where_adapters_change_nothing_yet(tmp_path, source):
     first = run(tmp_path, student, "self", max_steps=1, layer_rates=rates).layer_rates.history[0]
     assert list(first["multipliers"]) == pytest.approx([1.0, 1.0], abs=1e-9)
     assert max(first["discrepancies"].values()) < 1e-9
+
+
+def resnet(**settings):
+    torch.manual_seed(3)
+    options = {"r": 2, "target_modules": ["convolution"], "modules_to_save": ["classifier.1", "normalization"]}
+    return get_peft_model(build("resnet"), LoraConfig(**(options | settings)))
+
+
+def test_batch_norm_is_kept_with_the_adapters_and_off_with_them(tmp_path):
+    student, base = resnet(), build("resnet")
+    pixels, settings = Images(4).pixels, {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = run(tmp_path, student, "self", **settings)
+    with torch.no_grad():
+        now = whole.teacher(pixels, Needs(logits=True)).logits
+        assert torch.equal(now, base.eval()(pixel_values=pixels).logits), "the teacher has not moved"
+    resumed = DistillationTrainer(
+        resnet(),
+        config(tmp_path, KD, per_device_train_batch_size=4, learning_rate=1e-2, **settings),
+        teacher="self",
+        train_dataset=Images(),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
+
+
+def test_what_no_adapter_file_holds_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"running_mean.*modules_to_save=\[\.\.\., 'normalization'\]"):
+        run(tmp_path, resnet(modules_to_save=["classifier.1"]), "self")
+    student, base = adapted(moved=False)
+    student.base_model.model.vit.layernorm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layernorm\.weight.*are in no file of its adapters"):
+        run(tmp_path, student, base)
+    own = build("vit")
+    own.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="could not be resumed"):
+        run(tmp_path, own, base)

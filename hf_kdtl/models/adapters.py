@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_kdtl.models.passes import evaluating
 
@@ -68,6 +69,35 @@ def plain_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         else:
             found[name] = plain
     return found
+
+
+def adapter_problems(model: Any) -> list[str]:
+    """Why what training changes of this model would not come back from its adapters' files; empty where all does."""
+    if not adapted(model):
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            return []
+        return [
+            "the student's adapters were added by model.add_adapter, and a run with them could not be resumed. Wrap "
+            "the model instead: peft.get_peft_model(model, LoraConfig(...))."
+        ]
+    saved = {t.data_ptr() for name in model.peft_config
+             for t in get_peft_model_state_dict(model, adapter_name=name).values()}  # fmt: skip
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
+    norms = {f"{name}.running_mean": m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    lost += [
+        name
+        for name, norm in norms.items()
+        if norm.running_mean is not None
+        and norm.running_mean.data_ptr() not in saved
+        and ".original_module." not in name
+    ]
+    if not lost:
+        return []
+    owners = sorted({name.split(".")[-2] for name in lost})
+    return [
+        f"{lost[:3]} change with the student and are in no file of its adapters: they would be lost when it is saved "
+        f"or resumed. Name their modules for PEFT to keep: modules_to_save=[..., {str(owners)[1:-1]}]."
+    ]
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:
