@@ -35,6 +35,18 @@ RELIED_ON = {
     "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], ["load_state_dict(state_dict, False)"]),
     "_load_best_model": (["self"], ["load_state_dict(state_dict, False)"]),
     "save_model": (["self", "output_dir", "_internal_call"], ["self._save(output_dir)"]),
+    "_load_optimizer_and_scheduler": (["self", "checkpoint"], ["self.optimizer.load_state_dict("]),
+    "_init_training_state": (
+        [
+            "self",
+            "max_steps",
+            "num_update_steps_per_epoch",
+            "num_train_epochs",
+            "resume_from_checkpoint",
+            "trial",
+        ],
+        ["return epochs_trained, steps_trained_in_current_epoch"],
+    ),
     "_save_checkpoint": (
         ["self", "model", "trial"],
         [
@@ -43,6 +55,7 @@ RELIED_ON = {
             "self.save_model(output_dir, _internal_call=True)",
             "if not self.args.save_only_model:\n            # Save optimizer",
             "save_total_limit=self.args.save_total_limit",
+            "self.state.save_to_json(os.path.join(output_dir, TRAINER_STATE_NAME))",
         ],
     ),
     "_save_optimizer_and_scheduler": (["self", "output_dir"], ["OPTIMIZER_NAME", "SCHEDULER_NAME"]),
