@@ -1,10 +1,13 @@
-"""Student, objectives and teacher spread over processes by FSDP2, for a training loop of one's own."""
+"""Student, objectives and teacher spread over processes by FSDP2; their tensors made whole, and parts again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.models.blocks import find_blocks
@@ -36,6 +39,8 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
     teacher = None if distiller.teacher is None else distiller.teacher.model
     models: list[Any] = [distiller.student] + ([] if teacher in (None, distiller.student) else [teacher])
     for model in models:
+        if isinstance(model, FSDPModule):
+            continue  # a teacher that has served another run
         for _, block in find_blocks(model):
             fully_shard(block, **options)
         # Given back after the backward pass only: one that begins inside the model fetches nothing around the blocks.
@@ -45,4 +50,46 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
             fully_shard(objective, **options)
     if not isinstance(distiller, FSDPModule):
         fully_shard(distiller, **options)
+        _begin(distiller)
     return distiller
+
+
+def _begin(distiller: Distiller) -> None:
+    """Run the container without content: FSDP2 takes the first module that runs for the outermost, and the student may
+    run alone before a training step (to be evaluated, to have its layers counted)."""
+    vars(distiller)["forward"] = lambda: None
+    try:
+        distiller()
+    finally:
+        del vars(distiller)["forward"]
+
+
+def whole(tensors: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
+    """Every tensor of a state_dict, whole and on the CPU. Every process must call it; `keep=False` returns nothing."""
+    found = {}
+    for name, value in tensors.items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            value = value.cpu() if keep else None
+        if keep:
+            found[name] = value
+    return found
+
+
+def in_parts(value: Any, like: Any) -> Any:
+    """This process's part of a whole tensor, as `like` is in parts; anything else as it is."""
+    if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape or isinstance(value, DTensor):
+        return value
+    # Each process has the whole one, so none sends any.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a module that may be in parts, strictly."""
+    own = module.state_dict()
+    module.load_state_dict({name: in_parts(value, own.get(name)) for name, value in tensors.items()}, strict=True)
+
+
+def plain_type(model: nn.Module) -> Any:
+    """The class that a model had before it was sharded."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
