@@ -22,6 +22,7 @@ import running
 import torch
 from building import DataOptions
 from running import say
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_kdtl import DistillationConfig, cli, make_student
@@ -165,10 +166,13 @@ class Study:
         )
 
     def open_teacher(self) -> None:
-        """For the scores: where the student taught itself, what it was; during training no copy is held."""
-        if self.source == "self":
-            assert self.options.student is not None
-            self.teacher = Teacher.from_pretrained(self.options.student)
+        """For the scores: where the student taught itself, what it was, for training held no copy; where training
+        left it in parts (FSDP2), it is read again."""
+        itself = self.source == "self"
+        if itself or (self.teacher is not None and isinstance(self.teacher.model, FSDPModule)):
+            path = self.options.student if itself else self.options.teacher
+            assert path is not None
+            self.teacher = Teacher.from_pretrained(path)
             self.scored = _same_classes(self.teacher.model, self.teacher)
 
     def runs(self) -> list[tuple[str, int, Path]]:

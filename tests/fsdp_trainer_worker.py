@@ -22,6 +22,7 @@ OBJECTIVES = [
 RUN = {
     "max_steps": 4,
     "learning_rate": 1e-3,
+    "adam_epsilon": 1e-5,  # or rounding decides the step of tensors with hardly any gradient
     "gradient_accumulation_steps": 2,
     "max_grad_norm": 0.5,
     "save_strategy": "steps",

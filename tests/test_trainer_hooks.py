@@ -7,13 +7,19 @@ from transformers import Trainer
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.publishing import PublishingTrainer
+from hf_kdtl.sharded import ShardingTrainer
 from hf_kdtl.whole import CheckpointingTrainer
 
 # name -> (parameters that the override relies on, text that must still be in Trainer, why)
 RELIED_ON = {
     "_prepare_for_training": (
         ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
-        ["self.accelerator.prepare(self.model", "self.create_optimizer()", "self.model_wrapped = model"],
+        [
+            "self.accelerator.prepare(self.model",
+            "self.create_optimizer()",
+            "self.model_wrapped = model",
+            "use_accelerator_prepare = model is self.model",
+        ],
     ),
     "_get_num_items_in_batch": (["self", "batch_samples", "device"], ["num_items_in_batch"]),
     "get_batch_samples": (
@@ -35,6 +41,9 @@ RELIED_ON = {
     "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], ["load_state_dict(state_dict, False)"]),
     "_load_best_model": (["self"], ["load_state_dict(state_dict, False)"]),
     "save_model": (["self", "output_dir", "_internal_call"], ["self._save(output_dir)"]),
+    "_save": (["self", "output_dir", "state_dict"], ["save_pretrained(output_dir, state_dict=state_dict"]),
+    "create_accelerator_and_postprocess": (["self"], ["self.accelerator = Accelerator(", "self.is_fsdp_enabled = "]),
+    "_load_optimizer_and_scheduler": (["self", "checkpoint"], ["self.optimizer.load_state_dict("]),
     "_save_checkpoint": (
         ["self", "model", "trial"],
         [
@@ -87,7 +96,8 @@ def test_trainer_still_has_the_hook(name):
 
 
 def test_every_override_is_listed():
-    members = vars(CheckpointingTrainer) | vars(PublishingTrainer) | vars(DistillationTrainer)
+    kinds = (CheckpointingTrainer, PublishingTrainer, ShardingTrainer, DistillationTrainer)
+    members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {n for n, v in members.items() if inspect.isfunction(v) and hasattr(Trainer, n)}
     assert ours - {"__init__", "train"} <= RELIED_ON.keys()
 
