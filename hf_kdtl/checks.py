@@ -96,11 +96,12 @@ def sharding_problems(trainer: Any) -> list[str]:
         if os.environ.get(name, "").lower() == "true":
             found.append(f"{name.lower()} is not supported: set it to false, as recipes/launch/fsdp2.yaml does.")
     measured = args.rate_options is not None and args.rate_options.measured
+    derived = any(isinstance(objective, DerivativeObjective) for objective in args.build_objectives().values())
     unfit = {
         "gradient_rule, which compares whole gradients": args.gradient_rule is not None,
         "layer_rates that are measured": measured,
         "torch_compile": args.torch_compile,
-        "activation checkpointing": args.activation_checkpointing,
+        "activation checkpointing together with derivatives": args.activation_checkpointing and derived,
         "fp16": trainer.accelerator.scaler is not None,
         "an optimizer of your own, made of the whole parameters: name it in optim=...": trainer.optimizer is not None,
         "push_to_hub: push what save_model wrote, with hf_kdtl.publishing.publish": args.push_to_hub,

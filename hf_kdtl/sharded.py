@@ -16,9 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from hf_kdtl.distiller import Distiller
-from hf_kdtl.sharding import in_parts, shard, whole
-
-_ASKED = "ACCELERATE_USE_FSDP"
+from hf_kdtl.sharding import LAUNCHED, asked_for, in_parts, shard, whole
 
 
 class ShardingTrainer(Trainer):
@@ -26,8 +24,7 @@ class ShardingTrainer(Trainer):
 
     Accelerate starts the processes and is told nothing more. Its own way finds an optimizer's parameters again by
     their addresses, which the empty parts of small ones share; Trainer's saves tensors in parts, by the student's
-    names.
-    Here a checkpoint is that of one process, and one process, DDP and FSDP2 continue each other's.
+    names. Here a checkpoint is that of one process, and one process, DDP and FSDP2 continue each other's.
     """
 
     sharded = False
@@ -40,7 +37,7 @@ class ShardingTrainer(Trainer):
         raise NotImplementedError
 
     def create_accelerator_and_postprocess(self) -> None:
-        self.sharded = os.environ.get(_ASKED, "").lower() == "true"
+        self.sharded = asked_for()
         with _only_launched():
             super().create_accelerator_and_postprocess()
 
@@ -113,9 +110,9 @@ def _state_in_parts(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _only_launched() -> Iterator[None]:
     """Hide from accelerate that it was to shard."""
-    before = os.environ.pop(_ASKED, None)
+    before = os.environ.pop(LAUNCHED, None)
     try:
         yield
     finally:
         if before is not None:
-            os.environ[_ASKED] = before
+            os.environ[LAUNCHED] = before

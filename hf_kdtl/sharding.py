@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_kdtl.distiller import Distiller
 from hf_kdtl.models.blocks import find_blocks
 
+LAUNCHED = "ACCELERATE_USE_FSDP"
+
+
+def asked_for() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get(LAUNCHED, "").lower() == "true"
+
 
 def shard(distiller: Distiller, **options: Any) -> Distiller:
     """Put every block, what is around them and every objective with parameters into a unit of FSDP2; the teacher too.
 
-    Build the container with `setting=Setting.of(student, teacher, sharded=True)`, by which objectives choose what is
-    exact here or refuse; then shard it; then make the optimizer. Every process calls it, for equal weights.
+    DistillationTrainer calls it where `accelerate launch` asks for FSDP2. In a loop of your own build the container
+    with `setting=Setting.of(student, teacher, sharded=True)`, by which objectives choose what is exact here or refuse;
+    then shard it; then make the optimizer. Every process calls it, for equal weights.
 
     The student is a unit of its own within the container: a derivative's inner backward pass ends with the weights of
     the outermost unit given back, and the student runs again after it.

@@ -38,6 +38,7 @@ RUN = {
 WAYS = {
     "run": {},
     "llrd": {"layer_rates": {"mode": "llrd", "decay": 0.5}},
+    "checkpointing": {"activation_checkpointing": True, "objectives": OBJECTIVES[:3]},
     "bf16": {"bf16": True, "optim": "sgd", "learning_rate": 0.1},
 }
 
@@ -48,7 +49,8 @@ def finished(name, folder, checkpoint=None):
     student, teacher = pair()
     settings = RUN | WAYS[name] | {"per_device_train_batch_size": 4 // world}
     settings["per_device_eval_batch_size"] = 4 // world
-    runner = trainer(folder, student, teacher, Images(24), OBJECTIVES, eval_dataset=Images(8, seed=1), **settings)
+    objectives = settings.pop("objectives", OBJECTIVES)
+    runner = trainer(folder, student, teacher, Images(24), objectives, eval_dataset=Images(8, seed=1), **settings)
     runner.compute_metrics = lambda _: {"first": float(runner.state.global_step)}
     torch.manual_seed(0)
     runner.train(resume_from_checkpoint=checkpoint)
@@ -59,7 +61,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, folder, checkpoint = sys.argv[1], Path(sys.argv[2]), (sys.argv[3:] or [None])[0]
     runner = finished(name, folder, checkpoint)
-    held = [p for module in (runner.model, runner.teacher.model) for p in module.parameters()]
+    held = [p for module in (runner.model, runner.teacher.model.vit.layers) for p in module.parameters()]
     assert all(isinstance(p, DTensor) for p in held)
     log = [*runner.state.log_history]
     metrics = runner.evaluate()

@@ -14,7 +14,7 @@ from tests.fsdp_trainer_worker import WAYS, finished
 from tests.helpers import Images, largest_difference, launch
 
 pytestmark = pytest.mark.slow
-TOLERANCE = {"run": 1e-5, "llrd": 1e-5, "bf16": 2e-4}
+TOLERANCE = {"checkpointing": 1e-5, "run": 1e-5, "llrd": 1e-5, "bf16": 2e-4}
 
 
 def sharded(name, folder, *checkpoint):

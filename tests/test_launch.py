@@ -120,7 +120,10 @@ NOT_SHARDED = [
     ({"gradient_rule": "pcgrad"}, "gradient_rule, which compares whole gradients"),
     ({"layer_rates": {"mode": "discrepancy"}}, "layer_rates that are measured"),
     ({"torch_compile": True}, "torch_compile"),
-    ({"activation_checkpointing": True}, "activation checkpointing"),
+    (
+        {"activation_checkpointing": True, "objectives": [{"name": "task"}, {"name": "jacobian"}]},
+        "activation checkpointing together with derivatives",
+    ),
     ({"push_to_hub": True}, "push_to_hub"),
 ]
 
@@ -235,13 +238,24 @@ def test_one_process_where_two_were_asked_for(tmp_path):
     assert found["world"] == 1 and "asked for several processes and started one" in found["equal"]
 
 
-@pytest.mark.slow
-def test_a_recipe_on_two_cpu_processes(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]
-    command += ["recipes/train_teacher.py", "--config", "recipes/configs/digits_teacher.yaml", "--use_cpu", "true"]
-    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--eval_strategy", "no"]
+def recipe(file, name, *arguments):
+    """What a recipe prints on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/launch/{file}.yaml"]
+    command += ["--main_process_port=0", f"recipes/{name}.py", "--use_cpu", "true", "--max_steps", "4", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["run"]["processes"] == 2 and (tmp_path / "out/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["cpu", "fsdp2"])
+def test_recipes_on_two_cpu_processes(file, tmp_path):
+    config = ["--config", "recipes/configs/digits_teacher.yaml", "--eval_strategy", "no"]
+    recipe(file, "train_teacher", *config, "--output_dir", str(tmp_path / "teacher"))
+    results = json.loads((tmp_path / "teacher/results.json").read_text())
+    model = tmp_path / "teacher/model"
+    assert results["run"]["processes"] == 2 and (model / "model.safetensors").is_file()
+    if file == "fsdp2":  # a teacher in parts, in two runs after each other, and then evaluated whole
+        runs = ["--seeds", "1", "2", "--student_layers", "2", "--output_dir", str(tmp_path / "student")]
+        recipe(file, "distill", "--teacher", str(model), "--dataset", "digits", *runs)
+        assert (tmp_path / "student/report.md").is_file()
