@@ -47,7 +47,8 @@ def assemble(trainer: Any) -> Distiller:
     if start is not None and any(objective.needs_plan for objective in by_start):
         beside = plan(student, start, pixel_values=_pixels(trainer))
     rates = None if options is None else LayerRates(options, student, pairing, seed=args.seed)
-    setting = Setting.of(student, teacher, bool(args.torch_compile), bool(args.activation_checkpointing))
+    compiled, checkpointing = bool(args.torch_compile), bool(args.activation_checkpointing)
+    setting = Setting.of(student, teacher, compiled, checkpointing, trainer.sharded)
     rule = args.build_rule()
     parts: Any = None if rule is None else "pairs" if rule.local else "terms"
     distiller = Distiller(

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -16,6 +16,7 @@ from hf_kdtl.assembly import kept_start
 from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.models.start import Start
 from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.sharding import load_whole, plain_type
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +29,7 @@ START = "start"
 
 def save_distillation_state(
     folder: str | Path,
-    objectives: nn.ModuleDict,
+    tensors: dict[str, Tensor],
     entries: list[dict[str, Any]],
     rates: LayerRates | None = None,
     gradients: TwoGradients | None = None,
@@ -36,7 +37,7 @@ def save_distillation_state(
 ) -> None:
     """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
     rule met (JSON)."""
-    tensors = {name: value.contiguous() for name, value in objectives.state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     if tensors:
         save_file(tensors, Path(folder, STATE_TENSORS))
     state: dict[str, Any] = {"version": VERSION, "objectives": entries}
@@ -60,7 +61,7 @@ def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entri
         if before != now:
             logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
     tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
-    objectives.load_state_dict(tensors, strict=True)
+    load_whole(objectives, tensors)
 
 
 def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
@@ -136,20 +137,21 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
         ValueError: when the checkpoint is of another architecture, or lacks a tensor.
     """
     _check_architecture(student, Path(folder, "config.json"))
-    loaded: Any = type(student).from_pretrained(folder, output_loading_info=True)
+    loaded: Any = plain_type(student).from_pretrained(folder, output_loading_info=True)
     saved, info = loaded
     # Only what is missing or does not fit: from_pretrained would leave it at its random initial value.
     lost = sorted(info["missing_keys"]) + [str(item) for item in info["mismatched_keys"]]
     if lost or info["unexpected_keys"]:
         raise ValueError(
-            f"{folder} does not fit {type(student).__name__}: missing or of another shape {lost[:5]}, unexpected "
-            f"{sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made from."
+            f"{folder} does not fit {plain_type(student).__name__}: missing or of another shape {lost[:5]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made "
+            "from."
         )
-    student.load_state_dict(saved.state_dict(), strict=True)
+    load_whole(student, saved.state_dict())
 
 
 def _check_architecture(student: PreTrainedModel, path: Path) -> None:
-    saved, now = json.loads(path.read_text()), type(student).__name__.removeprefix("FSDP")
+    saved, now = json.loads(path.read_text()), plain_type(student).__name__
     found = (saved.get("architectures") or [now])[0]
     if found != now:
         raise ValueError(

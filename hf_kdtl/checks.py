@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel, Trainer
 
 from hf_kdtl.checkpoint_folder import checkpoints, problems
 from hf_kdtl.config import DistillationConfig
-from hf_kdtl.models.adapters import adapter_problems
+from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
+FSDP = "accelerate launch --config_file recipes/launch/fsdp2.yaml <script>"
 
 
 def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
@@ -53,11 +56,7 @@ def check_setting(trainer: Trainer) -> None:
     problems = setting_problems(args, trainer.model)
     if trainer.is_deepspeed_enabled:
         problems.append(f"DeepSpeed is not supported: it owns the backward pass. Use DDP: {DDP}.")
-    if trainer.is_fsdp_enabled or args.fsdp:  # on CPUs accelerate leaves out the first without a word
-        problems.append(
-            f"FSDP is not supported by the trainer: its checkpoints would not be whole. Use DDP: {DDP}; for models "
-            "that do not fit a GPU, hf_kdtl.sharding.shard (FSDP2) in a loop of your own, as in docs/devices.md."
-        )
+    problems += sharding_problems(trainer)
     handler = getattr(trainer.accelerator, "ddp_handler", None)
     derived = [key for key, o in args.build_objectives().items() if isinstance(o, DerivativeObjective)]
     if derived and getattr(handler, "static_graph", False):
@@ -80,6 +79,39 @@ def check_setting(trainer: Trainer) -> None:
         problems += class_problems(dataset, trainer.model)
     if problems:
         raise ValueError(problems[0])
+
+
+def sharding_problems(trainer: Any) -> list[str]:
+    """What would be wrong under FSDP, each with what to type instead."""
+    args, student, found = trainer.args, trainer.model, []
+    if trainer.is_fsdp_enabled or args.fsdp:  # not by the launcher; on CPUs accelerate leaves it out without a word
+        found.append(
+            f"FSDP is asked for by the launcher alone: {FSDP}. Leave out fsdp, and make no Accelerator before."
+        )
+    if not trainer.sharded:
+        return found
+    if os.environ.get("FSDP_VERSION") != "2":
+        found.append(f"FSDP1 is not supported: derivatives need FSDP2. {FSDP}.")
+    for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_OFFLOAD_PARAMS"):
+        if os.environ.get(name, "").lower() == "true":
+            found.append(f"{name.lower()} is not supported: set it to false, as recipes/launch/fsdp2.yaml does.")
+    measured = args.rate_options is not None and args.rate_options.measured
+    derived = any(isinstance(objective, DerivativeObjective) for objective in args.build_objectives().values())
+    unfit = {
+        "gradient_rule, which compares whole gradients": args.gradient_rule is not None,
+        "layer_rates that are measured": measured,
+        "torch_compile": args.torch_compile,
+        "activation checkpointing together with derivatives": args.activation_checkpointing and derived,
+        "fp16": trainer.accelerator.scaler is not None,
+        "an optimizer of your own, made of the whole parameters: name it in optim=...": trainer.optimizer is not None,
+        "push_to_hub: push what save_model wrote, with hf_kdtl.publishing.publish": args.push_to_hub,
+        "students with adapters": adapted(student),
+        "students that are not a PreTrainedModel": not isinstance(student, PreTrainedModel),
+        "students with BatchNorm, whose statistics would differ by process": any(
+            isinstance(m, _BatchNorm) and m.track_running_stats for m in student.modules()
+        ),
+    }
+    return found + [f"FSDP2 does not go with {what}. Or use DDP: {DDP}." for what, is_so in unfit.items() if is_so]
 
 
 def _too_few(trainer: Trainer) -> list[str]:

@@ -24,6 +24,7 @@ from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
+from hf_kdtl.sharding import asked_for
 
 
 @dataclass
@@ -112,7 +113,8 @@ def preflight(
             report.rates = LayerRates(config.rate_options, student, pairing, seed=config.seed).table(student)
     except ValueError as error:
         report.problems.append(str(error))
-    setting = Setting.of(student, source, bool(config.torch_compile), bool(config.activation_checkpointing))
+    compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
+    setting = Setting.of(student, source, compiled, checkpointing, asked_for())
     start = beside = None
     try:
         if any(objective.source == "start" for objective in objectives.values()):

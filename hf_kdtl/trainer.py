@@ -40,13 +40,14 @@ from hf_kdtl.models.teacher import Teacher
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.publishing import PublishingTrainer
 from hf_kdtl.ranks import check_ranks
+from hf_kdtl.sharded import ShardingTrainer
 from hf_kdtl.two_backwards import Parts, two_backwards, two_gradients
 from hf_kdtl.whole import CheckpointingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(PublishingTrainer, CheckpointingTrainer):
+class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; what is saved, evaluated and
@@ -148,7 +149,10 @@ class DistillationTrainer(PublishingTrainer, CheckpointingTrainer):
         # Trainer prepares, clips, zeroes and accumulates self.model: for the while of this call that is the container.
         self._meter = TermMeter()
         student = self.model
-        self.model = self.model_wrapped = self.distiller
+        if self.sharded:
+            self._shard()  # before the optimizer is made; Trainer leaves alone what is wrapped
+        else:
+            self.model = self.model_wrapped = self.distiller
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
@@ -317,9 +321,8 @@ class DistillationTrainer(PublishingTrainer, CheckpointingTrainer):
 
     def _save_beside(self, folder: Path) -> None:
         start, rates = self.distiller.start, self.layer_rates
-        save_distillation_state(
-            folder, self.distiller.objectives, self._built_from[0], rates, self.gradient_rule, start
-        )
+        tensors = self._whole.get("objectives", self.distiller.objectives.state_dict())
+        save_distillation_state(folder, tensors, self._built_from[0], rates, self.gradient_rule, start)
         if start is not None:
             start.save(folder.parent / START)
 

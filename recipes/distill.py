@@ -22,6 +22,7 @@ import running
 import torch
 from building import DataOptions
 from running import say
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_kdtl import DistillationConfig, cli, make_student
@@ -152,6 +153,7 @@ class Study:
 
     def trainer(self, arm: str, seed: int, folder: Path) -> Any:
         """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
+        self._make_whole()
         set_seed(seed)
         student = new_student(self.options, self.teacher, self.data.label_names, [])
         return running.make_trainer(
@@ -166,10 +168,17 @@ class Study:
 
     def open_teacher(self) -> None:
         """For the scores: where the student taught itself, what it was; during training no copy is held."""
+        self._make_whole()
         if self.source == "self":
             assert self.options.student is not None
             self.teacher = Teacher.from_pretrained(self.options.student)
             self.scored = _same_classes(self.teacher.model, self.teacher)
+
+    def _make_whole(self) -> None:
+        """Read the teacher again, where a run has left it in parts (FSDP2)."""
+        if self.teacher is not None and isinstance(self.teacher.model, FSDPModule):
+            assert self.options.teacher is not None
+            self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
 
     def runs(self) -> list[tuple[str, int, Path]]:
         """(arm, seed, folder) of every run."""

@@ -13,10 +13,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from peft import LoraConfig, get_peft_model
 
 from hf_kdtl.checks import check_setting
 from hf_kdtl.ranks import check_ranks, data_problem, difference, launch_problem
-from tests.helpers import Images, launch, trainer
+from tests.helpers import Images, launch, pair, trainer
 from tests.tiny import build
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ EXPECTED = {
     "cpu": (DistributedType.MULTI_GPU, "no"),
     "ddp": (DistributedType.MULTI_GPU, "no"),
     "ddp_bf16": (DistributedType.MULTI_GPU, "bf16"),
+    "fsdp2": (DistributedType.FSDP, "no"),
 }
 
 
@@ -42,6 +44,7 @@ def test_accelerate_reads_each_file_and_it_says_what_it_is_for(file):
     assert found.distributed_type == kind and found.mixed_precision == precision
     args = parsed("--config_file", str(file))
     assert args.multi_gpu == (kind == DistributedType.MULTI_GPU) and not args.cpu
+    assert args.use_fsdp == (kind == DistributedType.FSDP)
     assert args.num_processes == (1 if file.stem == "one" else 2) and args.mixed_precision == precision
     head = " ".join(line.lstrip("# ") for line in file.read_text().split("compute_environment")[0].splitlines())
     assert f"accelerate launch --config_file recipes/launch/{file.name}" in head
@@ -89,25 +92,82 @@ def test_processes_that_torchrun_started_are_fine(bare):
 # ---- Other ways of several devices ----
 
 
+def test_deepspeed_is_refused_by_name(tmp_path):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    runner.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"DeepSpeed is not supported.*accelerate launch --multi_gpu --num_processes"):
+        check_setting(runner)
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_fsdp_is_for_the_launcher_to_ask(tmp_path, plugin):
+    runner = trainer(tmp_path, build("vit"), data=Images(4))
+    runner.is_fsdp_enabled, runner.args.fsdp = plugin, not plugin
+    with pytest.raises(
+        ValueError, match="by the launcher alone: accelerate launch --config_file recipes/launch/fsdp2"
+    ):
+        check_setting(runner)
+
+
+def environment_of_fsdp(monkeypatch, **changed):
+    file = f"--config_file={ROOT / 'recipes/launch/fsdp2.yaml'}"
+    told = {k: v for k, v in prepare_multi_gpu_env(parsed(file)).items() if "FSDP" in k}
+    for name, value in (told | changed).items():
+        monkeypatch.setenv(name, value)
+
+
+NOT_SHARDED = [
+    ({"gradient_rule": "pcgrad"}, "gradient_rule, which compares whole gradients"),
+    ({"layer_rates": {"mode": "discrepancy"}}, "layer_rates that are measured"),
+    ({"torch_compile": True}, "torch_compile"),
+    (
+        {"activation_checkpointing": True, "objectives": [{"name": "task"}, {"name": "jacobian"}]},
+        "activation checkpointing together with derivatives",
+    ),
+    ({"push_to_hub": True}, "push_to_hub"),
+]
+
+
+def test_fsdp2_is_taken_over_from_accelerate(monkeypatch, tmp_path):
+    environment_of_fsdp(monkeypatch)
+    runner = trainer(tmp_path, *pair())
+    assert runner.sharded and not runner.is_fsdp_enabled
+    assert runner.accelerator.distributed_type != DistributedType.FSDP
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    with pytest.raises(ValueError, match="under FSDP2 a double backward gives zero"):
+        _ = trainer(tmp_path, *pair(), objectives=[{"name": "jacobian", "estimator": "vjp"}]).distiller
+
+
+@pytest.mark.parametrize(("settings", "says"), NOT_SHARDED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_fsdp2_would_break_is_refused(monkeypatch, tmp_path, settings, says):
+    environment_of_fsdp(monkeypatch)
+    runner = trainer(tmp_path, *pair())
+    for name, value in settings.items():
+        setattr(runner.args, name, value)
+    with pytest.raises(ValueError, match=f"FSDP2 does not go with {says}.*Or use DDP: accelerate launch --multi_gpu"):
+        check_setting(runner)
+
+
+def test_students_that_fsdp2_would_break_are_refused(monkeypatch, tmp_path):
+    environment_of_fsdp(monkeypatch)
+    with pytest.raises(ValueError, match="BatchNorm, whose statistics would differ"):
+        trainer(tmp_path, build("resnet"), data=Images(4))
+    with pytest.raises(ValueError, match="students with adapters"):
+        trainer(tmp_path, get_peft_model(build("vit"), LoraConfig(target_modules=["q_proj"])), data=Images(4))
+
+
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "value", "says"),
     [
-        ("is_deepspeed_enabled", "DeepSpeed is not supported.*accelerate launch --multi_gpu --num_processes"),
-        ("is_fsdp_enabled", "FSDP is not supported by the trainer.*hf_kdtl.sharding.shard"),
+        ("FSDP_VERSION", "1", "FSDP1 is not supported"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading is not supported: set it to false"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is not supported"),
     ],
 )
-def test_what_is_refused_by_name(tmp_path, name, says):
-    runner = trainer(tmp_path, build("vit"), data=Images(4))
-    setattr(runner, name, True)
+def test_other_kinds_of_fsdp_are_refused(monkeypatch, tmp_path, name, value, says):
+    environment_of_fsdp(monkeypatch, **{name: value})
     with pytest.raises(ValueError, match=says):
-        check_setting(runner)
-
-
-def test_fsdp_that_accelerate_leaves_out_is_refused_too(tmp_path):
-    runner = trainer(tmp_path, build("vit"), data=Images(4))
-    runner.args.fsdp = True
-    with pytest.raises(ValueError, match="FSDP is not supported"):
-        check_setting(runner)
+        trainer(tmp_path, build("vit"), data=Images(4))
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
@@ -178,13 +238,24 @@ def test_one_process_where_two_were_asked_for(tmp_path):
     assert found["world"] == 1 and "asked for several processes and started one" in found["equal"]
 
 
-@pytest.mark.slow
-def test_a_recipe_on_two_cpu_processes(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/launch/cpu.yaml"]
-    command += ["recipes/train_teacher.py", "--config", "recipes/configs/digits_teacher.yaml", "--use_cpu", "true"]
-    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "4", "--eval_strategy", "no"]
+def recipe(file, name, *arguments):
+    """What a recipe prints on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/launch/{file}.yaml"]
+    command += ["--main_process_port=0", f"recipes/{name}.py", "--use_cpu", "true", "--max_steps", "4", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["run"]["processes"] == 2 and (tmp_path / "out/model/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["cpu", "fsdp2"])
+def test_recipes_on_two_cpu_processes(file, tmp_path):
+    config = ["--config", "recipes/configs/digits_teacher.yaml", "--eval_strategy", "no"]
+    recipe(file, "train_teacher", *config, "--output_dir", str(tmp_path / "teacher"))
+    results = json.loads((tmp_path / "teacher/results.json").read_text())
+    model = tmp_path / "teacher/model"
+    assert results["run"]["processes"] == 2 and (model / "model.safetensors").is_file()
+    if file == "fsdp2":  # a teacher in parts, in two runs after each other, and then evaluated whole
+        runs = ["--seeds", "1", "2", "--student_layers", "2", "--output_dir", str(tmp_path / "student")]
+        recipe(file, "distill", "--teacher", str(model), "--dataset", "digits", *runs)
+        assert (tmp_path / "student/report.md").is_file()

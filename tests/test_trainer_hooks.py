@@ -7,13 +7,19 @@ from transformers import Trainer
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.publishing import PublishingTrainer
+from hf_kdtl.sharded import ShardingTrainer
 from hf_kdtl.whole import CheckpointingTrainer
 
 # name -> (parameters that the override relies on, text that must still be in Trainer, why)
 RELIED_ON = {
     "_prepare_for_training": (
         ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
-        ["self.accelerator.prepare(self.model", "self.create_optimizer()", "self.model_wrapped = model"],
+        [
+            "self.accelerator.prepare(self.model",
+            "self.create_optimizer()",
+            "self.model_wrapped = model",
+            "use_accelerator_prepare = model is self.model",
+        ],
     ),
     "_get_num_items_in_batch": (["self", "batch_samples", "device"], ["num_items_in_batch"]),
     "get_batch_samples": (
@@ -47,6 +53,8 @@ RELIED_ON = {
         ],
         ["return epochs_trained, steps_trained_in_current_epoch"],
     ),
+    "_save": (["self", "output_dir", "state_dict"], ["save_pretrained(output_dir, state_dict=state_dict"]),
+    "create_accelerator_and_postprocess": (["self"], ["self.accelerator = Accelerator(", "self.is_fsdp_enabled = "]),
     "_save_checkpoint": (
         ["self", "model", "trial"],
         [
@@ -100,7 +108,8 @@ def test_trainer_still_has_the_hook(name):
 
 
 def test_every_override_is_listed():
-    members = vars(CheckpointingTrainer) | vars(PublishingTrainer) | vars(DistillationTrainer)
+    kinds = (CheckpointingTrainer, PublishingTrainer, ShardingTrainer, DistillationTrainer)
+    members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {n for n, v in members.items() if inspect.isfunction(v) and hasattr(Trainer, n)}
     assert ours - {"__init__", "train"} <= RELIED_ON.keys()
 

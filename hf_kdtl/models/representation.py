@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import LINKS, Link, find, leaky_relu
@@ -32,10 +33,15 @@ def fingerprint(model: nn.Module) -> str:
     is that of the model without them.
 
     Cost: reads every weight once, about 1 s a GB.
+
+    Raises:
+        ValueError: for a model in parts (FSDP2), of which a process has only its own.
     """
     found = hashlib.blake2b(digest_size=16)
     state = plain_state(model) if adapted(model) else model.state_dict()
     for name, value in sorted(state.items()):
+        if isinstance(value, DTensor):
+            raise ValueError("the model is in parts (FSDP2). Save it with trainer.save_model, and take that one.")
         if isinstance(value, Tensor):
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             # Byte for byte: numpy knows no bfloat16.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from hf_kdtl.models.blocks import Blocks, find_blocks
@@ -201,6 +202,8 @@ def _execution(model: nn.Module) -> tuple[dict[str, int], list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+        if isinstance(model, FSDPModule):
+            model.reshard()  # or its parameters would be the whole copies, which are thrown away
     same = [n for n, y in given.items() if y.shape[-1] == logits.shape[-1] and y.numel() == logits.numel()]
     return order, same
 
