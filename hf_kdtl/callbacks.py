@@ -32,18 +32,20 @@ class EpochToDataset(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Finish the optimizer step in hand, save a checkpoint, say how to continue, and only then stop.
 
-    An exception in the middle of a step would leave weights and optimizer state of different steps. The second
-    signal stops at once.
+    An exception in the middle of a step would leave weights and optimizer state of different steps. A second SIGINT
+    stops at once. A second SIGTERM does not: a cluster's scheduler signals every process, and the launcher passes its
+    own on.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._interrupted = False
         self._owner = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take over SIGINT and SIGTERM. Outside the main thread signals cannot be taken, and nothing changes."""
-        self.received, self._owner = None, os.getpid()
+        self.received, self._interrupted, self._owner = None, False, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -57,13 +59,16 @@ class StopOnSignal(TrainerCallback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return  # a data-loading worker: it inherits the handler, and is ended with its parent
-        if self.received is not None:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt(
-                "stopped at once, at the second signal. trainer.train(resume_from_checkpoint=True) continues from the "
+                "stopped at once, at the second Ctrl-C. trainer.train(resume_from_checkpoint=True) continues from the "
                 "last whole checkpoint; one whose save was broken off is not used."
             )
+        if self.received is None:
+            how = "Ctrl-C once more" if number == signal.SIGINT else "Ctrl-C twice"
+            print(f"\nStopping after this step, with a checkpoint. {how} to stop at once.", flush=True)
+        self._interrupted |= number == signal.SIGINT
         self.received = number
-        print("\nStopping after this step, with a checkpoint. Once more to stop at once.", flush=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs

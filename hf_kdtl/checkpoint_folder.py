@@ -1,8 +1,9 @@
 """The folder of a checkpoint: whether it is whole, which one to continue from, which ones to remove.
 
 Beside Trainer's files a checkpoint has a list of them, with size and checksum, written when all the others are there;
-`trainer_state.json` comes last. So a save that was broken off lacks it, and what was cut, changed or lost later is
-found by its checksum. Nothing is unpickled to find out.
+`trainer_state.json` is put in its place last. So a save that was broken off lacks it, and what was cut, changed or
+lost later is found by its checksum. Nothing is unpickled to find out. The list also names the run and the time, so
+that two runs in one folder are not taken for one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +24,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 import hf_kdtl
 
 FILES = "checkpoint_files.json"
+UNLISTED = f"{TRAINER_STATE_NAME}.part"
+"""The name of `trainer_state.json` until the list is written."""
+_FIELDS = {"run": str, "time": int, "written_with": dict, "files": dict}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -43,21 +48,41 @@ def problems(folder: str | Path, contents: bool = True) -> list[str]:
     if not (folder / TRAINER_STATE_NAME).exists():
         return [f"{TRAINER_STATE_NAME} is missing: its save was not finished"]
     try:
-        listed, state = _read(folder / FILES), _read(folder / TRAINER_STATE_NAME)
+        files, state = listed(folder)["files"].items(), _read(folder / TRAINER_STATE_NAME)
     except (OSError, ValueError) as error:
         return [str(error)]
-    files = listed["files"].items()
     checked = [_problem(folder / name, size, checksum, contents) for name, (size, checksum) in files]
-    if not isinstance(state.get("global_step"), int):
+    if not any(checked) and not isinstance(state.get("global_step"), int):
         checked.append(f"{TRAINER_STATE_NAME} has no global_step")
     return [problem for problem in checked if problem]
 
 
+def listed(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint's list says: its `files`, its `run`, its `time`, what it was `written_with`.
+
+    Raises:
+        ValueError: when it is missing or not what was written.
+    """
+    content = _read(Path(folder, FILES))
+    whole = all(isinstance(content.get(name), kind) for name, kind in _FIELDS.items())
+    if not whole or not all(
+        isinstance(v, list) and [type(n) for n in v] == [int, int] for v in content["files"].values()
+    ):
+        raise ValueError(f"{FILES} is not what was written")
+    if TRAINER_STATE_NAME not in content["files"]:
+        raise ValueError(f"{FILES} does not list {TRAINER_STATE_NAME}: it is not what was written")
+    return content
+
+
 def last_whole(folder: str | Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last whole checkpoint of a run's folder, and what is wrong with each of the later ones."""
+    """The last whole checkpoint of the run that wrote into a folder last, and why each of a later step is not it."""
     damaged: dict[Path, list[str]] = {}
-    for checkpoint in reversed(checkpoints(folder)):
-        if not (wrong := problems(checkpoint)):
+    runs = {checkpoint: _written(checkpoint) for checkpoint in checkpoints(folder)}
+    newest = max(runs, key=lambda path: runs[path], default=None)
+    for checkpoint, run in reversed(runs.items()):
+        if not (wrong := problems(checkpoint)) and newest is not None and run[1] != runs[newest][1]:
+            wrong = [f"it is of another run, and {newest.name} was written after it"]
+        if not wrong:
             return checkpoint, damaged
         damaged[checkpoint] = wrong
     return None, damaged
@@ -84,13 +109,21 @@ def choose(asked: str | Path | Literal[True], folder: str | Path) -> tuple[Path,
     if last is None:
         found = "; ".join(f"{c.name}: {', '.join(wrong)}" for c, wrong in damaged.items()) or "there is none"
         raise ValueError(
-            f"No whole checkpoint in {run} ({found}). Train without resume_from_checkpoint to begin anew."
+            f"No whole checkpoint in {run} ({found}). Train without resume_from_checkpoint to begin anew, or name the "
+            "path of one."
         )
     return last, damaged
 
 
-def seal(folder: Path, processes: int, needed: list[str]) -> None:
-    """List the files of a checkpoint, with size and checksum, when all but `trainer_state.json` are written.
+def seal(folder: Path, processes: int, needed: list[str], run: str = "", **facts: Any) -> None:
+    """List the files of a checkpoint, with size and checksum, when all are written, and finish it: `UNLISTED` gets
+    its name.
+
+    Args:
+        folder: the checkpoint.
+        processes, **facts: what belongs to what it was written with.
+        needed: files that must be there.
+        run: the run it is of.
 
     Raises:
         FileNotFoundError: when one of `needed` is not there.
@@ -100,14 +133,19 @@ def seal(folder: Path, processes: int, needed: list[str]) -> None:
             f"{lost} of {folder} were not written. Processes that do not share output_dir need save_on_each_node=True."
         )
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FILES]
-    listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
-    content = {"version": 1, "written_with": _software() | {"processes": processes}, "files": listed}
+    sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
+    if UNLISTED in sums:
+        sums[TRAINER_STATE_NAME] = sums.pop(UNLISTED)
+    content = {"version": 1, "run": run, "time": time.time_ns(), "files": sums}
+    content["written_with"] = _software() | {"processes": processes} | facts
     (folder / FILES).write_text(json.dumps(content, indent=2) + "\n")
+    if (folder / UNLISTED).exists():
+        os.replace(folder / UNLISTED, folder / TRAINER_STATE_NAME)
 
 
-def changed_since(folder: Path, processes: int) -> str:
-    """What writes checkpoints otherwise now than when this one was written, in words; empty where nothing."""
-    before, now = _read(folder / FILES)["written_with"], _software() | {"processes": processes}
+def changed_since(folder: Path, **facts: Any) -> str:
+    """What is otherwise now than when this checkpoint was written, in words; empty where nothing."""
+    before, now = listed(folder)["written_with"], _software() | facts
     return ", ".join(
         f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
     )
@@ -168,6 +206,15 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.old")
 
 
+def _written(folder: Path) -> tuple[int, str]:
+    """When a checkpoint was written, and by which run: by the list, since a copy has other times."""
+    try:
+        content = listed(folder)
+    except (OSError, ValueError):
+        return 0, ""
+    return content["time"], content["run"]
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
@@ -179,7 +226,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(content, dict) or (path.name == FILES and not {"files", "written_with"} <= content.keys()):
+    if not isinstance(content, dict):
         raise ValueError(f"{path.name} is not what was written")
     return content
 

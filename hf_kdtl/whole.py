@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from hf_kdtl.checkpoint_folder import (
+    UNLISTED,
     changed_since,
+    checkpoints,
     choose,
     last_whole,
+    listed,
     problems,
     put_back,
     seal,
@@ -41,6 +45,8 @@ class CheckpointingTrainer(Trainer):
 
     - `train(resume_from_checkpoint=True)` continues from the last whole checkpoint and says which it skips and why;
       the path of a damaged one is refused. Process 0 decides.
+    - A run that is finished makes no further step when it is resumed (Trainer's makes one where the last step is not
+      the last of its epoch).
     - A save that fails (no space left) ends on every process, with the last whole checkpoint untouched.
     - `save_total_limit` removes nothing before the new checkpoint is whole, and never that one.
     """
@@ -48,6 +54,13 @@ class CheckpointingTrainer(Trainer):
     _folder: Path | None = None  # of the save under way
     _error: Exception | None = None  # of this process, in that save
     _damaged: frozenset[Path] = frozenset()
+    _run = ""  # its name, kept when it is resumed
+
+    def __init__(self, model=None, args=None, *positional, **keywords):
+        folder = Path("." if args is None else str(args.output_dir)).absolute()
+        if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+            raise ValueError(f"output_dir is {args.output_dir} and {file} is a file; name a folder, new or not.")
+        super().__init__(model, args, *positional, **keywords)
 
     def _save_beside(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint, on the process that writes the model."""
@@ -56,36 +69,83 @@ class CheckpointingTrainer(Trainer):
         """As Trainer's.
 
         Raises:
-            ValueError: when there is no whole checkpoint to continue from.
+            ValueError: when there is no whole checkpoint to continue from, or it is of another optimizer.
             OSError: when a checkpoint could not be written.
         """
-        if resume_from_checkpoint not in (None, False):
-            resume_from_checkpoint = str(self._chosen(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        # Every process comes here, whatever it was asked: one that did not would leave the others waiting.
+        asked = gather_object([str(resume_from_checkpoint or None)])
+        if differs := [rank for rank, other in enumerate(asked) if other != asked[0]]:
+            raise ValueError(
+                f"resume_from_checkpoint is {asked[0]!r} on process 0 and {asked[differs[0]]!r} on {differs[0]}. The "
+                "processes train one model: give all of them the same."
+            )
+        self._run, path, self._damaged = self._by_first(lambda: self._begun(resume_from_checkpoint))
+        return super().train(path, *args, **kwargs)
 
-    def _chosen(self, asked: Any) -> Path:
-        def decide() -> Any:
-            try:
-                return choose(asked, str(self.args.output_dir))
-            except ValueError as error:
-                return error
-
-        decided = self._by_first(decide)
-        if isinstance(decided, ValueError):
-            raise decided
-        path, damaged = decided
-        self._damaged = frozenset(damaged)
-        if self.is_world_process_zero():
-            for skipped, wrong in damaged.items():
-                logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
-            if changed := changed_since(path, self.args.world_size):
-                logger.warning(f"{path} was written with {changed}: it goes on, and not bitwise as if never stopped.")
-        return path
+    def _begun(self, asked: Any) -> tuple[str, str | None, frozenset[Path]]:
+        """On process 0: the run's name, the checkpoint it continues from, and those that are skipped for it."""
+        folder = str(self.args.output_dir)
+        if isinstance(asked, str) and asked.lower() in ("true", "false"):  # from a command line or an environment
+            asked = asked.lower() == "true"
+        if asked is None or asked is False:
+            if others := checkpoints(folder):
+                logger.warning(
+                    f"{folder} holds checkpoints of another run, up to {others[-1].name}. This run replaces those of "
+                    "its own steps, and is continued from its own. Name another output_dir to keep the two apart."
+                )
+            return uuid.uuid4().hex, None, frozenset()
+        if asked is not True and (asked == "" or not isinstance(asked, str | Path)):
+            raise ValueError(f"resume_from_checkpoint is {asked!r}; expected True, or the path of a checkpoint.")
+        path, damaged = choose(asked, folder)
+        for skipped, wrong in damaged.items():
+            logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
+        if changed := changed_since(path, processes=self.args.world_size, seed=self.args.seed):
+            logger.warning(f"{path} was written with {changed}: it goes on, and not bitwise as if never stopped.")
+        return listed(path)["run"], str(path), frozenset(damaged)
 
     def _by_first(self, decide: Any) -> Any:
-        """What process 0 decides, on every process."""
-        decided = [decide() if self.args.process_index == 0 else None]
-        return broadcast_object_list(decided)[0]
+        """What process 0 decides, or raises, on every process."""
+        decided, error = None, None
+        if self.args.process_index == 0:
+            try:
+                decided = decide()
+            except Exception as met:
+                known = isinstance(met, OSError | ValueError)  # others may not go through a pickle
+                error = met if known else RuntimeError(f"{type(met).__name__}: {met}")
+                error.__cause__ = None if known else met
+        decided, error = broadcast_object_list([decided, error])
+        if error is not None:
+            raise error
+        return decided
+
+    # ---- Resuming ----
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or self.state.global_step < max_steps:
+            return begun
+        if self.is_world_process_zero():
+            logger.warning(
+                f"{resume_from_checkpoint} is of step {self.state.global_step} and the run has {max_steps}: it is "
+                "finished, and is loaded as it is."
+            )
+        return num_train_epochs, 0  # no epoch is left: else the rest of its last one would begin
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        before = listed(checkpoint)["written_with"].get("optimizer") if checkpoint is not None else None
+        if before not in (None, self._optimizer_name()):
+            raise ValueError(
+                f"{checkpoint} was trained with the optimizer {before} and this run has {self._optimizer_name()}: set "
+                "optim back, or start a new run from the checkpoint's weights."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _optimizer_name(self) -> str:
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
 
     # ---- Saving ----
 
@@ -99,10 +159,12 @@ class CheckpointingTrainer(Trainer):
                     set_aside(folder)
             with self._noting():
                 if not self._reasons():
+                    vars(self.state)["save_to_json"] = self._seal
                     super()._save_checkpoint(model, trial)
                 if self.args.should_save and self._error is None:
                     doomed = self._settled(folder, limit)
         finally:
+            vars(self.state).pop("save_to_json", None)
             self._folder, self.args.save_total_limit = None, limit
         if reasons := self._reasons():
             self._give_up(folder, reasons)
@@ -124,7 +186,7 @@ class CheckpointingTrainer(Trainer):
                 self._save_beside(Path(output_dir))
             super().save_model(output_dir, _internal_call)
         if self._folder is not None and self.args.save_only_model:
-            self._seal(self._folder, [])
+            self._together()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._noting():
@@ -138,23 +200,31 @@ class CheckpointingTrainer(Trainer):
         with self._noting():
             super()._save_rng_state(output_dir)
         if self._folder is not None:
-            self._seal(self._folder, self._needed())
+            self._together()
 
     def _needed(self) -> list[str]:
         """Trainer's own files beside the model."""
+        if self.args.save_only_model:
+            return []
         world = range(self.args.world_size) if not self.args.save_on_each_node else [self.args.process_index]
         random = [f"rng_state_{i}.pth" for i in world] if self.args.world_size > 1 else ["rng_state.pth"]
         scaler = [SCALER_NAME] if self.accelerator.scaler is not None else []
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # those have folders
         return random + scaler + ([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])
 
-    def _seal(self, folder: Path, needed: list[str]) -> None:
+    def _together(self) -> None:
         """What every process has written is there, and trainer_state.json is next."""
         if self._reasons():
             raise _BrokenOff
         self.args.save_total_limit = None  # Trainer's own rotation does not know what is whole
-        if self.args.should_save:
-            seal(folder, self.args.world_size, needed)
+
+    def _seal(self, path: str) -> None:
+        """In the place of `TrainerState.save_to_json`: the file is listed before it has its name."""
+        folder = Path(path).parent
+        TrainerState.save_to_json(self.state, str(folder / UNLISTED))
+        optimizer = None if self.args.save_only_model else self._optimizer_name()
+        facts = {"seed": self.args.seed, "optimizer": optimizer}
+        seal(folder, self.args.world_size, self._needed(), self._run, **facts)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

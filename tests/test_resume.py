@@ -73,6 +73,42 @@ def test_the_best_model_is_loaded_whole(tmp_path, family):
     assert largest_difference(seen[6], seen[2]) > 1e-5
 
 
+LAST = {"max_steps": 6}, {"max_steps": 5}, {"num_train_epochs": 1.5, "max_steps": -1}, {"max_steps": 8}
+
+
+@pytest.mark.parametrize("steps", LAST, ids=str)
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_finished_makes_no_further_step(tmp_path, steps, best, caplog):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": False}
+    chosen |= {"metric_for_best_model": "loss", "eval_dataset": Images(4), "callbacks": [Worse()]}
+
+    def run():
+        settings = RUN | {"save_steps": 1} | steps | (chosen if best else {})
+        return trainer(tmp_path, build("vit", hidden_dropout_prob=0.1), build("vit", seed=5), **settings)
+
+    whole = run()
+    whole.train()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = run()
+    assert again.train(resume_from_checkpoint=True).global_step == whole.state.global_step
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+    assert "it is finished, and is loaded as it is" in caplog.text
+    assert not best or again.state.best_global_step == 1
+
+
+def test_a_run_that_is_to_end_before_its_checkpoint_makes_no_step(tmp_path):
+    whole = trainer(tmp_path, build("vit"), **RUN)
+    whole.train()
+    again = trainer(tmp_path, build("vit"), **RUN | {"max_steps": 5})
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
 def test_a_checkpoint_is_a_clean_student(tmp_path):
     runner = trainer(tmp_path, build("vit"), build("vit", seed=5, layers=3), **RUN)
     runner.train()

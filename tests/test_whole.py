@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pickle
+import random
 import resource
 import shutil
 import signal
@@ -18,7 +20,18 @@ from transformers.trainer_callback import TrainerState
 import hf_kdtl.checkpoint
 from hf_kdtl import whole
 from hf_kdtl.checkpoint import STATE_JSON, STATE_TENSORS
-from hf_kdtl.checkpoint_folder import FILES, checkpoints, choose, last_whole, problems, seal, set_aside, superfluous
+from hf_kdtl.checkpoint_folder import (
+    FILES,
+    UNLISTED,
+    checkpoints,
+    choose,
+    last_whole,
+    listed,
+    problems,
+    seal,
+    set_aside,
+    superfluous,
+)
 from hf_kdtl.whole import CheckpointingTrainer
 from tests.helpers import Images, config, largest_difference, trainer, weights
 from tests.tiny import build
@@ -59,9 +72,9 @@ def test_every_file_is_listed_and_every_damage_to_it_is_found(run_folder):
     folder = run_folder / "checkpoint-6"
     assert problems(folder) == []
     names = {"model.safetensors", "config.json", STATE_JSON, STATE_TENSORS, "optimizer.pt", "scheduler.pt"}
-    names |= {"rng_state.pth", "training_args.bin"}
+    names |= {"rng_state.pth", "training_args.bin", "trainer_state.json"}
     assert set(json.loads((folder / FILES).read_text())["files"]) == names
-    for path in [folder / name for name in (*names, FILES, "trainer_state.json")]:
+    for path in [folder / name for name in (*names, FILES)]:
         content = path.read_bytes()
         zeroed = bytearray(content)
         zeroed[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
@@ -83,13 +96,52 @@ def test_one_changed_bit_is_found(run_folder):
     assert last_whole(run_folder)[0] == run_folder / "checkpoint-4"
 
 
-@pytest.mark.parametrize("content", ["[]", '{"files": {}}', "nan", '{"global_step": null}'])
+@pytest.mark.parametrize("content", ["[]", '{"files": {}}', "nan", '{"global_step": null}', "null", '"6"', "6"])
 def test_files_that_are_json_of_something_else_are_found(run_folder, content):
     for name in (FILES, "trainer_state.json"):
         shutil.copytree(run_folder / "checkpoint-6", run_folder / "checkpoint-8")
         (run_folder / "checkpoint-8" / name).write_text(content)
         assert name in "".join(problems(run_folder / "checkpoint-8"))
         shutil.rmtree(run_folder / "checkpoint-8")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"files": []},
+        {"files": None},
+        {"files": "model.safetensors"},
+        {"files": {"trainer_state.json": "b"}},
+        {"files": {"trainer_state.json": [1]}},
+        {"files": {"trainer_state.json": [1, None]}},
+        {"files": {}},
+        {"written_with": []},
+        {"written_with": None},
+        {"run": 3},
+        {"time": "now"},
+    ],
+    ids=str,
+)
+def test_a_list_of_something_else_is_damage_and_the_one_before_is_used(tmp_path, wrong):
+    for step in (2, 4):
+        make(tmp_path, step)
+    path = tmp_path / "checkpoint-4" / FILES
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    chosen, damaged = choose(True, tmp_path)
+    assert chosen == tmp_path / "checkpoint-2" and list(damaged) == [path.parent]
+    assert damaged[path.parent][0].startswith(FILES) and "not what was written" in damaged[path.parent][0]
+
+
+def test_a_digit_that_was_changed_in_the_state_is_found(run_folder):
+    path = run_folder / "checkpoint-6" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"global_step": 6,', '"global_step": 2,'))
+    assert problems(path.parent) == ["trainer_state.json is not as it was written: its checksum is another"]
+
+
+def test_a_save_that_was_broken_off_before_its_last_rename_is_not_whole(run_folder):
+    folder = run_folder / "checkpoint-6"
+    (folder / "trainer_state.json").rename(folder / UNLISTED)
+    assert problems(folder) == ["trainer_state.json is missing: its save was not finished"]
 
 
 def test_damaged_ones_are_skipped_with_a_sentence_and_the_run_ends_bitwise(run_folder, finished, caplog):
@@ -135,11 +187,95 @@ def test_a_checkpoint_of_plain_trainer_is_said_to_be_one(run_folder):
 
 def test_other_software_and_other_processes_are_said(run_folder, caplog):
     path = run_folder / "checkpoint-6" / FILES
-    listed = json.loads(path.read_text())
-    listed["written_with"] |= {"transformers": "5.1.0", "processes": 2}
-    path.write_text(json.dumps(listed))
+    content = json.loads(path.read_text())
+    content["written_with"] |= {"transformers": "5.1.0", "processes": 2}
+    path.write_text(json.dumps(content))
     runner(run_folder).train(resume_from_checkpoint=True)
     assert "transformers 5.1.0 (now" in caplog.text and "processes 2 (now 1): it goes on, and not" in caplog.text
+
+
+# ---- Two runs in one folder ----
+
+
+def test_the_run_that_wrote_last_goes_on_and_the_other_is_left(tmp_path):
+    for step, run in ((2, "a"), (4, "a"), (6, "a"), (2, "b")):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}", ignore_errors=True)
+        made = make(tmp_path, step, run=run)
+    shutil.copytree(tmp_path, copied := tmp_path / "copied", ignore=lambda *_: ["copied"])
+    os.utime(copied / "checkpoint-6")  # a copy's times mean nothing
+    other = "it is of another run, and checkpoint-2 was written after it"
+    assert choose(True, tmp_path) == (made, {tmp_path / f"checkpoint-{step}": [other] for step in (6, 4)})
+    assert choose(True, copied)[0] == copied / "checkpoint-2"
+    assert choose(tmp_path / "checkpoint-6", tmp_path) == (tmp_path / "checkpoint-6", {})
+    (made / "model.safetensors").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint-6: it is of another run.*checkpoint-2: model.* path of one"):
+        choose(True, tmp_path)
+
+
+def test_a_second_run_in_a_folder_is_said_and_continued_as_itself(run_folder, caplog):
+    def name(step):
+        return listed(run_folder / f"checkpoint-{step}")["run"]
+
+    first = name(6)
+    assert first and name(2) == first
+    second = runner(run_folder, max_steps=2, learning_rate=1e-2)
+    states = torch.get_rng_state(), random.getstate()
+    second._begun(None)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]  # a name is no draw
+    assert f"{run_folder} holds checkpoints of another run, up to checkpoint-6" in caplog.text
+    second.train()
+    assert name(2) not in ("", first)
+    caplog.clear()
+    third = runner(run_folder, max_steps=4, learning_rate=1e-2, save_total_limit=2)
+    third.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is used" in caplog.text and "holds checkpoints of another run" not in caplog.text
+    assert name(4) == name(2) != first and left(run_folder) == [2, 4]
+
+
+# ---- Whatever the processes are asked ----
+
+
+def test_what_can_be_asked_for(run_folder, tmp_path):
+    run = runner(run_folder)
+    last = str(run_folder / "checkpoint-6")
+    for asked in (True, "True", "true", last, last + "/", Path(last)):
+        assert Path(run._begun(asked)[1]) == Path(last)
+    for asked in (None, False, "False", "false"):
+        assert run._begun(asked)[1] is None
+    for asked in ("", 6):
+        with pytest.raises(ValueError, match=rf"is {asked!r}; expected True, or the path of a checkpoint"):
+            run._begun(asked)
+    assert run.train("true").global_step == 6
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"output_dir is .* and .*file is a file; name a folder"):
+            runner(folder)
+
+
+def test_processes_that_were_asked_for_different_things_are_refused(run_folder, monkeypatch):
+    monkeypatch.setattr(whole, "gather_object", lambda mine: [*mine, "None"])
+    with pytest.raises(ValueError, match=r"is 'True' on process 0 and 'None' on 1. .*all of them the same"):
+        runner(run_folder).train(resume_from_checkpoint=True)
+
+
+def test_whatever_the_deciding_process_meets_reaches_the_others(run_folder, monkeypatch):
+    def met(*args):
+        raise KeyError("a fault of ours")
+
+    sent = []
+    monkeypatch.setattr(whole, "choose", met)
+    monkeypatch.setattr(whole, "broadcast_object_list", lambda values: (sent.extend(values), values)[1])
+    with pytest.raises(RuntimeError, match="KeyError: 'a fault of ours'"):
+        runner(run_folder).train(resume_from_checkpoint=True)
+    assert str(pickle.loads(pickle.dumps(sent[1]))) == "KeyError: 'a fault of ours'"
+
+
+def test_another_optimizer_is_refused_and_another_seed_is_said(run_folder, caplog):
+    with pytest.raises(ValueError, match=r"was trained with the optimizer AdamW and this run has SGD: set optim back"):
+        runner(run_folder, optim="sgd", max_steps=7).train(resume_from_checkpoint=True)
+    assert "was written with" not in caplog.text
+    runner(run_folder, seed=7).train(resume_from_checkpoint=True)
+    assert "was written with seed 42 (now 7): it goes on, and not bitwise" in caplog.text
 
 
 # ---- A save that fails ----
@@ -197,7 +333,7 @@ def test_the_files_of_a_save_are_the_nine_that_fail_above(tmp_path, monkeypatch)
     begun = failing(monkeypatch, NO_SPACE, 0, lambda: run.state.global_step == 4)
     run.train()
     first = [STATE_TENSORS, STATE_JSON, "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt"]
-    assert begun == [*first, "rng_state.pth", FILES, "trainer_state.json"]
+    assert begun == [*first, "rng_state.pth", "trainer_state.json.part", FILES]
 
 
 @pytest.mark.parametrize("kilobytes", [50, 150])
@@ -277,8 +413,8 @@ def test_the_weights_alone_are_whole_too(tmp_path):
 class During(TrainerCallback):
     """Signals in the middle of the save of step 4."""
 
-    def __init__(self, monkeypatch, count):
-        self.count, save = count, transformers.modeling_utils.safe_save_file
+    def __init__(self, monkeypatch, *signals):
+        self.signals, save = [*signals], transformers.modeling_utils.safe_save_file
         monkeypatch.setattr(
             transformers.modeling_utils, "safe_save_file", lambda *a, **k: (self.tell(), save(*a, **k))
         )
@@ -288,20 +424,23 @@ class During(TrainerCallback):
         self.step = state.global_step
 
     def tell(self):
-        count, self.count = (self.count, 0) if self.step == 4 else (0, self.count)
-        for _ in range(count):
-            os.kill(os.getpid(), signal.SIGTERM)
+        while self.step == 4 and self.signals:
+            os.kill(os.getpid(), self.signals.pop(0))
 
 
-def test_a_signal_in_a_save_lets_it_finish(tmp_path, monkeypatch):
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize("signals", [(TERM,), (INT,), (TERM, TERM, TERM), (INT, TERM, TERM), (TERM, INT)])
+def test_signals_in_a_save_let_it_finish(tmp_path, monkeypatch, signals):
     with pytest.raises(KeyboardInterrupt, match=r"after step 4, saved in .*checkpoint-4"):
-        runner(tmp_path, callbacks=[During(monkeypatch, 1)]).train()
+        runner(tmp_path, callbacks=[During(monkeypatch, *signals)]).train()
     assert problems(tmp_path / "checkpoint-4") == []
 
 
-def test_a_second_signal_in_a_save_leaves_the_last_whole_one(tmp_path, monkeypatch, finished):
-    run = runner(tmp_path, callbacks=[During(monkeypatch, 2)], save_total_limit=1)
-    with pytest.raises(KeyboardInterrupt, match="at once, at the second signal"):
+def test_a_second_ctrl_c_in_a_save_leaves_the_last_whole_one(tmp_path, monkeypatch, finished):
+    run = runner(tmp_path, callbacks=[During(monkeypatch, INT, TERM, INT)], save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt, match="at once, at the second Ctrl-C"):
         run.train()
     assert last_whole(tmp_path)[0] == tmp_path / "checkpoint-2" and run.args.save_total_limit == 1
     assert problems(tmp_path / "checkpoint-4") == ["trainer_state.json is missing: its save was not finished"]
@@ -313,12 +452,12 @@ def test_a_second_signal_in_a_save_leaves_the_last_whole_one(tmp_path, monkeypat
 # ---- What is removed ----
 
 
-def make(folder, step, content="x"):
+def make(folder, step, content="x", run=""):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_text(content)
-    seal(path, 1, ["model.safetensors"])
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (path / UNLISTED).write_text(json.dumps({"global_step": step}))
+    seal(path, 1, ["model.safetensors"], run)
     return path
 
 

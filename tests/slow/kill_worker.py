@@ -31,8 +31,9 @@ from tests.helpers import trainer
 from tests.test_image_dataset import noisy
 from tests.tiny import build
 
-STEPS = 30
+STEPS = 30  # 7.5 epochs
 KINDS = ("at a random time", "before a file", "inside a file")
+LATE = "after the last save"
 
 
 def images():
@@ -64,6 +65,7 @@ def train(folder):
         resume_from_checkpoint="true",
     )
     importlib.import_module("running")._train(runner, runner.args)
+    return runner
 
 
 # ---- Inside the fork ----
@@ -105,7 +107,10 @@ def child(folder, kind, when, fraction, report):
     logging.getLogger("hf_kdtl.whole").addHandler(said)
     instrument(kind, when, fraction, report)
     os.write(report, b".")
-    train(folder / "run")
+    model = train(folder / "run").model
+    if kind == LATE:
+        os.kill(os.getpid(), signal.SIGKILL)
+    model.save_pretrained(folder / "model")
     os._exit(0)
 
 
@@ -158,6 +163,11 @@ def outcome(folder, step=STEPS):
     }
 
 
+def ended(folder):
+    """`outcome`, and the model that the run ended with, as it was in memory."""
+    return outcome(folder) | {"the model": safetensors.torch.load_file(folder / "model" / "model.safetensors")}
+
+
 def same(a, b):
     """Bitwise, all the way down."""
     if isinstance(a, dict):
@@ -184,7 +194,8 @@ def lose_a_block(run, draw):
 
 
 def chain(folder, kills, draw, seconds):
-    """Kill a run up to `kills` times, resuming it after each, and let it finish: [(kind, inside a save, damaged)]."""
+    """Kill a run up to `kills` times, resuming it after each, and twice when it was finished; then let it finish:
+    [(kind, inside a save, damaged)]."""
     folder.mkdir()
     done = []
     while len(done) < kills:
@@ -192,8 +203,11 @@ def chain(folder, kills, draw, seconds):
         after = draw.uniform(0, 0.8 * seconds) if kind == KINDS[0] else None
         killed, inside = attempt(folder, kind, draw.randint(1, 70), draw.choice([0.0, draw.random()]), after)
         if not killed:
-            return done
+            break
         done.append((kind, inside, draw.random() < 0.3 and lose_a_block(folder / "run", draw)))
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    for damage in (draw.random() < 0.5, False):
+        done.append((LATE, attempt(folder, LATE)[1], damage and lose_a_block(folder / "run", draw)))
     attempt(folder)
     return done
 
@@ -208,18 +222,20 @@ def main(folder, kills, seed):
     (folder / "undisturbed").mkdir()
     attempt(folder / "undisturbed")
     seconds = time.time() - began
-    expected = outcome(folder / "undisturbed")
-    done, different, skipped, chains = [], [], 0, 0
-    while len(done) < kills:
+    expected = ended(folder / "undisturbed")
+    done, different, skipped, finished, chains = [], [], 0, 0, 0
+    while sum(kind != LATE for kind, _, _ in done) < kills:
         here = folder / f"chain{chains}"
         done += chain(here, 6, draw, seconds)
-        found = outcome(here)
+        found = ended(here)
         different += [f"{here.name}: {key}" for key in expected if not same(expected[key], found[key])]
-        skipped += (here / "said.txt").read_text().count("is skipped")
+        said = (here / "said.txt").read_text()
+        skipped, finished = skipped + said.count("is skipped"), finished + said.count("it is finished")
         chains += 1
-    count = {kind: sum(k == kind for k, _, _ in done) for kind in KINDS}
-    report = {"kills": len(done), "inside_a_save": sum(i for _, i, _ in done), "by_kind": count, "chains": chains}
-    report["damaged_afterwards"] = sum(d for _, _, d in done)
+    count = {kind: sum(k == kind for k, _, _ in done) for kind in (*KINDS, LATE)}
+    report = {"kills": sum(count[kind] for kind in KINDS), "by_kind": count, "chains": chains}
+    report["inside_a_save"] = sum(i for _, i, _ in done)
+    report |= {"damaged_afterwards": sum(d for _, _, d in done), "resumed_when_finished": finished}
     print(json.dumps(report | {"skipped": skipped, "different": different, "seconds": time.time() - began}))
 
 

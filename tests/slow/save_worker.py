@@ -1,7 +1,8 @@
 """A run of several processes that saves; started by torchrun. What each process met is in OUT.<rank>.json.
 
 python -m tests.slow.save_worker OUT FOLDER [SETTINGS as JSON]
-    resume        true: continue from the last whole checkpoint
+    resume        true: continue from the last whole checkpoint; a list: what each rank is asked
+    breaks        true: the list of files cannot even be looked at
     fails         [rank, step]: the random state of that rank cannot be written in the save of that step
     killed        [rank, count]: that rank is killed at its count-th file
 """
@@ -18,6 +19,7 @@ import transformers.modeling_utils
 from transformers.trainer_callback import TrainerState
 
 import hf_kdtl.checkpoint
+import hf_kdtl.whole
 from tests.helpers import Images, leave, trainer
 from tests.tiny import build
 
@@ -45,7 +47,7 @@ def instrument(runner, fails, killed):
     TrainerState.save_to_json = wrapped(TrainerState.save_to_json, 1)
 
 
-def main(out, folder, resume=False, fails=None, killed=None):
+def main(out, folder, resume=False, fails=None, killed=None, breaks=False):
     torch.set_num_threads(1)
     runner = trainer(
         folder,
@@ -67,10 +69,13 @@ def main(out, folder, resume=False, fails=None, killed=None):
         metric_for_best_model="loss",  # where Trainer has a barrier in the middle of a save
     )
     instrument(runner, fails, killed)
+    if breaks:
+        hf_kdtl.whole.choose = None  # a fault of ours, on whichever process decides
+    resume = resume[runner.args.process_index] if isinstance(resume, list) else resume
     try:
         runner.train(resume_from_checkpoint=resume)
         said = ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {error}"
     met = {"said": said, "step": runner.state.global_step, "world": runner.args.world_size}
     Path(f"{out}.{runner.args.process_index}.json").write_text(json.dumps(met))

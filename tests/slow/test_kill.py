@@ -18,5 +18,6 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     print(report)
     assert report["kills"] >= 30 and report["inside_a_save"] >= 10 and all(report["by_kind"].values()), report
+    assert report["resumed_when_finished"] >= report["chains"], report
     assert report["skipped"] >= 5 and report["damaged_afterwards"] >= 2, report
     assert report["different"] == []

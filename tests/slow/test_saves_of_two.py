@@ -64,3 +64,17 @@ def test_two_processes_that_are_killed_end_as_if_they_never_were(tmp_path, undis
     found, expected = outcome(tmp_path, 8), outcome(undisturbed, 8)
     assert [key for key in expected if not same(expected[key], found[key])] == []
     assert os.listdir(tmp_path / "run")
+
+
+def test_two_processes_that_are_not_asked_the_same_or_meet_a_fault_end_together(tmp_path, undisturbed):
+    checkpoint = str(undisturbed / "run" / "checkpoint-8")
+    for met in start(tmp_path / "out", undisturbed / "run", resume=[checkpoint, None]):
+        assert met["said"].startswith("ValueError: resume_from_checkpoint is '/") and "'None' on 1." in met["said"]
+    said = [met["said"] for met in start(tmp_path / "out", undisturbed / "run", resume=True, breaks=True)]
+    assert said == ["RuntimeError: TypeError: 'NoneType' object is not callable"] * 2
+
+
+def test_two_processes_whose_run_is_finished_make_no_further_step(tmp_path, undisturbed):
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    met = start(tmp_path / "out", tmp_path / "run", resume=True)
+    assert [(one["said"], one["step"]) for one in met] == [("", 8)] * 2 and steps(tmp_path / "run") == [6, 8]
