@@ -1,6 +1,6 @@
 """Peak memory of a run with teacher="self" against one with a second copy of the model, each in a process of its own.
 
-python benchmarks/self_memory.py
+python benchmarks/self_memory.py self; python benchmarks/self_memory.py copy
 
 A ViT-B of random weights at 224 px with LoRA, task and logit_kd, two steps of two images.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import resource
-import subprocess
 import sys
 from tempfile import TemporaryDirectory
 
@@ -21,7 +20,7 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 
 
 def run(which: str) -> None:
-    """Train, and print the process's peak."""
+    """Train, and print the process's peak: teacher "self", or a "copy"."""
     model = ViTForImageClassification(ViTConfig(num_labels=10))
     teacher = copy.deepcopy(model) if which == "copy" else "self"
     lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
@@ -34,19 +33,9 @@ def run(which: str) -> None:
         student = get_peft_model(model, lora)
         DistillationTrainer(student, config, teacher=teacher, train_dataset=images).train()
     weights = sum(p.nbytes for p in model.parameters())
-    print(f"{which} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} {weights / 2**20:.0f}")
-
-
-def main() -> None:
-    """Both, and the difference as a share of the model."""
-    found = {}
-    for which in ("self", "copy"):
-        done = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
-        _, peak, weights = done.stdout.split("\n")[-2].split()
-        found[which] = int(peak)
-    print(f"| teacher | peak memory (MiB) |\n| --- | ---: |\n| self | {found['self']} |\n| a copy | {found['copy']} |")
-    print(f"\nThe copy takes {found['copy'] - found['self']} MiB more; the model's weights are {weights} MiB.")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{which}: {peak / 1024:.0f} MiB at the peak; the model's weights are {weights / 2**20:.0f} MiB.")
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 1 else run(sys.argv[1])
+    run(sys.argv[1])

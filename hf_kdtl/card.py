@@ -12,12 +12,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_kdtl.cards.facts import facts, millions
 from hf_kdtl.cards.figures import models_of, saved_adapters, source_name, split_scores
-from hf_kdtl.cards.licence import settle, strictest
-from hf_kdtl.cards.markdown import Markdown, fenced, inline, render, without_paths
-from hf_kdtl.cards.provenance import is_hub_name
-from hf_kdtl.cards.results import Results, check_results, results_of, with_evaluation
+from hf_kdtl.cards.licence import of_parents, parents, settle
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, render
+from hf_kdtl.cards.paths import without_paths
+from hf_kdtl.cards.provenance import is_hub_name, is_on_hub
+from hf_kdtl.cards.results import Results, check_results, results_of, with_evaluation, without_nulls
 from hf_kdtl.evaluation.metrics import METRICS
-from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
 from hf_kdtl.evaluation.text import one_line
 
 __all__ = ["inline", "results_of", "student_card", "with_evaluation", "write_card"]
@@ -46,21 +47,52 @@ def student_card(
         model_id: the student's name on the Hub, for the lines that show how to use it.
         license: by default the one that its teacher's card states; a card without one says what is not known.
         language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: as of Trainer's
-            create_model_card; tags come beside ours, the others in place of what results.json says.
+            create_model_card; tags come beside ours, the others in place of what results.json says. Of a path the
+            last part is taken; `finetuned_from` and `dataset_tags` are links, and left out where they are none.
 
     Raises:
-        ValueError: for results of another schema or of another recipe; a model_id that is no name on the Hub; a
-            licence that the teacher's does not allow.
+        ValueError: for results of another schema or of another recipe, or malformed ones, naming the section; a
+            model_id that is no name on the Hub; a licence that the teacher's does not allow.
     """
-    check_results(results)
     if model_id is not None and not is_hub_name(model_id):
         raise ValueError(f"model_id is {model_id!r}; expected a name on the Hub, such as your-name/your-student.")
+    given = {"model_id": model_id, "license": license, "language": language, "tags": tags, "model_name": model_name,
+             "finetuned_from": finetuned_from, "tasks": tasks, "dataset_tags": dataset_tags, "dataset": dataset,
+             "dataset_args": dataset_args}  # fmt: skip
+    try:
+        return _card(results, **given)
+    except MALFORMED as error:
+        section = next((name for name in SECTIONS if name in results and _has_a_card(results, name, given)), "unknown")
+        raise ValueError(
+            f"{FILE}, section {section}: what a card needs of it is missing, or of another kind "
+            f"({type(error).__name__}: {error}). Restore the file, or run the recipe again."
+        ) from error
+
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError)
+
+
+def _has_a_card(results: Results, without: str, given: dict[str, Any]) -> bool:
+    try:
+        _card({name: value for name, value in results.items() if name != without}, **given)
+    except (ValueError, *MALFORMED):
+        return False
+    return True
+
+
+def _card(
+    results: Results, *, model_id, license, language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
+    dataset_args,
+) -> ModelCard:  # fmt: skip
+    results = without_nulls(results)
+    check_results(results)
     found, said = _licence(results, license)
+    model_name = next(iter(_list(model_name)), None)
     name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
-    task = _list(tasks)[0] if tasks else TASK
+    task = next(iter(_list(tasks)), TASK)
     data = ModelCardData(
         license=found,
-        language=_clean(language),
+        language=_list(language) or None,
         library_name="peft" if saved_adapters(results) else "transformers",
         pipeline_tag=task,
         tags=_tags(results, tags),
@@ -83,23 +115,19 @@ def _student(results: Results) -> dict[str, Any]:
 
 def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
     """(licence, what the card says of it)."""
-    models = models_of(results)
-    start = models.get("student", {}).get("start", {})
-    parents = [
-        model for model in (models.get("teacher"), start if start.get("how") == "pretrained" else None) if model
-    ]
-    its = strictest([model.get("licence") for model in parents])
+    made_from, its = parents(models_of(results)), of_parents(models_of(results))
     if its is None and asked is None:
-        known = "its teacher's licence is not known" if parents else "none was given"
+        several = "not all licences of its teacher and its start are known"
+        known = {0: "none was given", 1: "its teacher's licence is not known"}.get(len(made_from), several)
         return None, f"not settled: {known}. Ask before you use it."
     found = settle(its, asked)
     if asked is None or asked == its:
         return (
             found,
-            f"{inline(found)}, as of {'the models that it was made from' if len(parents) > 1 else 'its teacher'}.",
+            f"{inline(found)}, as of {'the models that it was made from' if len(made_from) > 1 else 'its teacher'}.",
         )
     its_own = f"theirs is {inline(its)}" if its else "that of the models it was made from is not known"
-    return found, f"{inline(found)}, chosen by who published it{f' ({its_own})' if parents else ''}."
+    return found, f"{inline(found)}, chosen by who published it{f' ({its_own})' if made_from else ''}."
 
 
 def _tags(results: Results, tags: str | Sequence[str] | None) -> list[str]:
@@ -109,13 +137,14 @@ def _tags(results: Results, tags: str | Sequence[str] | None) -> list[str]:
         for entry in results.get("objectives", [])
         if entry["name"] != "task" and entry.get("weight", 1.0)
     ]
-    return list(dict.fromkeys(one_line(tag) for tag in ("hf_kdtl", *taught, *names, *_list(tags))))
+    return list(dict.fromkeys(["hf_kdtl", *taught, *map(one_line, names), *_list(tags)]))
 
 
 def _datasets(results: Results, asked: str | Sequence[str] | None) -> list[str] | None:
     data = results.get("data", {})
     own = [data["source"]] if data.get("hub") and is_hub_name(data["source"]) else []
-    return [one_line(name) for name in _list(asked)] or own or None
+    given = [asked] if isinstance(asked, str) else asked or []
+    return [name for name in given if is_on_hub(name)] or own or None
 
 
 def _parents(results: Results, finetuned_from: str | None) -> dict[str, Any]:
@@ -123,8 +152,8 @@ def _parents(results: Results, finetuned_from: str | None) -> dict[str, Any]:
     teacher, student = models_of(results).get("teacher") or {}, _student(results)
     start = student.get("start", {})
     names = [model["name"] for model in (start, teacher) if model.get("hub")]
-    if finetuned_from is not None:
-        names = [one_line(finetuned_from), *names]
+    finetuned_from = finetuned_from if finetuned_from and is_on_hub(finetuned_from) else None
+    names = [*([finetuned_from] if finetuned_from else []), *names]
     if not names:
         return {}
     found: dict[str, Any] = {"base_model": list(dict.fromkeys(names)) if len(set(names)) > 1 else names[0]}
@@ -139,9 +168,10 @@ def _eval_results(
 ) -> list[EvalResult]:
     split, scores = split_scores(results)
     data = results.get("data", {})
-    name = one_line(_list(dataset)[0] if dataset else without_paths(source_name(data) or "unknown"))
-    kind = name if dataset or data.get("hub") else re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-")
-    config = one_line(_list(dataset_args)[0]) if dataset_args else None
+    asked = _list(dataset)
+    name = asked[0] if asked else one_line(without_paths(source_name(data) or "unknown"))
+    kind = name if asked or data.get("hub") else re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-")
+    config = next(iter(_list(dataset_args)), None)
     return [
         EvalResult(
             task_type=task, dataset_type=kind or "unknown", dataset_name=name, dataset_split=split,
@@ -152,11 +182,9 @@ def _eval_results(
 
 
 def _list(value: str | Sequence[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _clean(value: str | Sequence[str] | None) -> list[str] | None:
-    return [one_line(item) for item in _list(value)] or None
+    """What a script hands on from its own settings, each on one line and of a path the last part."""
+    given = [value] if isinstance(value, str) else value or []
+    return [one_line(without_paths(item)) for item in given if item]
 
 
 # ---- Text ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
-from hf_kdtl.evaluation.results import FILE, read_results
-from hf_kdtl.staging import is_weights, refuse_secrets, stage
+from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
+from hf_kdtl.staging import is_students, refuse_secrets, stage
 
 # What a repository may hold that was made on the web site and not used yet.
 BLANK = (".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -66,9 +67,10 @@ def check_access(
         found = api.model_info(name)
         if private and not found.private:
             raise ValueError(f"{name} exists and is public, and a private one is asked for. Name another, or hide it.")
-        _check_ours(name, [file.rfilename for file in found.siblings or ()])
-        if revision is not None and not create_pr:
-            api.create_branch(name, branch=revision, exist_ok=True)
+        if not create_pr:
+            _check_ours(api, name, revision)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
     return name
 
 
@@ -117,25 +119,38 @@ def student_of(folder: Path) -> Path:
     return folder / "student" if (folder / "student").is_dir() else folder
 
 
-def _check_ours(name: str, files: list[str]) -> None:
+def _check_ours(api: HfApi, name: str, revision: str | None) -> None:
+    """Whether what would be overwritten is a student of ours; a branch that there is not yet begins as main."""
+    there = revision in {branch.name for branch in api.list_repo_refs(name).branches} if revision else False
+    revision = revision if there else None
+    files = api.list_repo_files(name, revision=revision)
     foreign = sorted(set(files) - {*BLANK})
-    if foreign and FILE not in files:
+    if foreign and not (FILE in files and _is_a_students(Path(api.hf_hub_download(name, FILE, revision=revision)))):
+        where = f"{name} (branch {revision})" if revision else name
         raise ValueError(
-            f"{name} exists and holds {', '.join(foreign[:5])}, and no {FILE} of a student: it would be overwritten. "
+            f"{where} exists and holds {', '.join(foreign[:5])}, and no {FILE} of a student: it would be overwritten. "
             "Name another repository (--hub_model_id), or empty this one first."
         )
+
+
+def _is_a_students(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return 1 <= found["schema"] <= SCHEMA and found["run"]["recipe"] in (None, "distill")
+    except (ValueError, TypeError, KeyError):  # a file of somebody else's, by the same name
+        return False
 
 
 def send(
     staged: str | Path, name: str, token: str | None, revision: str | None, message: str, create_pr: bool = False
 ) -> CommitInfo:
-    """One commit of a staged folder. Weights of another kind that the repository holds go: they would be loaded."""
+    """One commit of a staged folder. A student of another kind that the repository holds goes: it would be loaded."""
     refuse_secrets("the commit message", message.encode(), token)
     api = HfApi(token=token, library_name="hf_kdtl")
     with _told(name):
         files = {path.name: path for path in sorted(Path(staged).iterdir())}
         there = api.list_repo_files(name, revision=None if create_pr else revision)
-        stale = [CommitOperationDelete(path) for path in there if is_weights(path) and path not in files]
+        stale = [CommitOperationDelete(path) for path in there if is_students(path) and path not in files]
         added = [CommitOperationAdd(path_in_repo, path) for path_in_repo, path in files.items()]
         return api.create_commit(
             name, [*stale, *added], commit_message=message, revision=revision, create_pr=create_pr
@@ -147,7 +162,7 @@ def _told(repo_id: str) -> Iterator[None]:
     """Errors of the Hub and of the way there as a HubError."""
     try:
         yield
-    except (HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise HubError(_sentence(error, repo_id)) from error
     except RuntimeError as error:  # how the client tells that an upload failed
         if not isinstance(error.__cause__, HTTPError | ConnectionError):

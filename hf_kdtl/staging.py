@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from fnmatch import fnmatch
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, get_token
 
-from hf_kdtl.cards.markdown import without_paths
-from hf_kdtl.evaluation.results import FILE
+from hf_kdtl.cards.figures import saved_adapters
+from hf_kdtl.cards.paths import anonymous, own_folders
+from hf_kdtl.evaluation.results import FILE, _plain
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-           "adapter_model.safetensors", "adapter_config.json")  # fmt: skip
+WHOLE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 SETTINGS = ("config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json")
 CARD = "README.md"
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")
@@ -33,8 +35,8 @@ def stage(
 ) -> Path:
     """Make the folder that goes to the Hub, and return it: the student's weights and settings, card and results.
 
-    Nothing else is taken along: no optimizer, no random states, no pickle. Settings and results are written anew
-    without paths of this machine.
+    Nothing else is taken along: no optimizer, no random states, no pickle, and of a whole model and an adapter in one
+    folder the one that the results are of. Settings and results are written anew without paths of this machine.
 
     Args:
         student: a folder with config.json and weights in safetensors, or with an adapter.
@@ -49,13 +51,14 @@ def stage(
             machine in what would go up.
     """
     student, target = Path(student), Path(target)
-    for path in sorted(path for path in student.iterdir() if path.is_file()):
+    other = WHOLE if is_adapter(student, results) else ADAPTER
+    for path in sorted(path for path in student.iterdir() if path.is_file() and not _fits(path.name, other)):
         if path.name in SETTINGS:
             _write(target / path.name, _mended(path))
-        elif is_weights(path.name):
+        elif is_students(path.name):
             shutil.copyfile(path, target / path.name)
     _check_whole(student, {path.name for path in target.iterdir()})
-    _write(target / FILE, anonymous(results))
+    _write(target / FILE, _plain(anonymous(results)))
     (target / CARD).write_text(str(card), encoding="utf-8")
     for name in _PICTURE.findall(str(card)):
         if pictures is not None and Path(pictures, name).is_file():
@@ -65,28 +68,21 @@ def stage(
     return target
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights of a student, or says where they are."""
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+def is_students(name: str) -> bool:
+    """Whether a file of this name holds weights of a student, or says what they are."""
+    return _fits(name, (*WHOLE, *ADAPTER))
 
 
-def anonymous(value: Any) -> Any:
-    """JSON whose texts name files and folders by their last part alone: paths tell of a machine and its user.
+def is_adapter(student: Path, results: dict[str, Any]) -> bool:
+    """Whether the student in a folder is an adapter: as its results say, and where they do not, what lies there."""
+    if "adapters" in results.get("models", {}).get("student", {}):
+        return saved_adapters(results)
+    whole = any(_fits(path.name, WHOLE) and path.suffix == ".safetensors" for path in student.iterdir())
+    return (student / "adapter_config.json").is_file() and not whole
 
-    >>> anonymous({"teacher": "/home/me/my models/vit", "note": "read from ~/my/cats, cut 1/2"})
-    {'teacher': 'vit', 'note': 'read from cats, cut 1/2'}
-    """
-    if isinstance(value, dict):
-        return {key: anonymous(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [anonymous(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if "\n" not in value and (Path(value).is_absolute() or PureWindowsPath(value).is_absolute()):
-        return PureWindowsPath(value).name or value  # a path that may hold blanks
-    for folder in _own_folders():
-        value = value.replace(f"{folder}/", "")
-    return without_paths(value)
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def refuse_secrets(what: str, content: bytes, token: str | None = None) -> None:
@@ -94,32 +90,34 @@ def refuse_secrets(what: str, content: bytes, token: str | None = None) -> None:
     found = [one.encode() for one in (token, get_token()) if one]
     if _TOKEN.search(content) or any(secret in content for secret in found):
         raise ValueError(f"{what} holds an access token; nothing was published. Remove it, and revoke the token.")
-    for folder in _own_folders():
-        if f"{folder}/".encode() in content:
+    for folder in own_folders():
+        # As it is, and as JSON and an address of a file write what is not ASCII.
+        ways = (f"{folder}/", json.dumps(f"{folder}/")[1:-1], quote(f"{folder}/"))
+        if any(way.encode() in content for way in ways):
             raise ValueError(
                 f"{what} names {folder}, a folder of this machine; nothing was published. Remove it: what is "
                 "published should say nothing about whose machine made it."
             )
 
 
-def _own_folders() -> Iterator[Path]:
-    """The working folder and the home folder, as far as their names tell anything; the latter as seen from above it
-    too, for who works there."""
-    home = Path.home()
-    above = [Path(*home.parts[-2:])] if len(home.parts) > 2 else []
-    return (folder for folder in (Path.cwd(), home, *above) if len(folder.parts) > 1)
-
-
 def _mended(path: Path) -> Any:
     settings = json.loads(path.read_text(encoding="utf-8"))
-    base = settings.get("base_model_name_or_path") if path.name == "adapter_config.json" else None
-    if base is not None and _is_local(base):
-        raise ValueError(
-            f"the student is an adapter on {Path(base).name!r}, a folder of this machine, and nobody else could open "
-            "it; nothing was published. Publish the base model first and set base_model_name_or_path in "
-            "adapter_config.json to its name on the Hub, or merge: model.merge_and_unload().save_pretrained(<folder>)."
-        )
+    if path.name == "adapter_config.json":
+        check_base(settings.get("base_model_name_or_path"))
     return _nameless(settings)
+
+
+def check_base(base: str | None) -> None:
+    """Raises ValueError for an adapter whose base model nobody else could open: a folder, or one without a name."""
+    if base and not _is_local(base):
+        return
+    what = f"{Path(base).name!r}, a folder of this machine" if base else "a model without a name"
+    raise ValueError(
+        f"the student is an adapter on {what}, and nobody else could open it; nothing was published. Publish the base "
+        "model first and set base_model_name_or_path in adapter_config.json (before training: "
+        "model.peft_config[...].base_model_name_or_path) to its name on the Hub, or merge: "
+        "model.merge_and_unload().save_pretrained(<folder>)."
+    )
 
 
 def _nameless(settings: Any) -> Any:
@@ -144,8 +142,9 @@ def _check_whole(student: Path, names: Collection[str]) -> None:
         return
     found = ", ".join(sorted(path.name for path in student.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
-        f"{student} holds {found}; expected a student's config.json and model.safetensors (a .bin file is a pickle "
-        "and is not published: save it anew with save_pretrained)."
+        f"{student} holds {found}; expected a student's config.json and model.safetensors, or its adapter_config.json "
+        "and adapter_model.safetensors (a .bin file is a pickle and is not published: save it anew with "
+        "save_pretrained)."
     )
 
 
@@ -158,4 +157,4 @@ def _searchable(path: Path) -> bytes:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,15 +20,17 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationConfig, cli
 from hf_kdtl.card import student_card, with_evaluation
 from hf_kdtl.cards import licence
+from hf_kdtl.cards.figures import models_of
+from hf_kdtl.cards.paths import anonymous
+from hf_kdtl.cards.provenance import saved_hash
+from hf_kdtl.cards.results import hash_of
 from hf_kdtl.evaluation.results import FILE, read_results
 from hf_kdtl.hub import HubError, check_access, later, publish, student_of
-from hf_kdtl.models.representation import fingerprint
-from hf_kdtl.staging import anonymous
+from hf_kdtl.staging import is_adapter
 
 
 @dataclass
@@ -61,23 +63,23 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
     Raises:
         ValueError, FileNotFoundError: for a run that is not finished, results of something else, a licence that
             is not known or does not allow it, and as `hf_kdtl.hub.publish`.
-        HubError: with the command to push later.
+        HubError: as that too. Both say where the student is, and the command to push it later.
     """
     results = read_results(options.run)
     check_student(Path(options.run), results)
     if options.evaluation is not None:
         results = with_evaluation(results, read_results(options.evaluation))
     results = anonymous(results)
-    settled = licence.settle(licence.strictest(parents(results)), options.license)
     where: dict[str, Any] = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     try:
+        settled = licence.settle(licence.of_parents(models_of(results)), options.license)
         name = check_access(options.hub_model_id, token, **where)
         card = student_card(results, model_id=name, license=settled)
         return publish(options.run, name, card, results=results, token=token, **where)
-    except HubError as error:
+    except (HubError, ValueError) as error:  # at the end of a training the student is what one asks after
         flags = dataclasses.asdict(options)
         command = later(student_of(Path(options.run)), flags.pop("run"), flags.pop("hub_model_id"), **flags)
-        raise HubError(f"{error} {command}") from error
+        raise (HubError if isinstance(error, HubError) else ValueError)(f"{error} {command}") from error
 
 
 def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions | None:
@@ -93,19 +95,11 @@ def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions |
     if not config.push_to_hub or config.process_index != 0:
         return None
     folder, token = Path(str(config.output_dir)), config.hub_token
-    names = [name for name in made_from if name not in (None, "self")]
-    licence.settle(licence.strictest([licence.inherited(str(name), token) for name in names]), config.license)
+    known = [licence.inherited(name, token) for name in made_from if name not in (None, "self")]
+    licence.settle(licence.strictest(known), config.license)
     where: dict[str, Any] = {"private": config.hub_private_repo, "revision": config.hub_revision}
     name = check_access(config.hub_model_id or folder.resolve().name, token, **where)
     return PushOptions(str(folder), name, license=config.license, **where)
-
-
-def parents(results: dict[str, Any]) -> list[str | None]:
-    """The licences of what a run's student was made from."""
-    models = results.get("models", {})
-    start = models.get("student", {}).get("start", {})
-    made_from = [models.get("teacher"), start if start.get("how") == "pretrained" else None]
-    return [model.get("licence") for model in made_from if model]
 
 
 def check_student(run: Path, results: dict[str, Any]) -> None:
@@ -113,8 +107,7 @@ def check_student(run: Path, results: dict[str, Any]) -> None:
     student = student_of(run)
     if not (student / "config.json").is_file() and not (student / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds no student; let the run finish: --resume_from_checkpoint true continues it.")
-    said = results.get("models", {}).get("student", {}).get("fingerprint")
-    found = fingerprint(AutoModelForImageClassification.from_pretrained(student))
+    said, found = hash_of(results), saved_hash(student, is_adapter(student, results))
     if said != found:
         raise ValueError(
             f"{run / FILE} is of a student with the weights {said}, and the one in {student} has {found}: its figures "

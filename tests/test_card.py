@@ -16,8 +16,9 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.card import results_of, student_card, with_evaluation
-from hf_kdtl.cards.markdown import Markdown, fenced, inline, table, without_paths
-from hf_kdtl.cards.provenance import model_facts, origin
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, table
+from hf_kdtl.cards.paths import without_paths
+from hf_kdtl.cards.provenance import made_from, model_facts, origin, saved_hash, student_hash
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import SCHEMA, update_results
 from hf_kdtl.evaluation.statistics import paired_difference
@@ -222,6 +223,58 @@ def test_a_validation_accuracy_is_called_one():
     assert "Did the teacher help?** Not measured" in card.text
 
 
+def _set(found, keys, value):
+    for key in keys[:-1]:
+        found = found[key]
+    found[keys[-1]] = value
+
+
+RUNS = ("evaluation", "models")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *[(*RUNS, arm, "runs", seed, "test", metric) for metric in ("accuracy", "nll", "ece")
+          for arm, seed in (("distilled", "1"), ("distilled", "2"), ("alone", "1"), ("teacher", "teacher"))],
+        (*RUNS, "teacher", "images_per_second"), ("run",), ("run", "processes"), ("data",), ("models",),
+        ("data", "sizes", "train"), ("models", "pairing"), ("models", "student"), ("pairing", "notes"),
+        ("judged", "evaluation", "models", "baseline", "runs", "baseline", "test", "nll"),
+    ],
+)  # fmt: skip
+def test_null_is_not_measured(keys):
+    found = with_evaluation(results(), evaluated())
+    _set(found, keys, None)
+    for judged in (found, {name: value for name, value in found.items() if name != "judged"}):
+        text = student_card(judged).text
+        assert "None" not in text and "nan" not in text.replace("naming", "")
+
+
+@pytest.mark.parametrize(
+    "keys, value, section",
+    [
+        (("judged", "evaluation", "models", "student", "confusion"), None, "judged"),
+        ((*RUNS, "distilled", "runs", "1", "test", "accuracy"), "much", "evaluation"),
+        (("objectives",), "task", "objectives"),
+        (("run",), "x", "run"),
+        (("data", "sizes"), [3], "data"),
+        ((*RUNS, "distilled", "runs", "1", "test", "accuracy"), 1.7, "evaluation"),
+    ],
+)
+def test_what_is_malformed_is_one_error_that_names_the_section(keys, value, section):
+    found = with_evaluation(results(), evaluated())
+    _set(found, keys, value)
+    with pytest.raises(ValueError, match=rf"results\.json, section {section}: .*[Rr]estore the file"):
+        student_card(found)
+
+
+def test_an_evaluation_with_another_accuracy_is_refused():
+    found = results()
+    found["evaluation"]["models"]["distilled"]["runs"]["1"]["test"]["accuracy"] = 0.9
+    with pytest.raises(ValueError, match=r"right in 90\.0 % .* of the same student in 60\.0 %"):
+        with_evaluation(found, evaluated())
+
+
 # ---- Metadata ----
 
 
@@ -247,6 +300,18 @@ def test_trainers_keywords_are_taken():
     assert data.license == "mit" and data.tags[-2:] == ["a", "b"] and card.text.lstrip().startswith("# tiny\n")
     assert data.base_model == ["owner/start", "owner/vit-big"] and data.datasets == ["other/set"]
     assert {(one.dataset_name, one.dataset_config) for one in data.eval_results} == {("Other Set", "small")}
+
+
+def test_trainers_keywords_may_be_paths_and_name_none():
+    Path("runs/mine").mkdir(parents=True)
+    for path in ("/data/zoe/John Smith/x", "~/zoe/x", "file:///data/zoe/x"):
+        names = "finetuned_from", "dataset", "dataset_args", "dataset_tags", "model_name", "tags"
+        every = dict.fromkeys(names, path)
+        card = student_card(results(), **every)
+        assert "zoe" not in str(card) and "Smith" not in str(card)
+        assert card.data.base_model == "owner/vit-big" and card.data.datasets == ["owner/pets"]
+        assert {one.dataset_name for one in card.data.eval_results} == {"x"} and card.text.lstrip().startswith("# x\n")
+    assert student_card(results(), finetuned_from="runs/mine").data.base_model == "owner/vit-big"  # a folder here
 
 
 def test_adapters_are_said():
@@ -337,6 +402,9 @@ def test_inline_cuts_escapes_once_and_leaves_markdown():
         ("'../shared/x' and C:\\Users\\me\\m", "'x' and m"),
         ("owner/name, 3/4 of a/b, 1 / 2", "owner/name, 3/4 of a/b, 1 / 2"),
         ("https://host.org/page", "https://host.org/page"),
+        ("the dataset /data/John Smith/cats is", "the dataset cats is"),
+        ("see file:///home/ann/x", "see x"),
+        ("about ~5 % of them, n/a", "about ~5 % of them, n/a"),
     ],
 )
 def test_without_paths(text, shown):
@@ -487,10 +555,11 @@ def test_results_of_the_folder_are_taken_if_they_are_of_this_run():
     student, teacher = pair()
     run = trainer("out", student, teacher, objectives=[{"name": "task", "weight": 0.1}, {"name": "logit_kd"}])
     update_results("out", "run", {"recipe": "distill"})
-    update_results("out", "objectives", [{"name": "task"}])
-    with pytest.raises(ValueError, match="a run with the objectives"):
-        results_of(run)
     update_results("out", "objectives", run.args.entries)
+    for another in ({}, {"fingerprint": None}, {"fingerprint": "0" * 32}):  # of a student with the same objectives
+        update_results("out", "models", {"student": another})
+        assert results_of(run)["run"]["recipe"] is None
+    update_results("out", "models", {"student": {"fingerprint": student_hash(student)}})
     assert results_of(run)["run"] == {"recipe": "distill"}
     update_results("out", "run", {"recipe": "evaluate_student"})  # not of a training: left alone
     assert results_of(run)["run"]["recipe"] is None
@@ -506,6 +575,9 @@ def test_a_student_that_taught_itself():
     assert models["teacher"]["fingerprint"] == plain["fingerprint"] != models["student"]["fingerprint"]
     assert models["teacher"]["parameters"] == plain["parameters"] < models["student"]["parameters"]
     assert models["student"]["adapters"] == {"default": "LORA"} and models["student"]["trainable"] < 5000
+    assert "teacher" not in made_from(run)  # it is the student, and started as what that started as
+    run.save_model("small")
+    assert models["student"]["fingerprint"] == student_hash(adapted) == saved_hash(Path("small"), adapter=True)
     card = student_card(results_of(run), model_id="me/small")
     assert "which is the student with its adapters off" in card.text and card.data.library_name == "peft"
 

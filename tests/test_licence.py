@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_kdtl.cards import licence
-from hf_kdtl.cards.licence import inherited, settle, strictest
+from hf_kdtl.cards.licence import inherited, of_parents, settle, strictest
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,18 @@ def test_of_several_parents_the_strictest_binds():
     assert strictest(["mit", None]) is None and strictest([]) is None
     with pytest.raises(ValueError, match=r"gpl-3.0 and cc-by-nc-4.0, which cannot both be kept"):
         strictest(["gpl-3.0", "cc-by-nc-4.0"])
+
+
+def test_a_parent_without_a_known_licence_makes_it_unknown():
+    start, nameless = {"how": "pretrained", "licence": "mit"}, {"name": None, "licence": None}
+    assert of_parents({"student": {"start": start}}) == "mit" and of_parents({}) is None
+    assert of_parents({"teacher": nameless, "student": {"start": start}}) is None
+    assert of_parents({"teacher": {}, "student": {"start": start}}) is None  # its nulls were left out
+    assert of_parents({"teacher": {"licence": "gpl-3.0"}, "student": {"start": start}}) == "gpl-3.0"
+    assert of_parents({"teacher": {"licence": "mit"}, "student": {"start": {"how": "random"}}}) == "mit"
+    for asked in (None, ""):
+        with pytest.raises(ValueError, match=r"--license apache-2\.0.* in Python DistillationConfig\(license="):
+            settle(None, asked)
 
 
 @pytest.mark.parametrize(

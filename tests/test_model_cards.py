@@ -101,4 +101,9 @@ def test_a_changed_figure_changes_the_card(folder):
     results = read_results(folder)
     before = str(student_card(results))
     next(iter(results["evaluation"]["models"]["distilled"]["runs"].values()))["test"]["accuracy"] = 0.123
+    with pytest.raises(
+        ValueError, match=r"right in 12\.3 % of the test images, and the evaluation of the same student"
+    ):
+        student_card(results)
+    results["judged"]["evaluation"]["models"]["student"]["runs"]["student"]["test"]["accuracy"] = 0.123
     assert "**12.3 %**" in str(student_card(results)) != before

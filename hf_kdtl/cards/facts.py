@@ -20,7 +20,8 @@ from hf_kdtl.cards.figures import (
     source_name,
     teacher_scores,
 )
-from hf_kdtl.cards.markdown import Markdown, fenced, inline, table, without_paths
+from hf_kdtl.cards.markdown import Markdown, fenced, inline, table
+from hf_kdtl.cards.paths import without_paths
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
 from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.readings import class_accuracies, degraded_mean, overconfidence, worst_degradation
@@ -155,7 +156,8 @@ def _notes(results: Results) -> list[str]:
 
 def _seeds(results: Results) -> dict[str, Any]:
     runs = results.get("evaluation", {}).get("models", {}).get(ARM, {}).get("runs", {})
-    values = [run["test"]["accuracy"] for run in runs.values() if "test" in run]
+    found = [run["test"].get("accuracy") for run in runs.values() if "test" in run]
+    values = [value for value in found if value is not None]
     if len(values) < 2:
         return {"number": len(values)}
     mean, sd = spread(values)
@@ -165,7 +167,7 @@ def _seeds(results: Results) -> dict[str, Any]:
 def _far(results: Results) -> dict[str, Any]:
     mine, its = shown_scores(results), teacher_scores(results)
     found = {"points": None, "interval": None, "teacher": None, "agreement": mine.get("agreement")}
-    if mine["accuracy"] is None or its is None:
+    if mine["accuracy"] is None or its is None or its.get("accuracy") is None:
         return found
     found |= {"points": f"{100 * (mine['value'] - its['accuracy']):+.1f}", "teacher": percent(its["accuracy"])}
     student = judged_student(results)
@@ -189,7 +191,7 @@ def _helped(results: Results) -> str | None:
 
 
 def _cannot(results: Results) -> Markdown:
-    classes, size = _classes(results), models_of(results)["student"].get("image_size")
+    classes, size = _classes(results), models_of(results).get("student", {}).get("image_size")
     told = [
         f"it names one of its {classes['count']} classes whatever it is shown, and never says that it does not know"
     ]

@@ -124,7 +124,7 @@ def _figures(results: Results) -> dict[str, Markdown]:
         said.append(f"Images/s and memory: batch size {evaluation['batch_size']}, {plain(judged['device'])}.")
         return {"figures": Markdown(verdict_table(evaluation)), "figures_note": Markdown(" ".join(said))}
     models = results.get("evaluation", {}).get("models", {})
-    if models and all({"parameters", "images_per_second"} <= set(model) for model in models.values()):
+    if models and all(_tabled(model) for model in models.values()):
         return {"figures": Markdown(table(results)), "figures_note": Markdown(note(results))}
     split, found = split_scores(results)
     if not found:
@@ -134,15 +134,25 @@ def _figures(results: Results) -> dict[str, Markdown]:
     return {"figures": table_of_one, "figures_note": Markdown(f"On the {split} split{chosen}.")}
 
 
+def _tabled(model: dict[str, Any]) -> bool:
+    """Whether the report's table has a row for it."""
+    known = [model.get(what) for what in ("parameters", "images_per_second")]
+    known += [run.get(split, {}).get("accuracy") for run in model["runs"].values() for split in SPLITS]
+    return None not in known
+
+
 def _baseline(results: Results) -> list[str]:
     """What the evaluation's baseline is: known by its scores where it is the student alone."""
     its = results["judged"]["evaluation"]["models"].get("baseline")
     if its is None:
         return []
-    nll = next(iter(its["runs"].values()))["test"]["nll"]
+    nll = next(iter(its["runs"].values()))["test"].get("nll")
     runs = results.get("evaluation", {}).get("models", {}).get("alone", {}).get("runs", {})
-    for seed, run in runs.items():
-        if math.isclose(run.get("test", {}).get("nll", math.inf), nll, rel_tol=1e-4):
+    alone = {seed: run["test"].get("nll") for seed, run in runs.items() if "test" in run}
+    if None in (nll, *alone.values()):
+        return []  # not to be told apart
+    for seed, value in alone.items():
+        if math.isclose(value, nll, rel_tol=1e-4):
             return [f"The baseline is the same student trained without the teacher, seed {plain(seed)}."]
     return ["The baseline is another model, which this student would replace."]
 

@@ -39,6 +39,27 @@ def inherited(teacher_name_or_path: str | Path, token: str | bool | None = None)
     return _word(card.data.license)
 
 
+def of_parents(models: dict[str, Any]) -> str | None:
+    """The licence that binds a student by the models that it was made from: see `strictest`.
+
+    Args:
+        models: the section `models` of results.json, or as much of it as says of teacher and start what `origin` does.
+
+    None where one of them is not known, and where there are none.
+
+    Raises:
+        ValueError: as `strictest`.
+    """
+    return strictest([model.get("licence") for model in parents(models)])
+
+
+def parents(models: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a student was made from: its teacher, and what it started from. A teacher without a name is one too."""
+    start = (models.get("student") or {}).get("start") or {}
+    return [model for model in (models.get("teacher"), start if start.get("how") == "pretrained" else None)
+            if model is not None]  # fmt: skip
+
+
 def settle(inherited: str | None, asked: str | None) -> str:
     """The licence of a student.
 
@@ -55,7 +76,10 @@ def settle(inherited: str | None, asked: str | None) -> str:
     """
     its, wanted = _word(inherited), _word(asked)
     if asked is not None and wanted is None:
-        raise ValueError(f"license is {asked!r}; expected an identifier of the Hub, such as --license apache-2.0.")
+        raise ValueError(
+            f"license is {asked!r}; expected an identifier of the Hub, such as --license apache-2.0, or in Python "
+            'DistillationConfig(license="apache-2.0").'
+        )
     if its is not None and "nd" in its.split("-"):
         raise ValueError(
             f"the teacher's licence is {its}, which allows no derivatives, and a distilled student is one as we read "
@@ -64,8 +88,9 @@ def settle(inherited: str | None, asked: str | None) -> str:
         )
     if its is None and wanted is None:
         raise ValueError(
-            "the teacher's licence is not known (its card states none, or could not be read). Find out what it allows "
-            "and type --license <identifier>, such as --license apache-2.0."
+            "the teacher's licence is not known, or that of what the student started from (its card states none, or "
+            "could not be read). Find out what it allows and type --license <identifier>, such as --license "
+            'apache-2.0; in Python DistillationConfig(license="apache-2.0").'
         )
     if its is None or wanted is None or wanted == its or its in PERMISSIVE:
         return wanted or its  # type: ignore[return-value]
@@ -73,7 +98,7 @@ def settle(inherited: str | None, asked: str | None) -> str:
         return wanted
     raise ValueError(
         f"the teacher's licence is {its} and {wanted} is asked for, which would loosen it ({_why(its)}). Type "
-        f"--license {its}, or leave --license out."
+        f"--license {its} (in Python DistillationConfig(license={its!r})), or leave it out."
     )
 
 

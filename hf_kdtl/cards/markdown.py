@@ -12,7 +12,6 @@ from hf_kdtl.evaluation.text import aligned, plain
 
 # What would open a list, a heading or a rule at the beginning of a line.
 _OPENS = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+=]+(\s|$)))")
-_PATH = re.compile(r"(?<![\w.:/\\])(?:~|/|[A-Za-z]:[/\\]|\.\.?[/\\])(?:[^\s'\",;:]*[/\\])?([^\s'\",;:/\\]+)[/\\]?")
 
 
 class Markdown(str):
@@ -33,15 +32,6 @@ def inline(text: Any, most: int = 1000) -> Markdown:
     line = " ".join(str(text).split())
     shown = plain(line if len(line) <= most else f"{line[: most - 1]}…")
     return Markdown(_OPENS.sub(lambda found: f"{found[1]}\\", shown))
-
-
-def without_paths(text: str) -> str:
-    """A text with each path of this machine cut to its last part: a card is published.
-
-    >>> without_paths("the teacher '/home/me/runs/vit' is small, owner/name is not a path")
-    "the teacher 'vit' is small, owner/name is not a path"
-    """
-    return _PATH.sub(lambda found: found[1], text)
 
 
 def table(rows: Sequence[Sequence[Any]]) -> Markdown:

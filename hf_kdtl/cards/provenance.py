@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl.cards import licence
 from hf_kdtl.evaluation.cost import parameters
@@ -24,8 +31,7 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
     text = str(name_or_path or "")
     if not text:
         return {"name": None, "hub": False, "revision": None, "licence": None}
-    path = Path(text).expanduser()
-    hub = not path.exists() and is_hub_name(text)
+    path, hub = Path(text).expanduser(), is_on_hub(text)
     parts = [part for part in path.parts if part not in (path.anchor, ".", "..")]
     short = parts[-2] if len(parts) > 1 and parts[-1] in _INNER else (parts or [""])[-1]
     return {
@@ -34,6 +40,34 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
         "revision": revision if hub else None,
         "licence": licence.inherited(text),
     }
+
+
+def origin_of(model: Any) -> dict[str, Any]:
+    """`origin` of a model in memory, by what its config says. A licence that was found is not asked for again."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = getattr(base.config, "_name_or_path", None)
+    known = _origins.setdefault(base, {})
+    if known.get("licence") is None or known["asked"] != name:
+        known |= {"asked": name, **origin(name, getattr(base.config, "_commit_hash", None))}
+    return {key: value for key, value in known.items() if key != "asked"}
+
+
+_origins: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+
+def made_from(trainer: Any) -> dict[str, Any]:
+    """Of the section `models` what says which models a trainer's student was made from."""
+    start, teacher = origin_of(trainer.model), getattr(trainer, "teacher", None)
+    # Without a name it is random or cut, and nobody knows which.
+    found = {"student": {"start": {"how": "pretrained" if start["name"] else None, **start}}}
+    if teacher is None or teacher.model in (None, trainer.model):  # the student itself, with its adapters off
+        return found
+    return {"teacher": origin_of(teacher.model)} | found
+
+
+def is_on_hub(text: str) -> bool:
+    """Whether it is taken for a name on the Hub: it can be one, and is no path here."""
+    return is_hub_name(text) and not Path(text).expanduser().exists()
 
 
 def is_hub_name(text: str) -> bool:
@@ -47,12 +81,15 @@ def is_hub_name(text: str) -> bool:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """What a model is now: `origin`, architecture, parameters, image size, adapters, and the hash of its weights."""
+    return _facts(model) | {"fingerprint": student_hash(model)}
+
+
+def _facts(model: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
-    name = getattr(config, "_name_or_path", None)
     size = getattr(vision_config(config), "image_size", None)
     return {
-        **origin(name, getattr(config, "_commit_hash", None)),
+        **origin_of(model),
         "architecture": type(base).__name__,
         "model_type": config.model_type,
         "num_labels": config.num_labels,
@@ -60,9 +97,38 @@ def model_facts(model: Any) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "image_size": [size, size] if isinstance(size, int) else size,
         "adapters": _adapters(model),
-        # That of a model with adapters is the one that it has without them, and tells no two apart.
-        "fingerprint": None if base is not model else fingerprint(model),
     }
+
+
+def student_hash(student: Any) -> str:
+    """The hash of the weights that are saved of a student: `fingerprint`, and of a model with adapters that of its
+    adapters, for without them it is what others are too. `saved_hash` finds the same."""
+    if not (kinds := getattr(student, "peft_config", None)):
+        return fingerprint(student)
+    name = "default" if "default" in kinds else next(iter(kinds))
+    return fingerprint(_Tensors(get_peft_model_state_dict(student, adapter_name=name)))
+
+
+def saved_hash(folder: Path, adapter: bool) -> str:
+    """`student_hash` of a student in a folder, of the one of the two kinds that may lie there."""
+    if adapter:
+        return fingerprint(_Tensors(load_file(folder / SAFETENSORS_WEIGHTS_NAME)))
+    with TemporaryDirectory(prefix="student-") as alone:  # transformers would load an adapter that lies beside it
+        for path in folder.glob("*"):
+            if path.is_file() and not path.name.startswith("adapter_"):
+                Path(alone, path.name).symlink_to(path.absolute())
+        return fingerprint(AutoModelForImageClassification.from_pretrained(alone))
+
+
+class _Tensors(nn.Module):
+    """Tensors under names that are none of a module."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self, *args, **kwargs):
+        return self.tensors
 
 
 def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -74,23 +140,29 @@ def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[st
     """
     distiller = trainer.distiller
     student = model_facts(trainer.model)
-    found = {name: student.pop(name) for name in ("name", "hub", "revision", "licence")}
-    how = "pretrained" if found["name"] else None  # without a name: random or cut, and nobody knows which
-    student["start"] = {"how": how, **found} | (start or {})
+    for name in ("name", "hub", "revision", "licence"):  # they are of its start
+        del student[name]
+    student["start"] = made_from(trainer)["student"]["start"] | (start or {})
     if (size := _shown_size(trainer.processing_class)) is not None:
         student["image_size"] = size
     section: dict[str, Any] = {"student": student, "pairing": pairing_tables(distiller)}
     if trainer.teacher is not None:
-        its = trainer.teacher.model
-        section = {"teacher": _without_adapters(its) if its is trainer.model else model_facts(its)} | section
+        section = {"teacher": _teacher(trainer.teacher.model, trainer.model)} | section
     return section
 
 
-def _without_adapters(model: Any) -> dict[str, Any]:
-    """The facts of a teacher that is the student with its adapters off."""
+def _teacher(model: Any, student: Any) -> dict[str, Any]:
+    """The facts of a teacher, which may be the student with its adapters off."""
+    if model not in _hashes:  # it stays as it is, and reading every weight at every save takes long
+        _hashes[model] = fingerprint(model)
+    found = _facts(model) | {"fingerprint": _hashes[model]}
+    if model is not student:
+        return found
     size = sum(value.numel() for value in plain_state(model).values())
-    changed = {"parameters": size, "trainable": 0, "adapters": None, "fingerprint": fingerprint(model)}
-    return model_facts(model) | changed | {"self": True}
+    return found | {"parameters": size, "trainable": 0, "adapters": None, "self": True}
+
+
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def pairing_tables(distiller: Any) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from importlib import metadata
@@ -11,11 +10,12 @@ from typing import Any
 
 import torch
 
-from hf_kdtl.cards.figures import ARM
+from hf_kdtl.cards.figures import ARM, judged_student, split_scores
 from hf_kdtl.cards.provenance import models_section
 from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.readings import of_role
-from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
+from hf_kdtl.evaluation.results import FILE, SCHEMA, _plain, read_results
+from hf_kdtl.evaluation.text import percent
 from hf_kdtl.models.labels import class_names
 
 Results = dict[str, Any]
@@ -59,26 +59,37 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
     fidelity = {"student": evaluation["fidelity"][name]} if name in evaluation.get("fidelity", {}) else {}
     value = {key: item for key, item in evaluation.items() if key != "disagreement"}
     value |= {"models": models} | ({"fidelity": fidelity} if fidelity else {})
-    return results | {"judged": {"evaluation": value, "device": run.get("device"), "versions": run.get("versions")}}
+    judged = {"evaluation": value, "device": run.get("device"), "versions": run.get("versions")}
+    check_results(found := results | {"judged": judged})
+    return found
 
 
 def results_of(trainer: Any) -> Results:
-    """results.json of a trainer's output_dir where it is of this run, else the same sections from the trainer.
+    """results.json of a trainer's output_dir where it is of this very student, else the same from the trainer.
 
     What a trainer knows is its last evaluation; it is called validation, for it may have chosen by it.
 
     Raises:
-        ValueError: when output_dir holds the results of a run with other objectives.
+        ValueError: as `read_results`, when output_dir holds a file that cannot be read.
     """
-    folder = Path(trainer.args.output_dir)
-    if (folder / FILE).is_file() and (found := read_results(folder)).get("run", {}).get("recipe") == "distill":
-        if found.get("objectives") != trainer.args.entries:
-            raise ValueError(
-                f"{folder / FILE} is of a run with the objectives {found.get('objectives')} and the trainer has "
-                f"{trainer.args.entries}. Use another output_dir, or move that file away."
-            )
-        return found
-    return _from_trainer(trainer)
+    mine = _from_trainer(trainer)
+    found = recipes_results(trainer.args.output_dir)
+    return found if found and hash_of(found) == hash_of(mine) else mine
+
+
+def recipes_results(folder: str | Path) -> Results | None:
+    """What recipes/distill.py has written in a folder; None where it has not.
+
+    Raises:
+        ValueError: as `read_results`.
+    """
+    found = read_results(folder) if Path(folder, FILE).is_file() else {}
+    return found if found.get("run", {}).get("recipe") == "distill" else None
+
+
+def hash_of(results: Results) -> str | None:
+    """By which its student is known."""
+    return results.get("models", {}).get("student", {}).get("fingerprint")
 
 
 def _from_trainer(trainer: Any) -> Results:
@@ -110,8 +121,7 @@ def _from_trainer(trainer: Any) -> Results:
         results["layer_rates"] = {"run": {"options": asdict(rates.options), "history": rates.history}}
     if (rule := trainer.gradient_rule) is not None:
         results["gradient_rule"] = {"run": rule.state_dict()}
-    # Through JSON, so that what is not finite or no plain value is met here and not in a card.
-    return json.loads(json.dumps(results, default=str))
+    return _plain(results)
 
 
 def _last_scores(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -129,6 +139,25 @@ def _sizes(**datasets: Any) -> dict[str, int]:
 # ---- Checks ----
 
 
+def without_nulls(results: Results) -> Results:
+    """Results in which null, which stands for what is not known, is left out where a card asks for what there is."""
+    if not isinstance(results, dict):
+        return results
+    found = {name: value for name, value in results.items() if value is not None}
+    for name, value in found.items():
+        if name in ("data", "models", "pairing"):
+            found[name] = _present(value)
+        elif name in ("run", "evaluation") and isinstance(value, dict):
+            found[name] = {key: item for key, item in value.items() if item is not None}
+    return found
+
+
+def _present(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _present(item) for key, item in value.items() if item is not None}
+
+
 def check_results(results: Results) -> None:
     found = results.get("schema") if isinstance(results, dict) else None
     if found != SCHEMA:
@@ -140,6 +169,25 @@ def check_results(results: Results) -> None:
         raise ValueError(
             f"the results are of {recipe!r}; expected those of recipes/distill.py, which trains a student. An "
             "evaluation is added to them by hf_kdtl.card.with_evaluation."
+        )
+    _check_same_accuracy(results)
+
+
+def _check_same_accuracy(results: Results) -> None:
+    """What the run measured of its student and what the evaluation did, on other hardware perhaps: a few images may
+    turn out otherwise, not more."""
+    split, scores = split_scores(results)
+    mine, model = scores.get("accuracy"), judged_student(results)
+    if mine is not None and not 0 <= mine <= 1:
+        raise ValueError(f"{FILE}, section evaluation: an accuracy of {mine}; expected 0 to 1. Restore the file.")
+    if mine is None or model is None or split != "test":
+        return
+    its = next(iter(model["runs"].values()))["test"].get("accuracy")
+    images = results["judged"]["evaluation"].get("images") or 1
+    if its is not None and abs(its - mine) > max(0.01, 2 / images):
+        raise ValueError(
+            f"the run says that its student is right in {percent(mine)} of the test images, and the evaluation of the "
+            f"same student in {percent(its)}: one of them was changed. Restore {FILE}, or evaluate again."
         )
 
 

@@ -10,9 +10,12 @@ from safetensors.torch import save_file
 from torch import zeros
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
+from hf_kdtl.cards.paths import anonymous
+from hf_kdtl.cards.provenance import saved_hash
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.hub import HubError, check_access, publish
-from hf_kdtl.staging import anonymous
+from hf_kdtl.models.representation import fingerprint
+from hf_kdtl.staging import refuse_secrets, stage
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault, User
 from tests.tiny import build
@@ -178,6 +181,16 @@ def test_a_repository_with_something_else_is_left_alone(hub, run):  # noqa: F811
     with pytest.raises(ValueError, match=r"tester/bert exists and holds config\.json, pytorch_model\.bin, and no"):
         publish(run, "tester/bert", CARD)
     assert set(hub.files("tester/bert")) == {".gitattributes", "config.json", "pytorch_model.bin"}
+    # results.json is a name that others use too, and another branch may hold another model.
+    for content in (b'{"lm-eval": 1}', b"[]", b"{", b'{"schema": 1, "run": {"recipe": "evaluate_student"}}'):
+        hub.add("tester/other", {"results.json": content, "model.safetensors": b"precious"})
+        with pytest.raises(ValueError, match="tester/other exists and holds"):
+            publish(run, "tester/other", CARD)
+    hub.add("tester/branches").commit("v1", "m", {"model.safetensors": b"precious"})
+    with pytest.raises(ValueError, match=r"tester/branches \(branch v1\) exists and holds model\.safetensors"):
+        publish(run, "tester/branches", CARD, revision="v1")
+    assert hub.files("tester/branches", "v1") == {"model.safetensors": b"precious"}
+    publish(run, "tester/branches", CARD)
     hub.add("tester/new", {"README.md": b"---\n---\n", "LICENSE": b"MIT"})
     assert check_access("tester/new") == "tester/new"
     with pytest.raises(ValueError, match="tester/new exists and is public, and a private one is asked for"):
@@ -195,6 +208,36 @@ def test_paths_are_cut_to_their_last_part(monkeypatch):
         "runs/teacher/model": "runs/teacher/model",
     }.items():
         assert anonymous([{"x": given}]) == [{"x": shown}]
+    names = {"data": {"classes": ["/m/01yrx", "~/cow", "C:\\cat"]}}
+    assert anonymous(names) == names
+
+
+def test_a_home_that_is_not_ascii_is_found_as_json_writes_it(monkeypatch):
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("/home/jürgen")))
+    for text in ("/home/jürgen/x", json.dumps("/home/jürgen/x"), "file:///home/j%C3%BCrgen/x"):
+        with pytest.raises(ValueError, match="names /home/jürgen, a folder of this machine"):
+            refuse_secrets("config.json", text.encode())
+    refuse_secrets("config.json", b"/home/jurgen/x")
+
+
+def test_of_two_students_in_a_folder_the_one_of_the_results_goes_up(run, tmp_path):
+    student = run / "student"
+    save_file({"a": zeros(1)}, student / "adapter_model.safetensors")
+    (student / "adapter_config.json").write_text('{"base_model_name_or_path": "google/vit"}')
+    whole, adapter = {"config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
+    said = {
+        "": ({}, whole),
+        "whole": ({"adapters": None}, whole),
+        "lora": ({"adapters": {"default": "LORA"}}, adapter),
+    }
+    for name, (about, mine) in said.items():
+        (tmp_path / f"to{name}").mkdir()
+        found = {"models": {"student": about}, "curves": {"run": [{"loss": float("nan")}]}}
+        names = {path.name for path in stage(student, tmp_path / f"to{name}", CARD, found).iterdir()}
+        assert names & (whole | adapter) == mine
+        assert json.loads((tmp_path / f"to{name}/results.json").read_text())["curves"] == {"run": [{"loss": None}]}
+    expected = fingerprint(AutoModelForImageClassification.from_pretrained(tmp_path / "towhole"))
+    assert saved_hash(student, adapter=False) == expected  # the adapter beside it is not loaded
 
 
 @pytest.mark.parametrize("where", ["README.md", "config.json", "model.safetensors", "commit message"])
@@ -226,6 +269,9 @@ def test_what_is_no_student_or_cannot_be_opened_elsewhere(hub, run):  # noqa: F8
     adapter = {"base_model_name_or_path": str(Path.cwd()), "peft_type": "LORA"}
     (student / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(ValueError, match=r"an adapter on '.*', a folder of this machine.*merge_and_unload\(\)"):
+        publish(run, "tester/student", CARD)
+    (student / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="an adapter on a model without a name"):
         publish(run, "tester/student", CARD)
     (student / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": "google/vit"}))
     publish(run, "tester/student", CARD)

@@ -1,14 +1,17 @@
 """DistillationTrainer.push_to_hub: what a script written for Trainer says, and the student alone goes up."""
 
 import getpass
+import importlib
 from pathlib import Path
 
 import pytest
 from huggingface_hub import CommitInfo, ModelCard, snapshot_download
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor, pipeline
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.hub import HubError
 from tests.helpers import Images, config
 from tests.hub.client import hub  # noqa: F401
@@ -195,3 +198,84 @@ def test_one_push_at_a_time(hub):  # noqa: F811
     assert hub.messages("tester/small") == ["initial commit"]
     one.push_to_hub()
     assert busy.waited == 1 and hub.messages("tester/small")[1:] == ["End of training"]
+
+
+def lora(base):
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"]))
+
+
+def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa: F811
+    build("vit").save_pretrained("local")
+    files = {path.name: path.read_bytes() for path in Path("local").iterdir()}
+    hub.add("tester/base", files | {"README.md": b"---\nlicense: mit\n---\n"})
+
+    def made(base, **settings):
+        return DistillationTrainer(lora(base), config("out", max_steps=1, **PUSH | {"license": None} | settings),
+                                   teacher="self", train_dataset=Images())  # fmt: skip
+
+    for base, said in ((build("vit"), "a model without a name"), ("local", "'local', a folder of this machine")):
+        base = AutoModelForImageClassification.from_pretrained(base) if base == "local" else base
+        with pytest.raises(ValueError, match=f"an adapter on {said}.* or merge"):
+            made(base, license="mit")
+    assert list(hub.repositories) == ["tester/base"]
+    hub.log.clear()
+    one = made(AutoModelForImageClassification.from_pretrained("tester/base"), save_strategy="steps", save_steps=1)
+    one.train()
+    assert sum("tester/base/resolve/main/README.md" in line for line in hub.log) <= 2  # and not again at each save
+    hub.fail(Fault("POST", "/commit/", 503, times=1))
+    with pytest.raises(HubError, match=r"\(503\).*push_student.py --run out --hub_model_id tester/small, or"):
+        one.push_to_hub()
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    importlib.import_module("push_student").main(["--run", "out", "--hub_model_id", "tester/small"])
+    mine = {"adapter_config.json", "adapter_model.safetensors", "README.md", "results.json", ".gitattributes"}
+    assert set(hub.files("tester/small")) == mine
+    card = ModelCard(hub.files("tester/small")["README.md"].decode())
+    assert card.data.license == "mit" and card.data.base_model == "tester/base"
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": 9}'])
+def test_results_that_cannot_be_read_are_told_before_training_and_stop_none(hub, content, caplog):  # noqa: F811
+    one = trainer(**PUSH, save_strategy="steps", save_steps=1)
+    Path("out").mkdir(exist_ok=True)
+    Path("out/results.json").write_text(content)
+    one.train()
+    assert (
+        one.state.global_step == 2 and "the push of step 2 failed, training goes on: out/results.json" in caplog.text
+    )
+    with pytest.raises(ValueError, match=r"out/results\.json (is not valid JSON|has schema 9)"):
+        trainer(**PUSH)
+
+
+def test_what_a_recipe_wrote_of_another_student_stays(hub):  # noqa: F811
+    for section, value in (("run", {"recipe": "distill"}), ("models", {"student": {"fingerprint": "another"}})):
+        update_results("out", section, value)
+    before = Path("out/results.json").read_bytes()
+    one = trainer(**PUSH)
+    hub.fail(Fault("POST", "/commit/", 503, times=1))
+    with pytest.raises(HubError, match=r"The student is whole in out; do trainer\.push_to_hub\(\) again\.$"):
+        one.push_to_hub()
+    assert Path("out/results.json").read_bytes() == before
+    one.push_to_hub()
+    assert b'"recipe": null' in hub.files("tester/small")["results.json"]
+
+
+def test_the_first_push_may_be_a_proposal_in_the_background(hub):  # noqa: F811
+    hub.add("other/model")
+    one = trainer(hub_model_id="other/model", license="mit")
+    one.state.log_history.append({"eval_loss": float("nan"), "step": 0})
+    assert one.push_to_hub(create_pr=True, blocking=False).result().pr_revision == "refs/pr/1"
+    files = hub.files("other/model", "refs/pr/1")
+    assert b'model="other/model"' in files["README.md"] and b"NaN" not in files["results.json"]
+    hub.add("tester/small").commit("v1", "m", {"model.safetensors": b"precious"})
+    one.args.hub_model_id = "tester/small"
+    with pytest.raises(ValueError, match=r"tester/small \(branch v1\) exists and holds"):
+        one.push_to_hub(revision="v1")
+
+
+def test_a_card_alone_may_leave_the_licence_open():
+    one = trainer()
+    one.create_model_card(finetuned_from="/data/zoe/x")
+    card = ModelCard.load("out/README.md")
+    assert card.data.license is None and "not settled" in card.text and "zoe" not in str(card)
+    with pytest.raises(ValueError, match=r"DistillationConfig\(license="):
+        one.push_to_hub()
