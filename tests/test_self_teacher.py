@@ -182,7 +182,7 @@ def test_a_student_without_adapters_is_refused(tmp_path):
 
 def test_a_teacher_that_would_move_is_refused(tmp_path):
     student, _ = adapted(moved=False, bias="all")
-    with pytest.raises(ValueError, match="must stay as it is.*bias"):
+    with pytest.raises(ValueError, match=r"must stay as it is.*bias"):
         run(tmp_path, student, "self")
 
 
