@@ -15,9 +15,9 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _collect_little():
-    """accelerate collects garbage before each run: not through all that was imported."""
+    """accelerate collects garbage before each run: not through all that was imported, or that other files left."""
     gc.collect()
     gc.freeze()
 

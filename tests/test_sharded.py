@@ -9,6 +9,9 @@ from tests.fsdp_worker import IMAGES, WAYS, gradient
 from tests.helpers import launch
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     out = tmp_path_factory.mktemp("fsdp") / "out.safetensors"
