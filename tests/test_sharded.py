@@ -8,7 +8,6 @@ from safetensors import safe_open
 from tests.fsdp_worker import IMAGES, WAYS, gradient
 from tests.helpers import launch
 
-
 pytestmark = pytest.mark.slow
 
 
