@@ -80,8 +80,11 @@ def adapter_problems(model: Any) -> list[str]:
             "the student's adapters were added by model.add_adapter, and a run with them could not be resumed. Wrap "
             "the model instead: peft.get_peft_model(model, LoraConfig(...))."
         ]
-    saved = {t.data_ptr() for name in model.peft_config
-             for t in get_peft_model_state_dict(model, adapter_name=name).values()}  # fmt: skip
+    # Left to itself PEFT asks the Hub about the base model's vocabulary.
+    tensors = [
+        get_peft_model_state_dict(model, adapter_name=a, save_embedding_layers=False) for a in model.peft_config
+    ]
+    saved = {tensor.data_ptr() for of_one in tensors for tensor in of_one.values()}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
     norms = {f"{name}.running_mean": m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     lost += [
@@ -112,7 +115,10 @@ def load_adapters(model: Any, folder: str | Path) -> None:
         path = Path(folder) if name == "default" else Path(folder, name)
         if not (path / "adapter_config.json").is_file():
             raise ValueError(f"{path} has no adapter {name!r}. Resume with the adapters that were trained there.")
-        found, own = load_peft_weights(str(path), device="cpu"), get_peft_model_state_dict(model, adapter_name=name)
+        found, own = (
+            load_peft_weights(str(path), device="cpu"),
+            get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False),
+        )
         wrong = sorted(found.keys() ^ own.keys()) + [
             k for k in found.keys() & own.keys() if found[k].shape != own[k].shape
         ]
