@@ -18,16 +18,14 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-import transformers.modeling_utils
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.trainer_callback import TrainerState
 
-import hf_kdtl.checkpoint
 from hf_kdtl.augment import Augmentation
 from hf_kdtl.checkpoint import STATE_JSON, STATE_TENSORS
 from hf_kdtl.checkpoint_folder import checkpoints, problems
 from hf_kdtl.data import ImageDataset
 from tests.helpers import trainer
+from tests.slow.writers import wrap_writers
 from tests.test_image_dataset import noisy
 from tests.tiny import build
 
@@ -92,10 +90,7 @@ def instrument(kind, when, fraction, report):
 
         return call
 
-    torch.save = wrapped(torch.save, 1)
-    transformers.modeling_utils.safe_save_file = wrapped(transformers.modeling_utils.safe_save_file, 1)
-    hf_kdtl.checkpoint.save_file = wrapped(hf_kdtl.checkpoint.save_file, 1)
-    TrainerState.save_to_json = wrapped(TrainerState.save_to_json, 1)
+    wrap_writers(wrapped)
     Path.write_text = wrapped(Path.write_text, 0)
     Path.rename = wrapped(Path.rename, 0)
     shutil.rmtree = wrapped(shutil.rmtree, 0)

@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers.modeling_utils
-from transformers.trainer_callback import TrainerState
 
 import hf_kdtl.checkpoint
 import hf_kdtl.whole
 from tests.helpers import Images, leave, trainer
+from tests.slow.writers import wrap_writers
 from tests.tiny import build
 
 
@@ -41,10 +40,7 @@ def instrument(runner, fails, killed):
 
         return call
 
-    torch.save = wrapped(torch.save, 1)
-    transformers.modeling_utils.safe_save_file = wrapped(transformers.modeling_utils.safe_save_file, 1)
-    hf_kdtl.checkpoint.save_file = wrapped(hf_kdtl.checkpoint.save_file, 1)
-    TrainerState.save_to_json = wrapped(TrainerState.save_to_json, 1)
+    wrap_writers(wrapped)
 
 
 def main(out, folder, resume=False, fails=None, killed=None, breaks=False):
