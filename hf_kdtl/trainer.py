@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from hf_kdtl.checkpoint import (
 from hf_kdtl.checks import broken_gradient, broken_loss, check_optimizer, check_setting, check_teacher_is_used
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.distiller import Counts, Distiller, micro_batch_counts
-from hf_kdtl.functional.derivatives import differentiable
+from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import TwoGradients
@@ -186,8 +187,8 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
     def training_step(self, model, *args, **kwargs) -> Tensor:
         # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
-        order = self.distiller.student_needs.order if recomputed else 0
-        with differentiable(order), two_backwards(self, model, self._gradients):
+        math = recomputed and self.distiller.student_needs.order >= 2
+        with math_attention() if math else nullcontext(), two_backwards(self, model, self._gradients):
             loss = super().training_step(model, *args, **kwargs)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hf_kdtl.functional import closed_forms
 from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.functional.features import unit
 from hf_kdtl.functional.resample import precise
@@ -55,14 +56,40 @@ def math_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    # Autocast runs layer_norm in float32, and would not run these operations so.
-    input = input.float() if torch.is_autocast_enabled(input.device.type) else input
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
-    result = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
+class Replaced(TorchFunctionMode):
+    """Inside: functions of torch run as others of the same value, whose derivatives are right and cheap."""
+
+    def __init__(self, replaced: dict[Callable, Callable]):
+        super().__init__()
+        self.replaced = replaced
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+PATCHES: dict[Callable, Callable] = {torch.conv2d: closed_forms.conv2d}
+GELU: dict[Callable, Callable] = {F.gelu: closed_forms.gelu}
+LAYER_NORM: dict[Callable, Callable] = dict.fromkeys((F.layer_norm, torch.layer_norm), closed_forms.layer_norm)
+
+
+@contextmanager
+def differentiable(order: int) -> Iterator[None]:
+    """Around a forward of which derivatives up to `order` are taken in reverse mode.
+
+    From 2: math attention. From 3: composed layer norm, since torch 2.13 gives the third derivative of F.layer_norm
+    (the gradient of a Hessian product) wrong, silently; tests/functional/test_hessian.py watches for the mend. The
+    rest of closed_forms.py makes them cheaper.
+    """
+    replaced = PATCHES | (GELU if order >= 2 else {}) | (LAYER_NORM if order >= 3 else {})
+    with math_attention() if order >= 2 else nullcontext(), Replaced(replaced) if order else nullcontext():
+        yield
+
+
+@contextmanager
+def transformable() -> Iterator[None]:
+    """Around a forward inside transforms of torch.func: math attention, composed layer norm, torch's own GELU."""
+    with math_attention(), Replaced(LAYER_NORM):
+        yield
 
 
 def _linear_map(func, input, weight, bias=None, *args, **kwargs):
@@ -71,41 +98,19 @@ def _linear_map(func, input, weight, bias=None, *args, **kwargs):
     return result if slope is None else forward_ad.make_dual(result, func(slope, weight, None, *args, **kwargs))
 
 
-@contextmanager
-def differentiable(order: int) -> Iterator[None]:
-    """Around a forward of which derivatives up to `order` are taken: what makes them right.
+FORWARD_MODE: dict[Callable, Callable] = {
+    F.layer_norm: closed_forms.layer_norm_with_slope,
+    torch.layer_norm: closed_forms.layer_norm_with_slope,
+    F.linear: partial(_linear_map, F.linear),
+    torch.conv2d: partial(_linear_map, closed_forms.conv2d),
+}
+"""Inside a forward-mode derivative by the pixels: layers whose slope is written out.
 
-    From 2: math attention. From 3: composed layer norm as well.
-    """
-    with math_attention() if order >= 2 else nullcontext(), ComposedLayerNorm() if order >= 3 else nullcontext():
-        yield
-
-
-class ComposedLayerNorm(TorchFunctionMode):
-    """Inside: layer_norm from elementary operations.
-
-    torch 2.13 gives wrong numbers, silently, for F.layer_norm in two places: the gradient through a forward-mode
-    derivative (relative error 0.3 to 1.0), and the third derivative in reverse mode (the gradient of a Hessian
-    product). tests/functional/test_derivatives.py and test_hessian.py watch for the mend.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.replaced.get(func, func)(*args, **(kwargs or {}))
-
-    replaced: ClassVar[dict[Callable, Callable]] = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm}
-
-
-class ForwardMode(ComposedLayerNorm):
-    """Inside a forward-mode derivative by the pixels: linear maps push the slope through their weights alone.
-
-    torch would also multiply by the weights' own slope, which is 0 here: a tenth of the step's arithmetic. Under
-    autocast each layer's slope takes the layer's precision, as its value does.
-    """
-
-    replaced: ClassVar[dict[Callable, Callable]] = ComposedLayerNorm.replaced | {
-        F.linear: partial(_linear_map, F.linear),
-        torch.conv2d: partial(_linear_map, torch.conv2d),
-    }
+torch 2.13 gives a wrong gradient through a forward-mode derivative of F.layer_norm, silently (relative error 0.3 to
+1.0; tests/functional/test_derivatives.py watches for the mend). It would also multiply by the slopes of weights, which
+are 0 here: a tenth of the step's arithmetic. Under autocast a layer's slope takes the layer's precision, as its
+value does.
+"""
 
 
 def input_gradient(output: Tensor, x: Tensor, create_graph: bool = True) -> Tensor:
@@ -142,7 +147,7 @@ def directional(f: Callable[[Tensor], Tensor], x: Tensor, u: Tensor) -> Tensor:
     Cost: one forward that carries two numbers for each. Not under gradient checkpointing or torch.compile.
     """
     # torch.func, not autograd.forward_ad: there the attention's softmax overwrites what its own backward kept.
-    with math_attention(), ForwardMode():
+    with math_attention(), Replaced(FORWARD_MODE):
         return torch.func.jvp(f, (x.detach(),), (u,))[1]
 
 

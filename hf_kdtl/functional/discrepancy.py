@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from hf_kdtl.functional.derivatives import differentiable
+from hf_kdtl.functional.derivatives import transformable
 from hf_kdtl.functional.resample import Grid, redistribute
 
 Parameters = dict[str, Tensor]
@@ -105,7 +105,7 @@ def parameter_gradient_energy(block: Block, parameters: Parameters, inputs: tupl
 
     held = {name: p.detach() for name, p in parameters.items()}
     size = sum(p.numel() for p in held.values())
-    with differentiable(2):  # the fused attention kernels have no rule under vmap
+    with transformable():  # the fused attention kernels have no rule under vmap
         return vmap(squared, chunk_size=max(1, _HELD // max(size, 1)))(*(x.detach() for x in inputs))
 
 
@@ -128,7 +128,7 @@ def parameter_curvature(block: Block, parameters: Parameters, inputs: tuple[Tens
         return output_energy(block(theta, *(x.detach() for x in inputs)))
 
     held = {name: p.detach() for name, p in parameters.items()}
-    with torch.no_grad(), differentiable(3), _ForwardTwice():
+    with torch.no_grad(), transformable(), _ForwardTwice():
         along = jvp(lambda theta: jvp(energy, (theta,), (v,))[1], (held,), (v,))
     return along[1].abs()
 
@@ -164,7 +164,7 @@ def input_curvature_energies(
 
     Source: [ours].
     """
-    with differentiable(3):
+    with transformable():
         along = jvp(lambda x: tuple(energies(x)), (pixel_values,), (v,))
         return [input_gradient_energy(slope, pixel_values, grid) for slope, grid in zip(along[1], grids, strict=True)]
 

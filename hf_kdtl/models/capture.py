@@ -139,7 +139,7 @@ class Capture:
         x, again = self.leaf(), self._rerun()
         with self._inside():
             if step is None:
-                return derivatives.directional(lambda z: scalar(again(z)), x, u)
+                return derivatives.directional(lambda z: scalar(again(z, forward_mode=True)), x, u)
             return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
 
     def at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
@@ -219,9 +219,10 @@ def capture(
     kernel = partial(derivatives.differentiable, needs.order)
     trained = torch.is_grad_enabled()  # a teacher's passes leave no graph to its weights
 
-    def again(z: Tensor, precise: bool = False) -> Capture:
+    def again(z: Tensor, precise: bool = False, forward_mode: bool = False) -> Capture:
         full = torch.autocast(z.device.type, enabled=False) if precise else nullcontext()
-        with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), kernel(), full:
+        mine = nullcontext() if forward_mode else kernel()  # forward mode sets its own
+        with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), mine, full:
             return forward(z, Needs(hidden_states=needs.hidden_states))
 
     with torch.set_grad_enabled(trained or needs.input_gradient), inside(), running_statistics(model), kernel():

@@ -93,7 +93,7 @@ def test_the_parameter_gradient_of_a_forward_mode_derivative_is_right(norm):
 
 
 def test_torchs_own_layer_norm_still_loses_the_gradient_of_a_forward_mode_derivative():
-    """The trap itself. The day this fails torch has mended it: ComposedLayerNorm may go from first derivatives."""
+    """The trap itself. The day this fails torch has mended it: LAYER_NORM may go from FORWARD_MODE."""
     net, x = Smooth(), images()
     u = _random(x)
     leaf = x.clone().requires_grad_()
@@ -103,19 +103,6 @@ def test_torchs_own_layer_norm_still_loses_the_gradient_of_a_forward_mode_deriva
     torch.testing.assert_close(plain, derivative, **EXACT)  # the value is right, which is what makes it a trap
     want, got = _gradients(net, derivative), _gradients(net, plain)
     assert (got - want).norm() / want.norm() > 0.05
-
-
-def test_the_composed_layer_norm_is_the_layer_norm():
-    x = torch.randn(3, 5, 4, dtype=torch.float64)
-    weight, bias = torch.randn(2, 5, 4, dtype=torch.float64)
-    for options in ({}, {"weight": weight}, {"weight": weight, "bias": bias, "eps": 1e-2}):
-        expected = F.layer_norm(x, (5, 4), **options)
-        with m.ComposedLayerNorm():
-            torch.testing.assert_close(F.layer_norm(x, (5, 4), **options), expected, **EXACT)
-    layer = torch.nn.LayerNorm(4, elementwise_affine=False).double()
-    expected = layer(x)
-    with m.ComposedLayerNorm():
-        torch.testing.assert_close(layer(x), expected, **EXACT)
 
 
 def test_sdpa_has_second_derivatives_only_inside_math_attention():
