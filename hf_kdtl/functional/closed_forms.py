@@ -97,7 +97,7 @@ def layer_norm_with_slope(input, normalized_shape, weight=None, bias=None, eps=1
 
 
 def _full(x: Tensor) -> Tensor:
-    # Autocast runs layer_norm in float32, and would not run these operations so.
+    # Autocast runs layer_norm in float32 (on CUDA), and would not run these operations so.
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 

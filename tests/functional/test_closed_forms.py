@@ -132,3 +132,13 @@ def test_each_order_replaces_what_it_gains_by(monkeypatch):
         assert ("_Gelu" in names[0]) == (order >= 2)
         assert ("NativeLayerNorm" in names[1]) == (order < 3)
     assert set(GELU) == {F.gelu}
+
+
+@pytest.mark.parametrize("kind", [m.layer_norm, m.layer_norm_with_slope])
+def test_under_autocast_a_layer_norm_is_taken_in_float32(kind):
+    x, u = _random(4, 64).bfloat16() + 8, _random(4, 64, seed=1).bfloat16()
+    with forward_ad.dual_level(), torch.autocast("cpu", dtype=torch.bfloat16):
+        value, slope = forward_ad.unpack_dual(kind(forward_ad.make_dual(x, u), (64,)))
+    exact = F.layer_norm(x.float(), (64,))
+    assert value.dtype == slope.dtype == torch.float32
+    torch.testing.assert_close(value, exact)
