@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, ModelCard, run_as_future
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
@@ -111,8 +111,8 @@ class PublishingTrainer(Trainer):
         folder, token, revision = self._run_folder, token or self.args.hub_token, revision or self.args.hub_revision
         results = self._results()
         try:
-            name = self._looked_at(token, revision, private, create_pr)
             self._finish_current_push()
+            name = self._looked_at(token, revision, private, create_pr)
             given = kwargs | {"license": self._licence(kwargs.get("license"))}
             job = self._staged(folder, results, self._card(results, name, **given), token)
             card = Path(job.name, "README.md").read_text("utf-8")
@@ -166,7 +166,7 @@ class PublishingTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
     def _in_background(self, *job: Any) -> Future:
-        future = HfApi().run_as_future(_send_and_remove, *job)
+        future = run_as_future(_send_and_remove, *job)  # the client's one queue: pushes arrive in their order
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([future])  # type: ignore[arg-type]
         else:

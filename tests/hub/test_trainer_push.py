@@ -2,6 +2,7 @@
 
 import getpass
 import importlib
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor, pipeline
 
-from hf_kdtl import DistillationTrainer
+from hf_kdtl import DistillationTrainer, publishing
 from hf_kdtl.evaluation.results import update_results
-from hf_kdtl.hub import HubError
+from hf_kdtl.hub import HubError, send
 from tests.helpers import Images, config
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault
@@ -85,6 +86,22 @@ def test_during_training_every_save_goes_up_and_nothing_else(hub):  # noqa: F811
     one.save_model()  # as Trainer's: a user's own save is pushed
     assert hub.messages("tester/small")[-1] == "Model save"
     assert TOKEN.encode() not in anything(hub)
+
+
+def test_a_slow_push_is_not_overtaken_by_the_next(hub, monkeypatch):  # noqa: F811
+    """Together they would end in any order, and one that fails would close the other's connection."""
+    begun = []
+
+    def slow(staged, name, token, revision, message, *more):
+        begun.append(message)
+        if message.endswith("step 1"):
+            time.sleep(0.5)
+            assert begun == [message]
+        return send(staged, name, token, revision, message, *more)
+
+    monkeypatch.setattr(publishing, "send", slow)
+    trainer(**PUSH, save_strategy="steps", save_steps=1, hub_always_push=True).train()
+    assert hub.messages("tester/small")[1:] == begun == [f"Training in progress, step {step}" for step in (1, 2)]
 
 
 def test_at_the_end_only(hub):  # noqa: F811
