@@ -124,6 +124,14 @@ def test_other_convolutions_are_torchs_own(options):
         assert padded(x).shape == (2, 6, 12, 12)
 
 
+def test_a_convolution_inside_the_net_keeps_its_operation():
+    """A block that is recomputed without the replacement would find another one."""
+    inner = torch.nn.Conv2d(6, 5, 2, stride=2).double()
+    with Replaced(PATCHES):
+        assert "Convolution" in inner(_random(1, 6, 4, 4)).grad_fn.name()
+        assert "Convolution" not in torch.nn.Conv2d(3, 5, 2, stride=2)(torch.ones(1, 3, 4, 4)).grad_fn.name()
+
+
 def test_each_order_replaces_what_it_gains_by(monkeypatch):
     x = _random(2, 3, 8, 8).requires_grad_()
     for order in (0, 1, 2, 3):
