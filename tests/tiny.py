@@ -10,6 +10,7 @@ scale of 1e-6 would hide a tensor that was not copied or a block that does nothi
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -214,6 +215,18 @@ def build(
     for levit); some have a fixed depth. `overrides` are config fields (of the vision tower for CLIP and SigLIP). The
     global random stream is left where it was.
     """
+    key = repr((name, num_labels, image_size, layers, seed, sorted(overrides.items())))
+    if key not in _BUILT:
+        _BUILT[key] = _build(name, num_labels, image_size, layers, seed, overrides)
+    return deepcopy(_BUILT[key])  # half the time of building it again
+
+
+_BUILT: dict[str, PreTrainedModel] = {}
+
+
+def _build(
+    name: str, num_labels: int, image_size: int, layers: int | Sequence[int], seed: int, overrides: dict[str, Any]
+) -> PreTrainedModel:
     depths = [layers] * (3 if name.startswith("levit") else 2) if isinstance(layers, int) else list(layers)
     if name in _VIT_LIKE:
         assert isinstance(layers, int), f"{name} takes one depth, not {layers!r}"

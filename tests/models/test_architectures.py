@@ -172,6 +172,27 @@ def gives(geometry: ModelGeometry) -> tuple[int, str, str, int]:
     return len(layers), " + ".join([hidden, *roles]), ", ".join(kinds), geometry.pooled
 
 
+# The others one by one in the slow suite: what they give is seen in the fast one.
+FAST = [
+    "vit",
+    "deit",
+    "deit_teacher",
+    "dinov2",
+    "swin",
+    "convnext",
+    "resnet",
+    "pvt_v2",
+    "levit",
+    "clip",
+    "perceiver_learned",
+]
+EACH = [
+    pytest.param(key, marks=() if key in FAST else pytest.mark.slow)
+    for key in GIVES
+    if not isinstance(GIVES[key], str)
+]
+
+
 def test_every_entry_of_the_mapping_is_built_or_listed_with_a_reason():
     known = GIVES.keys() | NOT_BUILT.keys()
     gained, gone = entries().keys() - known, known - entries().keys()
@@ -215,7 +236,7 @@ def test_each_objective_works_or_is_refused_with_what_works(key):
         assert ((role, "relation") in made.serves) == (full and not made.geometry.weights_only)
 
 
-@pytest.mark.parametrize("key", [key for key in GIVES if not isinstance(GIVES[key], str)])
+@pytest.mark.parametrize("key", EACH)
 def test_every_model_answers_as_its_source_or_is_refused(key):
     """lwf: a second head beside the student's, a copy of the source's."""
     size = 64 if key in LARGER else 32
@@ -226,7 +247,7 @@ def test_every_model_answers_as_its_source_or_is_refused(key):
         assert (refusal is not None) == two_heads, refusal
 
 
-@pytest.mark.parametrize("key", [key for key in GIVES if not isinstance(GIVES[key], str)])
+@pytest.mark.parametrize("key", EACH)
 def test_every_model_can_be_differentiated(key):
     size = 64 if key in LARGER else 32
     for names in ((key, "vit"), ("vit", key)):
