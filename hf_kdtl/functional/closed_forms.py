@@ -58,14 +58,15 @@ def gelu_derivative(x: Tensor, k: int) -> Tensor:
     for _ in range(k - 2):
         slopes = [*(i * c for i, c in enumerate(powers) if i), 0.0, 0.0]
         powers = [a - b for a, b in zip(slopes, [0.0, *powers], strict=True)]
-    square = exact.square()
-    value = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-    *lower, highest = powers[k % 2 :: 2]  # the others are 0
-    polynomial = square * highest + lower.pop()
+    # In the fewest passes: P_k / sqrt(2 pi) as a polynomial of h = -x^2 / 2 (odd k: times x), then times exp(h).
+    half = exact.square().mul_(-0.5)
+    *lower, highest = (c * (-2) ** i / math.sqrt(2 * math.pi) for i, c in enumerate(powers[k % 2 :: 2]))
+    value = (half * highest).add_(lower.pop())
     for c in reversed(lower):
-        polynomial = polynomial.mul_(square).add_(c)
-    value.mul_(polynomial)
-    return (value.mul_(exact) if k % 2 else value).to(x.dtype)
+        value.mul_(half).add_(c)
+    if k % 2:
+        value.mul_(exact)
+    return value.mul_(half.exp_()).to(x.dtype)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
