@@ -1,5 +1,5 @@
-"""One run whose weights are written to a file, and each rank's layer rates to OUT.<rank>.json; started by torchrun
-or accelerate launch with one or two processes.
+"""One run whose weights are written to a file, and each rank's layer rates to OUT.<rank>.json; started by `forked`,
+or by accelerate launch with one or two processes.
 
 python -m tests.split_worker OUT PER_DEVICE ACCUMULATION LABELS [SETTINGS as JSON]
 """
@@ -39,10 +39,9 @@ def run(folder, per_device, accumulation, labels, number=16, objectives=None, **
     return runner
 
 
-if __name__ == "__main__":
-    out, per_device, accumulation, labels = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def work(out, per_device, accumulation, labels, settings):
+    """What a process does."""
     torch.set_num_threads(1)
-    settings = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
     if "eval_strategy" in settings:
         settings["eval_dataset"] = Images(4)
     finished = run(f"{out}.run", per_device, accumulation, labels, **settings)
@@ -55,3 +54,8 @@ if __name__ == "__main__":
         metadata = {"world": str(finished.args.world_size), "logged": json.dumps(logged)}
         save_file(tensors, out, metadata=metadata)
     leave()
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], settings)

@@ -14,8 +14,8 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.models import Teacher, plan
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.optim import LayerRates, LayerwiseOptimizer, create_layerwise_optimizer
-from tests.helpers import KD, Images, config, largest_difference, pair, torchrun, trainer, weights
-from tests.split_worker import run
+from tests.helpers import KD, Images, config, forked, largest_difference, pair, trainer, weights
+from tests.split_worker import run, work
 from tests.tiny import build
 
 TASK = [{"name": "task"}]
@@ -276,7 +276,6 @@ def test_the_best_model_does_not_bring_its_rates_back(tmp_path):
 SPLIT = {"objectives": [*KD, {"name": "attention_transfer"}], "max_steps": 3, "learning_rate": 0.5}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rates", [ATTENTION | {"every": 1}, JACOBIAN | {"every": 1}], ids=str)
 def test_two_processes_equal_one(tmp_path, rates):
     settings = SPLIT | {"layer_rates": rates}
@@ -292,7 +291,6 @@ def test_two_processes_equal_one(tmp_path, rates):
     assert largest_difference(weights(single.distiller), weights(split.distiller)) < 1e-6
 
 
-@pytest.mark.slow
 def test_reduce_on_plateau_on_two_processes(tmp_path):
     """The scheduler is not accelerate's, so it steps once an evaluation on any number of ranks."""
     plateau = {"patience": 0, "factor": 0.5, "threshold": 10.0}  # no improvement is ever large enough
@@ -308,7 +306,7 @@ def test_reduce_on_plateau_on_two_processes(tmp_path):
 
 def _two(tmp_path, settings):
     out = tmp_path / "two.safetensors"
-    torchrun("tests.split_worker", 2, out, 2, 2, "hard", json.dumps(settings))
+    forked(work, 2, out, 2, 2, "hard", settings)
     with safe_open(out, "pt") as file:
         said = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

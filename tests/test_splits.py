@@ -5,8 +5,8 @@ import json
 import pytest
 from safetensors import safe_open
 
-from tests.helpers import largest_difference, launch, pair, weights
-from tests.split_worker import per_image_objectives, run
+from tests.helpers import forked, largest_difference, launch, pair, weights
+from tests.split_worker import per_image_objectives, run, work
 
 
 @pytest.mark.parametrize("number", [16, 20], ids=["whole", "ragged"])
@@ -23,19 +23,23 @@ def test_accumulation_equals_one_large_batch(tmp_path, labels, number):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-def _launch(out, processes, per_device, accumulation, labels):
+def _launch(out, processes, per_device, accumulation, labels, way):
     # From here, so that both read one folder of a representation: processes with other settings are refused.
-    settings = json.dumps({"objectives": per_image_objectives(labels, pair()[1])})
-    launch("tests.split_worker", processes, out, per_device, accumulation, labels, settings)
+    settings = {"objectives": per_image_objectives(labels, pair()[1])}
+    if way == "forked":
+        forked(work, processes, out, per_device, accumulation, labels, settings)
+    else:
+        launch("tests.split_worker", processes, out, per_device, accumulation, labels, json.dumps(settings))
     with safe_open(out, "pt") as file:
         assert file.metadata()["world"] == str(processes)
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["logged"])  # noqa: SIM118
 
 
-@pytest.mark.parametrize("labels", ["some", pytest.param("soft", marks=pytest.mark.slow)])
-def test_two_processes_equal_one(tmp_path, labels):
+@pytest.mark.parametrize("way", ["forked", pytest.param("launched", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("labels", ["some", "soft"])
+def test_two_processes_equal_one(tmp_path, labels, way):
     single = run(tmp_path / "single", 8, 1, labels)
-    two, logged = _launch(tmp_path / "two.safetensors", 2, 2, 2, labels)
+    two, logged = _launch(tmp_path / "two.safetensors", 2, 2, 2, labels, way)
     assert largest_difference(weights(single.distiller), two) < 1e-6
     for a, b in zip(single.state.log_history[:-1], logged[:-1], strict=True):
         for key in single.distiller.weights:

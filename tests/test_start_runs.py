@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.models import Needs
 from hf_kdtl.models.start import Start, weight_pairs
 from hf_kdtl.preflight import preflight
-from tests.helpers import Images, config, largest_difference, torchrun, trainer, weights
+from tests.helpers import Images, config, forked, largest_difference, leave, trainer, weights
 from tests.tiny import build
 
 TASK = {"name": "task"}
@@ -234,9 +236,20 @@ def test_a_last_batch_that_bss_cannot_take_is_refused_at_once(tmp_path):
         trainer(tmp_path, build("vit"), data=Images(17), objectives=[TASK, {"name": "bss"}], **RUN)
 
 
-@pytest.mark.slow
+def _towards_the_start(out):
+    """Ranks that begin with other weights."""
+    rank = int(os.environ["RANK"])
+    settings = {"objectives": [TASK, {"name": "l2_sp"}], "max_steps": 1, "learning_rate": 1e-12}
+    runner = trainer(f"{out}.run", build("vit", seed=rank), data=Images(16), per_device_train_batch_size=4, **settings)
+    runner.train()
+    start, held = build("vit", seed=0).state_dict(), runner.distiller.start.model.state_dict()
+    found = {"world": runner.args.world_size, "same": all(torch.equal(held[name], start[name]) for name in start)}
+    Path(f"{out}.{rank}.json").write_text(json.dumps(found | {"l2_sp": runner.state.log_history[0]["l2_sp"]}))
+    leave()
+
+
 def test_the_start_is_that_of_the_first_rank(tmp_path):
-    torchrun("tests.start_worker", 2, tmp_path / "out")
+    forked(_towards_the_start, 2, tmp_path / "out")
     for rank in (0, 1):
         found = json.loads((tmp_path / f"out.{rank}.json").read_text())
         assert found["world"] == 2 and found["same"] and found["l2_sp"] < 1e-9

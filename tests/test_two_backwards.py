@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from hf_kdtl import DistillationConfig
 from hf_kdtl.checkpoint import STATE_JSON
 from hf_kdtl.checks import setting_problems
-from tests.helpers import KD, Images, config, largest_difference, pair, torchrun, trainer, weights
-from tests.split_worker import run
+from tests.helpers import KD, Images, config, forked, largest_difference, pair, trainer, weights
+from tests.split_worker import run, work
 from tests.tiny import build
 
 RULES = [
@@ -56,12 +56,11 @@ def test_how_the_batch_is_split_changes_nothing(tmp_path, rule):
     assert largest_difference(weights(one.distiller), weights(without.distiller)) > 1e-4  # the rule did something
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", [RULES[0], RULES[-1]], ids=_id)
 def test_two_processes_equal_one(tmp_path, rule):
     settings = {"gradient_rule": rule, "objectives": _objectives(rule), "number": 40}
     single = run(tmp_path / "single", 8, 1, "some", **settings)
-    torchrun("tests.split_worker", 2, tmp_path / "two", 2, 2, "some", json.dumps(settings))
+    forked(work, 2, tmp_path / "two", 2, 2, "some", settings)
     with safe_open(tmp_path / "two", "pt") as file:
         assert file.metadata()["world"] == "2"
         two = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -234,6 +233,7 @@ def test_checkpointing_and_bf16_agree_with_plain(tmp_path):
     assert 0 < largest_difference(weights(plain.model), weights(half.model)) < 2e-2
 
 
+@pytest.mark.slow
 def test_compiled_models_agree_with_plain(tmp_path):
     student, teacher = pair()
     settings = {"gradient_rule": {"name": "never_hurt"}, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
