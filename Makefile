@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## train a teacher on digits, distil a student for 3 se
 	$(BIN)/python recipes/train_teacher.py --config recipes/configs/digits_teacher.yaml
 	$(BIN)/python recipes/distill.py --config recipes/configs/digits.yaml
 
-test: $(VENV)/.installed ## the test-suite (offline, CPU, under 5 minutes)
+test: $(VENV)/.installed ## the test-suite (offline, CPU, 4 to 7 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 test-slow: $(VENV)/.installed ## the slow suite

@@ -195,12 +195,13 @@ def main() -> None:
     for name, step in steps.items():
         arithmetic = flops(step) / kd
         most, slowest = BESIDE_KD.get(name, (None,) * 4)[2:]
-        bounds = [f"{b:g}" if b else "" for b in (most, slowest, most and slowest and most * slowest)]
+        bounds = [f"{b:g}" if b else "" for b in (most, slowest)]
+        allowed = f"{most * slowest:.2f}" if most and slowest else ""
         cells = ["", ""]
         if times:
             middle, low, high = ratio(times, name, "KD")
             cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{middle / arithmetic:.3f}"]
-        row = [f"{arithmetic:.2f}", bounds[0], cells[0], bounds[2][:4], cells[1], bounds[1]]
+        row = [f"{arithmetic:.2f}", bounds[0], cells[0], allowed, cells[1], bounds[1]]
         print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 

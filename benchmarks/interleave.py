@@ -18,7 +18,7 @@ def _one_heap() -> None:
     """Let all threads allocate from one heap that keeps what is freed.
 
     glibc gives each thread a heap of its own and hands freed memory back to the system, so that a step in a thread
-    would pay for page faults (60,000 in a Hessian step) which a run in one thread, or on a GPU, does not have.
+    would pay for page faults (tens of thousands in a Hessian step) that belong to the threads and not to the step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
