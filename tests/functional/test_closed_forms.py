@@ -1,7 +1,9 @@
 """Written-out layers against torch's own, and their derivatives against elementary operations, in float64."""
 
 import doctest
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -51,6 +53,23 @@ def test_a_second_pass_through_a_gelu_computes_no_derivative_again(monkeypatch):
     (of_formula,) = torch.autograd.grad(_elementary_gelu(x).sum(), x, create_graph=True)
     torch.testing.assert_close(kept, of_formula.detach(), **EXACT)
     torch.testing.assert_close(second, kept + torch.autograd.grad(of_formula.sum(), x)[0], **EXACT)
+
+
+def test_a_gelus_derivatives_go_with_its_graph():
+    """No cycle through them holds a step's memory until garbage is collected."""
+    x = _random(5).requires_grad_()
+    value = m.gelu(x)
+    (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    known = value.grad_fn.known
+    assert sorted(known) == [1, 2] and not any(derivative.requires_grad for derivative in known.values())
+    held = weakref.ref(known[1])
+    gc.disable()
+    try:
+        del value, first, second, known
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_half_precision_gelu_is_rounded_once():
