@@ -21,8 +21,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
-from tests.helpers import Images, config, largest_difference, weights
-from tests.tiny import build
+from tests.support.helpers import Images, config, largest_difference, weights
+from tests.support.tiny import build
 
 FAMILIES = ["vit", "deit", "dinov2", "swin", "convnext", "resnet"]
 TASK = [{"name": "task"}]

@@ -38,14 +38,14 @@ from study import Arm, Study
 
 import hf_kdtl
 from hf_kdtl import DistillationConfig, DistillationTrainer
-from hf_kdtl.augment import Augmentation
-from hf_kdtl.data import ImageData, ImageDataset, load_images
+from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.loading import ImageData, ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.functional.links import LINKS, Link, coefficients
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.outputs import LINKS_OF, needs_of, outputs_of
-from hf_kdtl.models.representation import BregmanLayer, Provenance
+from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
+from hf_kdtl.models.bregman.outputs import LINKS_OF, needs_of, outputs_of
 
 FLOORS = [10.0**-power for power in range(1, 9)]
 TOLERANCE = 1e-5

@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interleave import interleave, ratio
 from step_cost import BATCH, CLASSES, vit
 
-from hf_kdtl.distiller import Distiller, micro_batch_counts
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.random import Draws, chosen
 from hf_kdtl.models.pairing import plan
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 
 Step = Callable[[], None]
 QUARTER = 0.25

@@ -36,16 +36,16 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).parent))
 from step_cost import CLASSES, vit
 
-from hf_kdtl.data import ImageDataset, load_images
-from hf_kdtl.distiller import Distiller, micro_batch_counts
+from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models.capture import Needs
-from hf_kdtl.models.passes import Direction
-from hf_kdtl.models.setting import Setting
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.hessian import Hessian
 from hf_kdtl.objectives.jacobian import Jacobian
+from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 
 STEPS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
 PRECISIONS = ("float32", "bfloat16")

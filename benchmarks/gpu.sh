@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh --tiny > tiny.md    # the same with tiny models, on the CPU where there is no GPU: minutes
 #
 # 1. Every objective and gradient rule on the GPU against the CPU: one step, accumulation, bf16, torch.compile,
-#    checkpointing, LoRA (tests/matrix.py). "fails", or "off" where docs/devices.md says "exact", is a bug.
+#    checkpointing, LoRA (tests/distributed/matrix.py). "fails", or "off" where docs/devices.md says "exact", is a bug.
 # 2. Cost: ratios, images/s and memory in float32 and bf16, and through DDP of one process.
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ echo
 echo "### Gradients"
 echo
 # shellcheck disable=SC2086  # lists of words
-"$PYTHON" -m tests.matrix --device "$DEVICE" $ROWS
+"$PYTHON" -m tests.distributed.matrix --device "$DEVICE" $ROWS
 echo
 echo "### Cost"
 # shellcheck disable=SC2086

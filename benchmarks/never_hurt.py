@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from study import Arm, Study
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
-from hf_kdtl.augment import Augmentation
-from hf_kdtl.data import ImageDataset, load_images
-from hf_kdtl.evaluation.gradient_rule import gradient_rule_picture
+from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
+from hf_kdtl.reports.figures.gradient_rule import gradient_rule_picture
 
 RATES = (3e-4, 1e-3)
 REGULARISERS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {

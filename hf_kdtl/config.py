@@ -17,10 +17,10 @@ from transformers.utils import logging
 from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
 from hf_kdtl.objectives import OBJECTIVES, Objective
 from hf_kdtl.objectives.base import is_number
-from hf_kdtl.objectives.pairs import PairedObjective
+from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
-from hf_kdtl.optim.rates import RateOptions
+from hf_kdtl.optim.multipliers import RateOptions
 
 logger = logging.get_logger(__name__)
 

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.checks import setting_problems
 from hf_kdtl.config import DistillationConfig
-from hf_kdtl.distiller import Distiller, micro_batch_counts
 from hf_kdtl.functional.random import Draws, chosen
 from hf_kdtl.models.pairing import blank_pixels, plan
-from hf_kdtl.models.setting import Setting
-from hf_kdtl.models.start import Start
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
-from hf_kdtl.sharding import asked_for
+from hf_kdtl.trainer.checks import setting_problems
+from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
+from hf_kdtl.utils.distributed import asked_for
 
 
 @dataclass

@@ -1,55 +1,9 @@
-"""Compare several runs: a table with t intervals over seeds, tests corrected for their number, and a picture.
-
-python recipes/compare_runs.py --runs runs/plain runs/mine
-python recipes/compare_runs.py --runs runs/mine/alone runs/mine/distilled runs/other/distilled --metrics accuracy nll
-"""
-
-from __future__ import annotations
+"""`python -m hf_kdtl.commands.compare`, as a script."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from hf_kdtl import cli
-from hf_kdtl.evaluation.comparison import check_comparable, read_arms
-from hf_kdtl.evaluation.comparison_report import COMPARISON, comparison_picture, markdown
-from hf_kdtl.evaluation.report import SPLITS
-
-
-@dataclass
-class CompareOptions:
-    """Which runs, and by what."""
-
-    runs: list[str] = field(
-        metadata={
-            "help": "Run folders of distill.py or train_teacher.py, or <folder>/<model> such as runs/mine/distilled. "
-            "Each is compared with the first."
-        }
-    )
-    metrics: list[str] = field(
-        default_factory=lambda: ["accuracy"], metadata={"help": "Metrics that every run's results.json has."}
-    )
-    split: str = field(default="test", metadata={"help": "Images to compare on.", "choices": list(SPLITS)})
-    output_dir: str = field(
-        default="runs/comparison", metadata={"help": "Where comparison.md and comparison.png go; replaced if there."}
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the runs, refuse what cannot be compared, print the comparison and write it with its picture."""
-    cli.quiet()
-    (options,) = cli.parse(CompareOptions, argv=argv)
-    arms = [arm for run in options.runs for arm in read_arms(run)]
-    check_comparable(arms, options.split)
-    metrics = list(dict.fromkeys(options.metrics))
-    text = markdown(arms, options.split, metrics)
-    folder = Path(options.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    comparison_picture(arms, options.split, metrics, folder / COMPARISON)
-    (folder / "comparison.md").write_text(f"{text}\n![differences by seed]({COMPARISON})\n", encoding="utf-8")
-    print(f"{text}\nThis is {folder / 'comparison.md'}, with the picture {folder / COMPARISON}.")
-
+from hf_kdtl.commands.common.arguments import run
+from hf_kdtl.commands.compare import main
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(run(main))

@@ -4,8 +4,8 @@ import torch
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.preflight import preflight
-from tests.helpers import largest_difference, weights
-from tests.tiny import build
+from tests.support.helpers import largest_difference, weights
+from tests.support.tiny import build
 
 PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 ALL = ["task", "logit_kd", "attention_map", "hidden_states", "dist"]

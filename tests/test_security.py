@@ -18,15 +18,16 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
-from hf_kdtl import DistillationConfig, cli
-from hf_kdtl.checkpoint_folder import seal
-from hf_kdtl.data import load_images
+from hf_kdtl import DistillationConfig
+from hf_kdtl.checkpoints.manifest import seal
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.loading import load_images
 from hf_kdtl.evaluation.results import read_results
-from hf_kdtl.images import decode
 from hf_kdtl.models import Teacher
-from tests.helpers import trainer
-from tests.recipes.conftest import QUICK, images, recipe, teacher  # noqa: F401
-from tests.tiny import build
+from tests.commands.conftest import QUICK, command, images, teacher  # noqa: F401
+from tests.support.helpers import trainer
+from tests.support.tiny import build
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("hf_kdtl", "recipes", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -117,9 +118,9 @@ def test_yaml_makes_no_objects(text):
     assert not Path("ran").exists()
 
 
-def test_no_setting_reaches_trust_remote_code(recipe, images):  # noqa: F811
-    distill, evaluate = recipe("distill").main, recipe("evaluate_student").main
-    for main in (distill, evaluate, recipe("train_teacher").main, recipe("push_student").main):
+def test_no_setting_reaches_trust_remote_code(command, images):  # noqa: F811
+    distill, evaluate = command("distill").main, command("evaluate").main
+    for main in (distill, evaluate, command("train_teacher").main, command("push").main):
         with pytest.raises(ValueError, match=r"unknown flag: '--trust_remote_code'|required"):
             main(["--trust_remote_code", "true"])
     new = ["--dataset", "images", "--objectives", '[{"name": "task"}]', *QUICK, "--output_dir", "out"]
@@ -158,7 +159,7 @@ def png(width, height, *chunks, bits=1, rows=b""):
     return b"\x89PNG\r\n\x1a\n" + header + inner + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_an_image_that_unpacks_to_gigabytes_is_refused_before_it_is_decoded(recipe, images, monkeypatch):  # noqa: F811
+def test_an_image_that_unpacks_to_gigabytes_is_refused_before_it_is_decoded(command, images, monkeypatch):  # noqa: F811
     def unpack(*_):
         raise AssertionError("it was decoded")
 
@@ -223,7 +224,7 @@ def named_images():
     return "named"
 
 
-def test_names_of_files_cannot_write_to_the_terminal(recipe, capsys):  # noqa: F811
+def test_names_of_files_cannot_write_to_the_terminal(command, capsys):  # noqa: F811
     data = load_images(named_images())
     row = data.train[0]["image"] | {"bytes": b"no image"}
     with pytest.raises(ValueError) as caught:
@@ -234,14 +235,14 @@ def test_names_of_files_cannot_write_to_the_terminal(recipe, capsys):  # noqa: F
         raise ValueError(f"the class {NAMES[1]!s} is wrong")
 
     assert cli.run(fail) == 2
-    recipe("running").say(type("Config", (), {"process_index": 0}), f"the class {NAMES[1]}", "| a |\n| b |")
+    command("common.runs").say(type("Config", (), {"process_index": 0}), f"the class {NAMES[1]}", "| a |\n| b |")
     told = capsys.readouterr()
     assert "\x1b" not in told.out + told.err
     assert "the class c d[31m is wrong" in told.err and told.out.endswith("| a |\n| b |\n")
 
 
 @pytest.mark.slow
-def test_names_of_classes_cannot_break_report_pictures_or_folders(recipe, capsys, tmp_path, monkeypatch):  # noqa: F811
+def test_names_of_classes_cannot_break_report_pictures_or_folders(command, capsys, tmp_path, monkeypatch):  # noqa: F811
     work = tmp_path / "one/two"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
@@ -249,10 +250,10 @@ def test_names_of_classes_cannot_break_report_pictures_or_folders(recipe, capsys
     config = {"model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 2, "intermediate_size": 64}
     flags = ["--dataset", "named", *QUICK]
-    recipe("train_teacher").main([*flags, "--model_config", json.dumps(config), "--output_dir", "taught"])
-    recipe("distill").main([*flags, "--teacher", "taught/model", "--student_layers", "1", "--output_dir", "out"])
+    command("train_teacher").main([*flags, "--model_config", json.dumps(config), "--output_dir", "taught"])
+    command("distill").main([*flags, "--teacher", "taught/model", "--student_layers", "1", "--output_dir", "out"])
     models = ["--models", "out/student", "--teacher", "taught/model", "--degradations", "none"]
-    recipe("evaluate_student").main([*flags, *models, "--output_dir", "judged"])
+    command("evaluate").main([*flags, *models, "--output_dir", "judged"])
     told = capsys.readouterr()
     assert "\x1b" not in told.out + told.err
     assert {path.name for path in work.iterdir()} == {"named", "taught", "out", "judged"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hf_kdtl.versions import check, too_old
+from hf_kdtl.utils.versions import check, too_old
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,12 +17,12 @@ from hf_kdtl.evaluation.cka import CKA, FEWEST
 from hf_kdtl.functional.attention import align_columns, attention_rows, mean_heads
 from hf_kdtl.functional.divergences import jensen_shannon, log_probabilities
 from hf_kdtl.functional.features import unit
-from hf_kdtl.models.capture import Capture, Needs, capture
-from hf_kdtl.models.geometry import LayerGeometry
+from hf_kdtl.models.forward.attention_hooks import Attention
+from hf_kdtl.models.forward.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan, plan
-from hf_kdtl.models.tap import Attention
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.teachers.teacher import Teacher
 
 
 def jacobian_cosine(student: nn.Module, teacher: Teacher, pixel_values: Tensor) -> Tensor:

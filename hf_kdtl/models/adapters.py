@@ -12,7 +12,7 @@ from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_kdtl.models.passes import evaluating
+from hf_kdtl.models.forward.modes import evaluating
 
 
 def adapted(model: Any) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import uniform_layers
-from hf_kdtl.models.geometry import LayerGeometry, ModelGeometry, describe
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.forward.geometry import LayerGeometry, ModelGeometry, describe
+from hf_kdtl.models.teachers.teacher import Teacher
 
 Layers = Literal["uniform", "last"] | list[list[int]]
 

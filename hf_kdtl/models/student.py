@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kdtl.models.blocks import find_blocks, stated_depth, uniform_layers, vision_config
-from hf_kdtl.models.teacher import Teacher
+from hf_kdtl.models.teachers.teacher import Teacher
 
 
 def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 6) -> PreTrainedModel:

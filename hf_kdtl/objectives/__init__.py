@@ -11,7 +11,7 @@ from hf_kdtl.objectives.jacobian import Jacobian, JacobianNorm
 from hf_kdtl.objectives.logits import DecoupledKD, LogitKD
 from hf_kdtl.objectives.lwf import LwF
 from hf_kdtl.objectives.noise import NoisyKD
-from hf_kdtl.objectives.start import BSS, L2SP, Delta
+from hf_kdtl.objectives.regularizers import BSS, L2SP, Delta
 from hf_kdtl.objectives.task import Task
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hf_kdtl.functional import attention as fa
 from hf_kdtl.functional.resample import align_tokens
-from hf_kdtl.models.capture import Capture
+from hf_kdtl.models.forward.attention_hooks import Attention
+from hf_kdtl.models.forward.capture import Capture
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
-from hf_kdtl.models.tap import Attention
 from hf_kdtl.objectives.base import check_option
-from hf_kdtl.objectives.pairs import PairedObjective, check_attention, check_grids, class_columns
+from hf_kdtl.objectives.paired import PairedObjective, check_attention, check_grids, class_columns
 
 
 class AttentionMap(PairedObjective):

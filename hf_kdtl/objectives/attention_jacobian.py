@@ -11,14 +11,14 @@ from torch import Tensor
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.features import energy
 from hf_kdtl.functional.resample import redistribute
-from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.models.geometry import LayerGeometry
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.objectives.estimators import Estimator, Way, check_estimator, wanted_ways, ways_of
 from hf_kdtl.objectives.jacobian import CITATION
-from hf_kdtl.objectives.pairs import check_grids, patches
+from hf_kdtl.objectives.paired import check_grids, patches
 
 
 class AttentionJacobian(DerivativeObjective):

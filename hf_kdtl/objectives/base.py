@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.run_context import Setting
 
 
 class Batch(TypedDict):

@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hf_kdtl.functional.resample import align_tokens, precise
-from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.models.outputs import needs_of, outputs_of
+from hf_kdtl.models.bregman.layer import BregmanLayer
+from hf_kdtl.models.bregman.outputs import needs_of, outputs_of
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
-from hf_kdtl.models.representation import BregmanLayer
-from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.run_context import Setting
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
-from hf_kdtl.objectives.pairs import as_tokens, check_grids, class_columns
+from hf_kdtl.objectives.paired import as_tokens, check_grids, class_columns
 
 
 class Bregman(Objective):

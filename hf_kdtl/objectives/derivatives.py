@@ -11,10 +11,10 @@ from torch import Tensor
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import chosen
-from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.forward.modes import Direction
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.models.passes import Direction
-from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.run_context import Setting
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 from hf_kdtl.objectives.estimators import Way, settle
 

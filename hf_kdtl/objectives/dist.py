@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_kdtl.functional.logits import correlations
-from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.run_context import Setting
 from hf_kdtl.objectives.base import check_option
 
 Estimator = Literal["auto", "vjp", "split", "finite_difference", "hvp"]

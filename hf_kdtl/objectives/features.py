@@ -9,10 +9,10 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from hf_kdtl.functional import features as ff
 from hf_kdtl.functional.resample import align_tokens
-from hf_kdtl.models.capture import Capture
+from hf_kdtl.models.forward.capture import Capture
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import check_option
-from hf_kdtl.objectives.pairs import PairedObjective, as_tokens, check_grids, class_columns, patches
+from hf_kdtl.objectives.paired import PairedObjective, as_tokens, check_grids, class_columns, patches
 
 
 class AttentionTransfer(PairedObjective):

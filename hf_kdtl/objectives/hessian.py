@@ -11,8 +11,8 @@ from torch import Tensor
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.hessian import product, second_quotient
-from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.models.passes import Direction
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.forward.modes import Direction
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective, label_index
 from hf_kdtl.objectives.estimators import Way, check_estimator

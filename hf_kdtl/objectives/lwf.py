@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.functional.divergences import kl, log_probabilities
-from hf_kdtl.models.capture import Capture, Needs
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 

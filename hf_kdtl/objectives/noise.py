@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import kl, log_probabilities
-from hf_kdtl.models.capture import Capture, Needs
-from hf_kdtl.models.passes import Direction
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.forward.modes import Direction
 from hf_kdtl.objectives.base import Batch, check_option, is_number
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.objectives.estimators import Way

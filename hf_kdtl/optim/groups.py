@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 
 from hf_kdtl.models.blocks import Blocks, find_blocks
+from hf_kdtl.models.forward.attention_hooks import run
+from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.models.pairing import blank_pixels
-from hf_kdtl.models.passes import evaluating
-from hf_kdtl.models.tap import run
 
 Layer = int | str
 """A block's index from 0, or "embeddings", "norm", "head", "objectives"."""

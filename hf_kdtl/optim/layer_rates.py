@@ -13,20 +13,20 @@ from transformers.utils import logging
 
 from hf_kdtl.functional.discrepancy import discrepancy, distribution
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.models.pairing import Pair, PairingPlan
-from hf_kdtl.models.passes import evaluating
-from hf_kdtl.models.teacher import Teacher
-from hf_kdtl.optim.groups import layer_groups, named_blocks
-from hf_kdtl.optim.layerwise import is_layerwise
-from hf_kdtl.optim.measure import (
+from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.optim.discrepancies import (
     attention_discrepancies,
     check_pairs,
     input_discrepancies,
     needs,
     parameter_energies,
 )
-from hf_kdtl.optim.rates import RateOptions, Rates
+from hf_kdtl.optim.groups import layer_groups, named_blocks
+from hf_kdtl.optim.layerwise import is_layerwise
+from hf_kdtl.optim.multipliers import RateOptions, Rates
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from hf_kdtl.evaluation.cost import (
     parameters,
     peak_memory,
 )
-from tests.tiny import build
+from tests.support.tiny import build
 
 
 class Net(nn.Sequential):

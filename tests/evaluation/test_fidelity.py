@@ -14,9 +14,9 @@ from transformers import ViTImageProcessor
 from hf_kdtl.evaluation import cka as c
 from hf_kdtl.evaluation import fidelity as f
 from hf_kdtl.models import Teacher, plan
-from hf_kdtl.models.capture import Needs, capture
+from hf_kdtl.models.forward.capture import Needs, capture
 from tests.reference import fidelity as reference
-from tests.tiny import build
+from tests.support.tiny import build
 
 
 def images(number=6, seed=0, size=32):
@@ -188,7 +188,7 @@ def test_agreement_is_the_slow_one(name, options):
     seen, pixels = images(3, size=side).double(), images(3).double()
     pair = plan(student, teacher, [[1, 2]], pixels) if side == 32 else None
     if pair is None:  # each at its own size
-        from hf_kdtl.models.geometry import describe
+        from hf_kdtl.models.forward.geometry import describe
         from hf_kdtl.models.pairing import PairingPlan
 
         pair = PairingPlan(describe(student, pixels), describe(teacher, seen), [[1, 2]])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from hf_kdtl.evaluation import scoring, text
+from hf_kdtl.evaluation import scoring
 from hf_kdtl.evaluation.scoring import accuracy_interval, compared, findings, is_right, most_apart
+from hf_kdtl.utils import text
 
 NAMES = ["cat", "dog", "emu"]
 

@@ -10,7 +10,7 @@ from torch.func import jacrev
 
 from hf_kdtl.functional import derivatives as m
 from tests.functional.smooth import Quadratic, Smooth, images, slope
-from tests.tiny import build
+from tests.support.tiny import build
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

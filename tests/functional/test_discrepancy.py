@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from hf_kdtl.functional import discrepancy as fast
 from tests.reference import discrepancy as slow
-from tests.tiny import build
+from tests.support.tiny import build
 
 
 def random(*shape, seed=0):

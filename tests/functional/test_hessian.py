@@ -9,7 +9,7 @@ from torch.func import hessian
 from hf_kdtl.functional import hessian as m
 from hf_kdtl.functional.derivatives import math_attention
 from tests.functional.smooth import INPUTS, SHAPE, Quadratic, Smooth, images, slope
-from tests.tiny import build
+from tests.support.tiny import build
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -8,7 +8,7 @@ import torch
 
 from hf_kdtl.functional import logits as m
 from hf_kdtl.functional.divergences import kl, log_probabilities
-from hf_kdtl.models.capture import Capture
+from hf_kdtl.models.forward.capture import Capture
 from hf_kdtl.objectives import OBJECTIVES
 from tests.functional.agree import randn
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES, TwoGradients
 from hf_kdtl.models import capture
-from hf_kdtl.models.capture import Needs
-from tests.tiny import build
+from hf_kdtl.models.forward.capture import Needs
+from tests.support.tiny import build
 
 CLASSES, IMAGES, WIDTH = 3, 6, 8
 

@@ -11,13 +11,14 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor, pipeline
 
-from hf_kdtl import DistillationTrainer, publishing
+from hf_kdtl import DistillationTrainer
+from hf_kdtl.trainer import publishing
 from hf_kdtl.evaluation.results import update_results
-from hf_kdtl.hub import HubError, send
-from tests.helpers import Images, config
+from hf_kdtl.hub.upload import HubError, send
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault
-from tests.tiny import build
+from tests.support.helpers import Images, config
+from tests.support.tiny import build
 
 pytestmark = pytest.mark.usefixtures("hub")
 ALLOWED = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "README.md"}
@@ -140,7 +141,7 @@ def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # 
     one = trainer(callbacks=[Break(happen)], **PUSH, **saving)
     one.train()
     assert one.state.global_step == 2 and Path("out/checkpoint-2/model.safetensors").is_file()
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_kdtl.publishing"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_kdtl.trainer.publishing"]
     assert said[0].startswith("the push of step 1 failed, training goes on: the Hub")
     if fault is None:
         with pytest.raises(HubError, match="could not be reached") as caught:
@@ -194,7 +195,7 @@ def test_the_licence_of_a_gated_teacher_is_read_and_kept_to(hub):  # noqa: F811
 
 def test_nothing_that_is_wrong_with_a_push_stops_training(hub, monkeypatch, caplog):  # noqa: F811
     one = trainer(**PUSH, save_strategy="steps", save_steps=1)
-    monkeypatch.setattr("hf_kdtl.publishing.stage", lambda *_: [][0])
+    monkeypatch.setattr("hf_kdtl.trainer.publishing.stage", lambda *_: [][0])
     one.train()
     assert one.state.global_step == 2 and "the push of step 2 failed, training goes on: list index" in caplog.text
 
@@ -242,8 +243,7 @@ def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa:
     hub.fail(Fault("POST", "/commit/", 503, times=1))
     with pytest.raises(HubError, match=r"\(503\).*push_student.py --run out --hub_model_id tester/small, or"):
         one.push_to_hub()
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
-    importlib.import_module("push_student").main(["--run", "out", "--hub_model_id", "tester/small"])
+    importlib.import_module("hf_kdtl.commands.push").main(["--run", "out", "--hub_model_id", "tester/small"])
     mine = {"adapter_config.json", "adapter_model.safetensors", "README.md", "results.json", ".gitattributes"}
     assert set(hub.files("tester/small")) == mine
     card = ModelCard(hub.files("tester/small")["README.md"].decode())

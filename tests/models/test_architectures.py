@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_kdtl.distiller import Distiller, pairs_layers
 from hf_kdtl.functional.attention import attention_rows
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, capture, plan
-from hf_kdtl.models.geometry import ModelGeometry, describe
+from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.objectives import OBJECTIVES
-from tests.tiny import EVERY, build
+from hf_kdtl.trainer.distiller import Distiller, pairs_layers
+from tests.support.tiny import EVERY, build
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
@@ -35,7 +35,7 @@ VARIANTS = {
     "PerceiverForImageClassificationFourier": "perceiver_fourier",
     "PerceiverForImageClassificationConvProcessing": "perceiver_conv",
 }
-# Key in tests.tiny -> blocks, hidden states, attention, width of what the classifier reads; or why it is refused.
+# Key in tiny -> blocks, hidden states, attention, width of what the classifier reads; or why it is refused.
 GIVES = {
     "beit": (2, "tokens 4 x 4 + class", "full", 32),
     "bit": (4, "maps 8 x 8, 4 x 4", "none", 32),
@@ -105,7 +105,7 @@ class Row:
 
 
 def entries() -> dict[str, tuple[str, str]]:
-    """{key in tests.tiny: (model type, class)} of transformers' mapping."""
+    """{key in tests.support.tiny: (model type, class)} of transformers' mapping."""
     found = {}
     for kind, names in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
         for name in [names] if isinstance(names, str) else names:
@@ -196,7 +196,7 @@ EACH = [
 def test_every_entry_of_the_mapping_is_built_or_listed_with_a_reason():
     known = GIVES.keys() | NOT_BUILT.keys()
     gained, gone = entries().keys() - known, known - entries().keys()
-    assert not gained, f"transformers' mapping has gained {sorted(gained)}: build it in tests/tiny.py, or say why not"
+    assert not gained, f"transformers' mapping has gained {sorted(gained)}: build it in tiny.py, or say why not"
     assert not gone, f"transformers' mapping has lost {sorted(gone)}"
     assert GIVES.keys() == EVERY.keys() and not GIVES.keys() & NOT_BUILT.keys()
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from hf_kdtl.models.blocks import find_blocks, uniform_layers
-from tests.tiny import STAGED, TINY, VIT_LIKE, build
+from tests.support.tiny import STAGED, TINY, VIT_LIKE, build
 
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 

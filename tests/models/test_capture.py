@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from hf_kdtl.functional.attention import attention_rows
 from hf_kdtl.models import Needs, capture, plan
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.geometry import describe
-from tests.tiny import TINY, build
+from hf_kdtl.models.forward.geometry import describe
+from tests.support.tiny import TINY, build
 
 TAPPED = [
     "vit", "deit", "deit_teacher", "dinov2", "dinov2_with_registers", "beit", "vit_msn", "ijepa", "siglip", "clip",

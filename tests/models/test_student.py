@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, ViTModel
 
 from hf_kdtl.models import Teacher, make_student
 from hf_kdtl.models.blocks import find_blocks, uniform_layers
-from tests.tiny import STAGED, VIT_LIKE, build
+from tests.support.tiny import STAGED, VIT_LIKE, build
 
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 

@@ -8,13 +8,13 @@ import torch
 
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.models import Teacher, capture, plan
-from hf_kdtl.models.outputs import LINKS_OF
-from hf_kdtl.models.representation import BregmanLayer, Provenance
-from hf_kdtl.models.setting import Setting
+from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
+from hf_kdtl.models.bregman.outputs import LINKS_OF
+from hf_kdtl.models.run_context import Setting
 from hf_kdtl.objectives.bregman import Bregman
 from tests.reference import bregman as slow
-from tests.representations import complete, made_up
-from tests.tiny import build
+from tests.support.representations import complete, made_up
+from tests.support.tiny import build
 
 PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch.func import hessian, jacrev
 
-from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, plan
-from hf_kdtl.models.pixels import PixelAdapter, PixelFormat
+from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
 from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.trainer.distiller import Distiller
 from tests.functional.smooth import SHAPE, Smooth, images, slope
 from tests.objectives.derivative_variants import short
 from tests.reference.derivatives import REFERENCES_DERIVATIVES
-from tests.tiny import build
+from tests.support.tiny import build
 
 N = 10_000
 FD = {"estimator": "finite_difference"}

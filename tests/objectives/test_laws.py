@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hf_kdtl import DistillationConfig
-from hf_kdtl.distiller import Distiller
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, capture, plan
-from hf_kdtl.models.start import Start
+from hf_kdtl.models.teachers.start import Start
 from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.trainer.distiller import Distiller
 from tests.objectives.derivative_variants import takes_differences
 from tests.objectives.variants import CASES, FURTHER
 from tests.reference.bregman import bregman
@@ -18,8 +18,8 @@ from tests.reference.derivatives import REFERENCES_DERIVATIVES
 from tests.reference.objectives import REFERENCES as UNPAIRED
 from tests.reference.paired import PAIRED
 from tests.reference.start import START
-from tests.representations import complete
-from tests.tiny import build
+from tests.support.representations import complete
+from tests.support.tiny import build
 
 REFERENCES = UNPAIRED | PAIRED | REFERENCES_DERIVATIVES | START | {"bregman": bregman}
 IMAGES, CLASSES, SIZE = 5, 4, 16

@@ -37,7 +37,7 @@ VARIANTS = derivative_variants.VARIANTS | {
     "l2_sp": [{}, {"head_weight": 0.1}],
     "delta": [{}, {"layers": "last"}, {"layers": [0]}],
     "bss": [{}, {"k": 2}],
-    # A word for a representation that is made up for the teacher at hand (tests/representations.py).
+    # A word for a representation that is made up for the teacher at hand (tests/support/representations.py).
     "bregman": [
         {"representation": "probabilities"},
         {"representation": "pooled"},

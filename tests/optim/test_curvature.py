@@ -6,9 +6,9 @@ import torch
 from hf_kdtl.functional.derivatives import differentiable
 from hf_kdtl.functional.discrepancy import output_energy, parameter_curvature
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.tap import run
-from hf_kdtl.optim.measure import _as_function, _block_inputs
-from tests.tiny import build
+from hf_kdtl.models.forward.attention_hooks import run
+from hf_kdtl.optim.discrepancies import _as_function, _block_inputs
+from tests.support.tiny import build
 
 
 def by_double_reverse(block, parameters, inputs, v):

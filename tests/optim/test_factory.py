@@ -13,8 +13,8 @@ from hf_kdtl.models import Teacher, plan
 from hf_kdtl.optim import LayerRates, LayerwiseOptimizer, create_layerwise_optimizer, layer_groups
 from hf_kdtl.optim.layer_rates import check_layerwise
 from hf_kdtl.optim.layerwise import is_layerwise, layerwise
-from tests.helpers import Images, config, largest_difference, weights
-from tests.tiny import build
+from tests.support.helpers import Images, config, largest_difference, weights
+from tests.support.tiny import build
 
 SCHEDULES = {
     "linear": {},

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import Trainer
 
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.passes import evaluating
+from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.optim.groups import group_table, layer_groups
-from tests.tiny import EVERY, build
+from tests.support.tiny import EVERY, build
 
 LARGER = {"mobilevitv2": 64}
 REFUSED = {

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, capture, plan
-from hf_kdtl.models.pixels import PixelAdapter, PixelFormat
+from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
 from hf_kdtl.optim import LayerRates, layer_groups
 from hf_kdtl.optim.layerwise import layerwise
 from tests.reference import discrepancy as slow
-from tests.tiny import build
+from tests.support.tiny import build
 
 SOURCES = [
     {"source": "attention"},

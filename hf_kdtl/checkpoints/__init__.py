@@ -1,0 +1,1 @@
+"""What a checkpoint holds, whether it is complete, and which one to resume from."""

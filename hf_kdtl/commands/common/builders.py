@@ -1,0 +1,223 @@
+"""What the recipes build from their settings: data, models, image processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from sklearn.model_selection import train_test_split
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_kdtl.commands.common.arguments import mapping
+from hf_kdtl.config import check_known
+from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.loading import ImageData, ImageDataset, load_images
+from hf_kdtl.evaluation.cost import parameters
+from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.models.blocks import stated_depth, vision_config
+from hf_kdtl.models.labels import class_names, match_labels
+
+
+@dataclass
+class DataOptions:
+    """Where the images come from, and what is done to those of training."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "A folder of images, parquet files, a saved dataset, a Hub name, or digits (built in)."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "By default the only column of images."})
+    label_column: str | None = field(default=None, metadata={"help": "By default the only column of classes."})
+    validation_fraction: float = field(default=0.15, metadata={"help": "Cut from train where there is none."})
+    test_fraction: float = field(default=0.15, metadata={"help": "Cut from train where there is none."})
+    split_seed: int = field(default=42, metadata={"help": "Of these cuts. The same for teacher and student!"})
+    on_bad_image: str = field(default="error", metadata={"help": "error, or skip: leave unreadable images out."})
+    train_images: int | None = field(
+        default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
+    )
+    augmentation: dict | str | None = field(
+        default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}
+    )
+
+
+def open_data(options: DataOptions) -> ImageData:
+    """The three splits, with train cut to `train_images`."""
+    Augmentation(mapping("augmentation", options.augmentation))  # a misspelt key fails before the images are read
+    data = load_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+        seed=options.split_seed,
+        on_bad_image=options.on_bad_image,  # type: ignore[arg-type]
+    )
+    if options.on_bad_image == "error":
+        data.check_readable()  # all of them now: a bad test image would be met after hours of training
+    number, total = options.train_images, len(data.train)
+    if number is None or number == total:
+        return data
+    classes = len(data.label_names)
+    if not classes <= number < total:
+        raise ValueError(
+            f"train_images is {number}, expected {classes} (one of each class) to {total} (all of train)."
+        )
+    labels = data.train["label"][:]
+    rows, _ = train_test_split(np.arange(total), train_size=number, stratify=labels, random_state=options.split_seed)
+    kept = data.train.select(np.sort(rows))
+    said = f"{number} of {total} images of train are used, stratified by class, seed {options.split_seed}."
+    return replace(data, train=kept, notes=[*data.notes, said])
+
+
+def pixels(split: Any, processor: Any, options: DataOptions | None = None, seed: int = 0) -> ImageDataset:
+    """A split as what the model is fed; augmented where `options` are given."""
+    augmentation = mapping("augmentation", options.augmentation) if options else {}
+    return ImageDataset(split, processor, augmentation=Augmentation(augmentation) if augmentation else None, seed=seed)
+
+
+def labels_of(names: Sequence[str]) -> dict[str, Any]:
+    """What a model config says about its classes."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def from_config(settings: dict[str, Any], names: Sequence[str], what: str) -> Any:
+    """A model with random weights, from the fields of its config and `model_type`.
+
+    Raises:
+        ValueError: for an unknown model_type or field.
+    """
+    settings = dict(settings)
+    kind = settings.pop("model_type", None)
+    check_known(f"model_type in {what}", kind, list(CONFIG_MAPPING))
+    _check_fields(settings, CONFIG_MAPPING[kind]().to_dict(), what)
+    return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings, **labels_of(names)))
+
+
+def _check_fields(settings: dict[str, Any], valid: dict[str, Any], what: str) -> None:
+    # Any field is accepted by transformers, a misspelt one too, and then the model is another one than was asked for.
+    for name, value in settings.items():
+        check_known(f"field of {what}", name, sorted(valid))
+        if isinstance(value, dict) and isinstance(valid[name], dict) and "model_type" in valid[name]:
+            _check_fields(value, valid[name], f"{what}.{name}")
+
+
+def pretrained(path: str, names: Sequence[str], notes: list[str]) -> Any:
+    """A saved model for the classes `names`: its own head where its classes are these, else a new one.
+
+    In float32: transformers loads the dtype that was saved, and half precision does not train.
+    """
+    source = existing(path)
+    own = AutoConfig.from_pretrained(source)
+    known = class_names(own)
+    if known is not None and sorted(known) == sorted(names):
+        return AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
+    count = own.num_labels
+    if count != len(names) or known is not None:
+        notes.append(f"{path} knows {count} other classes: its head is trained anew for the {len(names)} of the data.")
+    else:
+        notes.append(f"{path} does not name its {count} classes: they are taken to be those of the data, in order.")
+    return AutoModelForImageClassification.from_pretrained(
+        source, dtype=torch.float32, ignore_mismatched_sizes=True, **labels_of(names)
+    )
+
+
+def named(model: Any, names: Sequence[str]) -> Any:
+    """A model whose head answers in the classes `names`, in any order; one that names none takes these.
+
+    Raises:
+        ValueError: when its classes are others.
+    """
+    match_labels(SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names))), model.config)
+    if class_names(model.config) is None:
+        model.config.update(labels_of(names))
+    return model
+
+
+def existing(path: str) -> str:
+    """A model's folder or Hub name, `~` expanded.
+
+    Raises:
+        FileNotFoundError: when it looks like a path and nothing is there.
+    """
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"the path {path!r} does not exist; expected a saved model's folder, or a Hub name.")
+    return str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+
+
+def processor_of(path: str, model: Any) -> Any:
+    """The image processor saved beside a model, or one made from its config."""
+    try:
+        return AutoImageProcessor.from_pretrained(existing(path))
+    except (OSError, ValueError):
+        return new_processor(model.config)
+
+
+def new_processor(config: Any, image_size: int | None = None) -> Any:
+    """Square pixels of the config's image_size, in [-1, 1].
+
+    Raises:
+        ValueError: when neither the config nor the settings name a size.
+    """
+    size = image_size or getattr(vision_config(config), "image_size", None)
+    if size is None:
+        raise ValueError(f"{type(config).__name__} has no image_size; type --image_size, such as --image_size 64.")
+    height, width = (size, size) if isinstance(size, int) else size
+    half = [0.5, 0.5, 0.5]
+    # By attribute: transformers says at its import which backend it takes, before `cli.quiet` is called.
+    return transformers.ViTImageProcessor(size={"height": height, "width": width}, image_mean=half, image_std=half)
+
+
+def summary(model: Any) -> str:
+    """A model in a few words."""
+    return f"{type(model).__name__}, {parameters(model):,} parameters"
+
+
+def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:
+    """The section `data` of results.json."""
+    return {
+        "source": data.source,
+        "hub": data.source != "digits" and not glob(str(Path(data.source).expanduser())),
+        "sizes": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
+        "classes": data.label_names,
+        "splits": {name: getattr(options, name) for name in ("split_seed", "validation_fraction", "test_fraction")},
+        "augmentation": mapping("augmentation", options.augmentation),
+        "notes": data.notes,
+    }
+
+
+def split_notes(teacher: str, data: ImageData, options: DataOptions) -> list[str]:
+    """A warning where a teacher of train_teacher.py was trained on images that are test images here."""
+    try:
+        before = read_results(Path(teacher).expanduser().parent)["data"]
+    except (OSError, ValueError, KeyError):
+        return []
+    mine = facts(data, options)
+    if before["source"] != mine["source"] or before["splits"] == mine["splits"]:
+        return []
+    return [
+        f"Careful: the teacher was trained on {before['source']} split by {before['splits']}, here it is split by "
+        f"{mine['splits']}: it may have seen images that are test images here. Use the same three settings."
+    ]
+
+
+def told(data: ImageData) -> list[str]:
+    """The data, for the terminal."""
+    sizes = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
+    return [f"{data.source}: {sizes} images of {len(data.label_names)} classes", *(f"- {note}" for note in data.notes)]
+
+
+def student_hint(model: Any) -> str:
+    """Flags that ask distill.py for a student of about half of `model`."""
+    depths, depth = stated_depth(model.config)
+    if depths is None and depth:
+        return f"--student_layers {max(1, depth // 2)}"
+    return f'--student_config \'{{"model_type": "{model.config.model_type}", ...}}\''

@@ -1,0 +1,132 @@
+"""The end of distill.py: the only place that looks at the test split."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.data.decoding import decode
+from hf_kdtl.evaluation.predictions import save_predictions
+from hf_kdtl.evaluation.results import update_results
+from hf_kdtl.evaluation.saliency import ATTENTION_SHEET, GRADIENT_SHEET, looked_at, map_sheet, moved_by, unnormalised
+from hf_kdtl.evaluation.scoring import compared
+from hf_kdtl.evaluation.statistics import paired_difference
+from hf_kdtl.models.labels import match_labels
+from hf_kdtl.reports.figures.run import SHEET, sheet_choice, sheet_picture
+from hf_kdtl.reports.run_report import SPLITS
+
+
+def evaluate(study: Any) -> None:
+    """Score teacher and students, and write student/, the section `evaluation`, the sheet and an example image."""
+    datasets = {split: builders.pixels(getattr(study.data, split), study.processor) for split in SPLITS}
+    student = runs.load(study.runs()[-1][2])
+    measured, models, taught = {"student": (student, datasets["test"])}, {}, {}
+    if study.scored:
+        teacher_data = _teacher_pixels(study)
+        taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
+        measured = {"teacher": (study.teacher.model, teacher_data["test"])} | measured
+    by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
+    cost = runs.measured(measured, study.config)
+    if study.scored:
+        teacher_runs = {"teacher": {split: compared(*pair) for split, pair in taught.items()}}
+        models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
+    models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
+    value = {"models": models, "batch_size": study.config.per_device_eval_batch_size}
+    if len(by_arm) == 2:
+        value["paired_difference"] = {split: _difference(by_arm, split) for split in SPLITS}
+    if study.config.process_index == 0:
+        _keep_student(study)
+        if study.scored:
+            value["sheet"] = _sheet(study, taught["test"][0], shown)
+        else:
+            _example(study, 0)
+        value |= _maps(study, runs.load(study.folder / f"distilled-seed{study.seeds[0]}"))
+        update_results(study.folder, "evaluation", value)
+
+
+def _runs(
+    study: Any, datasets: dict[str, Any], taught: dict[str, np.ndarray]
+) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
+    """{arm: {seed: {split: scores}}}, and the test logits of the first distilled student.
+
+    The student alone is the baseline of the distilled one with the same seed.
+    """
+    by_arm: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
+    logits: dict[tuple[str, int, str], np.ndarray] = {}
+    for arm, seed, folder in study.runs():  # alone comes first
+        model, found = runs.load(folder), {}
+        for split, data in datasets.items():
+            logits[arm, seed, split], labels = runs.predict(model, data, study.config)
+            before = logits.get(("alone", seed, split)) if arm == "distilled" else None
+            found[split] = compared(logits[arm, seed, split], labels, taught.get(split), before)
+            if study.config.process_index == 0:
+                save_predictions(folder, split, logits[arm, seed, split], labels)
+        by_arm[arm][str(seed)] = found
+    return by_arm, logits["distilled", study.seeds[0], "test"]
+
+
+def _teacher_pixels(study: Any) -> dict[str, Any]:
+    """The images as the teacher's own image processor prepares them, if it has one."""
+    processor = study.teacher.processing_class or study.processor
+    return {split: builders.pixels(getattr(study.data, split), processor) for split in SPLITS}
+
+
+def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = runs.predict(study.teacher.model, dataset, study.config)
+    order, _ = match_labels(student.config, study.teacher.model.config)
+    return (logits if order is None else logits[:, order]), labels
+
+
+def _difference(runs: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
+    distilled, alone = ([run[split]["accuracy"] for run in runs[arm].values()] for arm in ("distilled", "alone"))
+    return paired_difference(distilled, alone)
+
+
+def _keep_student(study: Any) -> None:
+    shutil.rmtree(study.folder / "student", ignore_errors=True)
+    shutil.copytree(study.folder / f"distilled-seed{study.seeds[0]}" / "model", study.folder / "student")
+
+
+def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
+    """Captions of the sheets of where teacher and student look and of what moves them, on the first test images."""
+    before = study.trainer("distilled", study.seeds[0], study.folder).model
+    data = builders.pixels(study.data.test, study.processor)
+    rows = data.__getitems__(list(range(min(count, len(data)))))
+    pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    teacher, images = study.teacher, unnormalised(pixels, study.processor)
+    students, captions = {"student before": before, "student after": student}, {}
+    shown = teacher.pixels(pixels.to(teacher.model.device)) if teacher else None
+    try:
+        seen = {"teacher": looked_at(teacher.model, shown)} if teacher else {}
+        seen |= {name: looked_at(model, pixels.to(model.device)) for name, model in students.items()}
+        about = "Where the last block looks"
+        captions["attention"] = map_sheet(study.folder / ATTENTION_SHEET, images, seen, about)
+    except ValueError as error:  # a model without any map; the run must not end for want of a picture
+        runs.say(study.config, f"no attention sheet: {error}")
+    moved = {}
+    if study.scored:  # in its own order of classes
+        order, _ = match_labels(student.config, teacher.model.config)
+        its = labels if order is None else torch.tensor(order)[labels]
+        moved = {"teacher": moved_by(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
+    moved |= {name: moved_by(model, pixels.to(model.device), labels) for name, model in students.items()}
+    about = "Which pixels move the log-probability of the image's class"
+    return captions | {"gradients": map_sheet(study.folder / GRADIENT_SHEET, images, moved, about)}
+
+
+def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
+    rows = sheet_choice(teacher, student)
+    test = study.data.test[rows]
+    images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
+    _example(study, rows[-1])
+    chances = [torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student)]
+    return sheet_picture(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)
+
+
+def _example(study: Any, row: int) -> None:
+    """An image for the command that the recipe ends with."""
+    image = study.data.test[row]["image"]
+    decode(image["bytes"] or image["path"], "a test image").save(study.folder / "example.png")

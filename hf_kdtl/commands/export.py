@@ -1,0 +1,125 @@
+"""Write a student as an ONNX file, check that it answers as the student does, and time both.
+
+pip install -e '.[export]'
+python recipes/export_student.py --student runs/student/student --output student.onnx
+python recipes/export_student.py --student runs/student/student --output student.onnx --batch_size 64 --overwrite true
+
+The file takes pixel_values (batch, channels, height, width) as the student's image processor makes them, and gives
+logits (batch, classes), in float32 and for any batch. It appears only when its logits are the student's to 1e-4, at
+batch 1 and 5, on random pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
+
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common import builders
+from hf_kdtl.evaluation.cost import latency
+from hf_kdtl.export import BATCHES, TOLERANCE, OnnxModel, check_installed, export_onnx, largest_difference
+
+
+@dataclass
+class ExportOptions:
+    """What to export, and where to."""
+
+    student: str = field(metadata={"help": "A folder or Hub name of an image classifier."})
+    output: str = field(metadata={"help": "The file to write, such as student.onnx."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the pixels; by default what the student's image processor makes."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images a forward, of the second timing; the first has 1."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the file where it exists."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings, export, compare, time."""
+    cli.quiet()
+    (options,) = cli.parse(ExportOptions, argv=argv)
+    output = Path(options.output).expanduser()
+    check(options, output)
+    source = builders.existing(options.student)
+    student = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32).eval()
+    pixels = random_pixels(source, student, options)
+    tqdm.write(f"{builders.summary(student)}: exporting for pixels {tuple(pixels.shape[1:])} and any batch.")
+    exported, difference = written(student, pixels, output)
+    tqdm.write(f"{output}: {output.stat().st_size / 1e6:.1f} MB, largest difference of a logit {difference:.1e}.\n")
+    tqdm.write(timed(student, exported, pixels, options.batch_size))
+
+
+def check(options: ExportOptions, output: Path) -> None:
+    """What can be wrong before the model is read.
+
+    Raises:
+        ValueError: saying what to type.
+    """
+    check_installed()
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; expected a file: --output {output / 'student.onnx'}.")
+    if output.exists() and not options.overwrite:
+        raise ValueError(f"{output} exists. Give another --output, or replace it: --overwrite true.")
+    for name in ("image_size", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected 1 or more.")
+
+
+def random_pixels(source: str, student: Any, options: ExportOptions) -> Tensor:
+    """Normal noise of the size of the student's pixels, the same at each call."""
+    size: tuple[int, ...] = (3, options.image_size, options.image_size) if options.image_size else ()
+    if not size:
+        blank = Image.new("RGB", (64, 64))
+        size = tuple(builders.processor_of(source, student)(blank, return_tensors="pt")["pixel_values"].shape[1:])
+    return torch.randn(max(options.batch_size, *BATCHES), *size, generator=torch.Generator().manual_seed(0))
+
+
+def written(student: Any, pixels: Tensor, output: Path) -> tuple[OnnxModel, float]:
+    """The file, moved to its place once it agrees with the student, and by how much it does not.
+
+    Raises:
+        ValueError: when it does not agree.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f"{output.name}.part")
+    try:
+        export_onnx(student, pixels, part)
+        exported = OnnxModel(part)
+        difference = largest_difference(student, exported, pixels)
+        if difference > TOLERANCE:
+            raise ValueError(
+                f"the exported {type(student).__name__} is {difference:.1e} away from the student, expected "
+                f"{TOLERANCE:.0e} at most: nothing was written. Try another version of torch or of onnxruntime."
+            )
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
+    return exported, difference
+
+
+def timed(student: Any, exported: OnnxModel, pixels: Tensor, batch_size: int) -> str:
+    """A table of the milliseconds of a forward, torch and onnxruntime taking turns."""
+    lines = [
+        f"Milliseconds of a forward on the CPU, threads: {torch.get_num_threads()}; median (95th percentile).\n",
+        "| batch | torch | onnxruntime | torch / onnxruntime |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for size in dict.fromkeys((1, batch_size)):
+        found = latency({"torch": (student, pixels[:size]), "onnx": (exported, pixels[:size])})
+        cells = [f"{found[name]['median']:.2f} ({found[name]['p95']:.2f})" for name in ("torch", "onnx")]
+        ratio = found["torch"]["median"] / found["onnx"]["median"]
+        lines.append(f"| {size} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

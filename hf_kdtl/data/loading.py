@@ -1,0 +1,307 @@
+"""Images and labels from wherever they are, as three splits, and as what Trainer feeds a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, some, with_two_columns
+from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.sources import open_source
+from hf_kdtl.models.labels import class_names
+
+if TYPE_CHECKING:
+    from hf_kdtl.data.augmentation import Augmentation
+
+
+@dataclass
+class ImageData:
+    """Three splits of two columns, `image` (`datasets.Image(decode=False)`) and `label` (`ClassLabel`).
+
+    Attributes:
+        train, validation, test: label i is label_names[i] in all three; -100 in train is an unlabelled image.
+        label_names: the names of the classes, in the order of train.
+        notes: sentences about what was decided for the user: splits made, images left out, classes re-ordered, ...
+        source: what was loaded.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    label_names: list[str]
+    notes: list[str]
+    source: str
+
+    def check_readable(self) -> None:
+        """Decode every image once. Raises ValueError naming the first that cannot be read."""
+        for name in ("train", "validation", "test"):
+            split = getattr(self, name)
+            for index, image in enumerate(tqdm(split["image"], desc=f"Reading {name}", leave=False, delay=2)):
+                _decode(image, index, len(split))
+
+    def in_order(self, model: Any) -> ImageData:
+        """The same data with its classes in the order of a model that has them, by name; said in the notes.
+
+        A model without class names takes the order of the data: its config is given the names.
+
+        Raises:
+            ValueError: when the classes differ.
+        """
+        names = class_names(model.config)
+        if names is None and model.config.num_labels == len(self.label_names):
+            model.config.id2label = dict(enumerate(self.label_names))
+            model.config.label2id = {name: index for index, name in enumerate(self.label_names)}
+            return self
+        if names is None or set(names) != set(self.label_names):
+            has = f"{model.config.num_labels} unnamed" if names is None else some(names)
+            raise ValueError(
+                f"the data has the classes {some(self.label_names)} and the model {has}. Give the model the classes "
+                "of the data: from_pretrained(..., num_labels=<their number>, ignore_mismatched_sizes=True)."
+            )
+        if names == self.label_names:
+            return self
+        place = [names.index(name) for name in self.label_names]
+
+        def reordered(split: Dataset) -> Dataset:
+            labels = [place[label] if label >= 0 else label for label in split["label"][:]]
+            feature = type(split.features["label"])(names=names)
+            return split.remove_columns("label").add_column("label", labels, feature=feature)
+
+        said = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
+        splits = {name: reordered(getattr(self, name)) for name in ("train", "validation", "test")}
+        return replace(self, **splits, label_names=names, notes=[*self.notes, said])
+
+
+def load_images(
+    source: str = "digits",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 42,
+    on_bad_image: Literal["error", "skip"] = "error",
+) -> ImageData:
+    """Load images with labels, and make the splits that are missing.
+
+    Args:
+        source: "digits" (the 1797 handwritten digits that scikit-learn carries, 8 x 8, even if
+            a folder of that name is here: "./digits"), a folder of images (a
+            sub-folder for each class; or train, validation and test folders of these), a parquet file, a folder or a
+            glob of parquet files (a name that begins with train, validation, valid, val, dev or test goes to that
+            split), a dataset written by save_to_disk, or else the name of a dataset on the Hub.
+        image_column, label_column: needed where there is not exactly one candidate. By default the column whose
+            feature is an Image, and the one that is a ClassLabel, or else the only one of strings or integers.
+        validation_fraction, test_fraction: share of the labelled images of train, in (0, 1), that a missing split
+            takes. Stratified by class; validation is never cut from test.
+        seed: of the splits. The same seed gives the same splits.
+        on_bad_image: "error" meets an unreadable image when it is used; "skip" reads every image once, now, and leaves
+            the unreadable ones out.
+
+    Raises:
+        ValueError: for anything that cannot be loaded as asked; the sentence says what to type.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image is {on_bad_image!r}, expected 'error' or 'skip'.")
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    for name, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"{name}_fraction is {fraction}, expected a share between 0 and 1, such as 0.15.")
+    notes: list[str] = []
+    splits = with_two_columns(open_source(source, notes), image_column, label_column, notes)
+    if on_bad_image == "skip":
+        splits = {name: _readable(split, name, notes) for name, split in splits.items()}
+    missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
+    if missing:
+        splits |= _cut(splits["train"], missing, seed, notes)
+    _check_labels(splits, notes)
+    names = splits["train"].features["label"].names
+    return ImageData(splits["train"], splits["validation"], splits["test"], names, notes, source)
+
+
+def _decode(image: dict[str, Any], index: int, count: int) -> PIL.Image.Image:
+    return decode(image["bytes"] or image["path"], image["path"] or f"Image {index} of the split of {count} images")
+
+
+def _readable(split: Dataset, name: str, notes: list[str]) -> Dataset:
+    bad: list[str] = []
+
+    def reads(image: dict[str, Any], index: int) -> bool:
+        try:
+            _decode(image, index, len(split))
+        except ValueError:
+            bad.append(image["path"] or f"image {index}")
+            return False
+        return True
+
+    # In memory, past the cache: it would remember which images are left out, but not their names.
+    options = {"input_columns": ["image"], "with_indices": True, "keep_in_memory": True}
+    kept = split.filter(reads, **options, desc=f"reading the images of {name}")
+    if not len(kept):
+        raise ValueError(f"None of the {len(split)} images of {name} could be read ({some(bad)}), expected images.")
+    if bad:
+        notes.append(f"{len(bad)} of {len(split)} images of {name} could not be read and were left out: {some(bad)}.")
+    return kept
+
+
+def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) -> dict[str, Dataset]:
+    """{"train": what is left, and a split for each share}: stratified, disjoint, unlabelled images stay in train."""
+    labels = np.array(train["label"][:])
+    rest = np.flatnonzero(labels != UNLABELLED)
+    counts = Counter(labels[rest].tolist())
+    sizes = {name: round(share * len(rest)) for name, share in shares.items()}
+    names = train.features["label"].names
+    splits = {}
+    for name, size in sizes.items():
+        try:
+            rest, cut = train_test_split(rest, test_size=size, stratify=labels[rest], random_state=seed)
+        except ValueError as error:
+            rarest = min(counts, key=lambda index: counts[index], default=0)
+            raise ValueError(
+                f"{size} images for {name} cannot be cut from the {sum(counts.values())} labelled images of train so "
+                f"that each of {len(counts)} classes keeps its share: the rarest, {names[rarest]!r}, has "
+                f"{counts[rarest]} images ({error}). Add images, raise {name}_fraction, or bring a {name} split."
+            ) from error
+        splits[name] = train.select(np.sort(cut))
+        notes.append(
+            f"No {name} split was found: {size} images were cut from train, stratified by class, seed {seed}."
+        )
+    left = np.union1d(rest, np.flatnonzero(labels == UNLABELLED))
+    notes.append(f"{len(left)} images are left in train.")
+    return {"train": train.select(left), **splits}
+
+
+def _check_labels(splits: dict[str, Dataset], notes: list[str]) -> None:
+    names = splits["train"].features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"Train has one class only ({some(names)}), expected two or more.")
+    seen = Counter(splits["train"]["label"][:])
+    if unlabelled := seen.pop(UNLABELLED, 0):
+        notes.append(f"{unlabelled} of {len(splits['train'])} images of train are unlabelled (-100).")
+    for name in ("validation", "test"):
+        counts = Counter(splits[name]["label"][:])
+        if unlabelled := counts.pop(UNLABELLED, 0):
+            raise ValueError(
+                f"{unlabelled} images of {name} are unlabelled, expected a label on each; leave them out."
+            )
+        refuse_unseen(name, Counter({names[index]: count for index, count in counts.items() if index not in seen}))
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """A split of `ImageData` as what Trainer feeds a model: {"pixel_values": (3, H, W) float32, "labels": ...}.
+
+    `labels` is an int, or (K,) float32 when the augmentation mixes images.
+
+    The image processor decides about size and values. Without augmentation it is called as
+    `pipeline("image-classification")` calls it, so that the pixels are the same; with augmentation it stops before
+    normalisation, the batch is augmented in [0, 1], and then normalised with the processor's mean and std.
+
+    A batch is read and augmented as one (`__getitems__`, which torch's DataLoader calls). Its draws depend on seed,
+    epoch and the indices in it, and on nothing else: not on the number of workers, and torch's generator is left as it
+    was. DistillationTrainer calls `set_epoch`; a plain Trainer needs
+    `hf_kdtl.trainer.callbacks.EpochToDataset`.
+
+    Args:
+        split: columns `image` and `label`, as in `ImageData`.
+        image_processor: of the student; all images must come out in one size.
+        augmentation: only for training.
+        num_labels: K; by default the number of classes of the split.
+        seed: of the augmentation.
+
+    Raises:
+        ValueError: here, when the processor does something that cannot be done after augmentation; when an item is
+            read, for an image that cannot be decoded, naming it.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        image_processor: Any,
+        *,
+        augmentation: Augmentation | None = None,
+        num_labels: int | None = None,
+        seed: int = 0,
+    ):
+        self.split = split
+        self.image_processor = image_processor
+        self.augmentation = augmentation
+        self.num_labels = num_labels or split.features["label"].num_classes
+        self.seed = seed
+        # In shared memory, because persistent workers keep the copy of the dataset that they were started with.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if augmentation is not None:
+            self._check_processor()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation anew: the same epoch gives the same draws."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        indices = [int(index) for index in indices]  # a sampler may give numpy's integers: other text, other draws
+        rows = self.split[indices]
+        images = [_decode(image, i, len(self)) for image, i in zip(rows["image"], indices, strict=True)]
+        labels: Iterable[Any] = rows["label"]
+        if self.augmentation is None:
+            pixels = self._pixels(images)
+        else:
+            pixels, mixed = self._augment(self._pixels(images, do_normalize=False), torch.tensor(labels), indices)
+            labels = mixed if mixed.ndim == 2 else mixed.tolist()
+        return [{"pixel_values": p, "labels": label} for p, label in zip(pixels, labels, strict=True)]
+
+    def _augment(self, pixels: Tensor, labels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
+        assert self.augmentation is not None
+        key = f"{self.seed}/{self._epoch.item()}/{indices}".encode()
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the accelerator's generators too, and fork_rng would not mend it.
+            torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+            pixels, labels = self.augmentation(pixels, labels, self.num_labels)
+        return self._normalised(pixels), labels
+
+    def _pixels(self, images: list[Any], **options: Any) -> Tensor:
+        arrays = self.image_processor(images, **options)["pixel_values"]
+        sizes = {tuple(array.shape) for array in arrays}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{type(self.image_processor).__name__} returns images of different sizes ({some(sorted(sizes))}), "
+                "expected one: set do_resize and a size of height and width, or do_center_crop."
+            )
+        return torch.stack([torch.as_tensor(array, dtype=torch.float32) for array in arrays])
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        if not self.image_processor.do_normalize:
+            return pixels
+        mean, std = (
+            torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+            for value in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        return (pixels - mean) / std
+
+    def _check_processor(self) -> None:
+        # Blocks of black and white in each channel: both ends of the range survive resizing and cropping.
+        blocks = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (6, 6, 3))
+        image = PIL.Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1))
+        plain = self._pixels([image], do_normalize=False)
+        ordinary = plain.min() >= 0 and plain.max() <= 1
+        if not (ordinary and torch.allclose(self._normalised(plain), self._pixels([image]), atol=1e-4)):
+            raise ValueError(
+                f"{type(self.image_processor).__name__} gives pixels in [{plain.min():.4g}, {plain.max():.4g}] before "
+                "normalisation, or changes them after it; augmentation expects [0, 1] (do_rescale=True) and nothing "
+                "but (x - image_mean) / image_std afterwards. Set these, or train without augmentation."
+            )

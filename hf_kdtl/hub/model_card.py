@@ -1,0 +1,227 @@
+"""The card of a student on the Hub, made from results.json and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_kdtl.evaluation.metrics import METRICS
+from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
+from hf_kdtl.hub.card_results import Results, check_results, results_of, with_evaluation, without_nulls
+from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
+from hf_kdtl.hub.card_values import facts, millions
+from hf_kdtl.hub.license import of_parents, parents, settle
+from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
+from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
+from hf_kdtl.utils.redaction import without_paths
+from hf_kdtl.utils.text import one_line
+
+__all__ = ["inline", "results_of", "student_card", "with_evaluation", "write_card"]
+TASK = "image-classification"
+
+
+def student_card(
+    results: Results,
+    *,
+    model_id: str | None = None,
+    license: str | None = None,
+    language: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    dataset_tags: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+) -> ModelCard:
+    """The card of the student of a run. What was not measured is said to be so, and no number is made up.
+
+    Args:
+        results: of recipes/distill.py (`read_results`), with an evaluation where there is one (`with_evaluation`), or
+            what `results_of` makes of a trainer.
+        model_id: the student's name on the Hub, for the lines that show how to use it.
+        license: by default the one that its teacher's card states; a card without one says what is not known.
+        language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: as of Trainer's
+            create_model_card; tags come beside ours, the others in place of what results.json says. Of a path the
+            last part is taken; `finetuned_from` and `dataset_tags` are links, and left out where they are none.
+
+    Raises:
+        ValueError: for results of another schema or of another recipe, or malformed ones, naming the section; a
+            model_id that is no name on the Hub; a licence that the teacher's does not allow.
+    """
+    if model_id is not None and not is_hub_name(model_id):
+        raise ValueError(f"model_id is {model_id!r}; expected a name on the Hub, such as your-name/your-student.")
+    given = {"model_id": model_id, "license": license, "language": language, "tags": tags, "model_name": model_name,
+             "finetuned_from": finetuned_from, "tasks": tasks, "dataset_tags": dataset_tags, "dataset": dataset,
+             "dataset_args": dataset_args}  # fmt: skip
+    try:
+        return _card(results, **given)
+    except MALFORMED as error:
+        section = next((name for name in SECTIONS if name in results and _has_a_card(results, name, given)), "unknown")
+        raise ValueError(
+            f"{FILE}, section {section}: what a card needs of it is missing, or of another kind "
+            f"({type(error).__name__}: {error}). Restore the file, or run the recipe again."
+        ) from error
+
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError)
+
+
+def _has_a_card(results: Results, without: str, given: dict[str, Any]) -> bool:
+    try:
+        _card({name: value for name, value in results.items() if name != without}, **given)
+    except (ValueError, *MALFORMED):
+        return False
+    return True
+
+
+def _card(
+    results: Results, *, model_id, license, language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
+    dataset_args,
+) -> ModelCard:  # fmt: skip
+    results = without_nulls(results)
+    check_results(results)
+    found, said = _licence(results, license)
+    model_name = next(iter(_list(model_name)), None)
+    name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
+    task = next(iter(_list(tasks)), TASK)
+    data = ModelCardData(
+        license=found,
+        language=_list(language) or None,
+        library_name="peft" if saved_adapters(results) else "transformers",
+        pipeline_tag=task,
+        tags=_tags(results, tags),
+        datasets=_datasets(results, dataset_tags),
+        metrics=[metric for metric in split_scores(results)[1] if metric in METRICS] or None,
+        model_name=name,
+        eval_results=_eval_results(results, task, dataset, dataset_args) or None,
+        **_parents(results, finetuned_from),
+    )
+    values = facts(results, _title(results, model_name or model_id), said, _usage(results, model_id))
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render('student.md', **values)}")
+
+
+# ---- Metadata ----
+
+
+def _student(results: Results) -> dict[str, Any]:
+    return models_of(results).get("student", {})
+
+
+def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
+    """(licence, what the card says of it)."""
+    made_from, its = parents(models_of(results)), of_parents(models_of(results))
+    if its is None and asked is None:
+        several = "not all licences of its teacher and its start are known"
+        known = {0: "none was given", 1: "its teacher's licence is not known"}.get(len(made_from), several)
+        return None, f"not settled: {known}. Ask before you use it."
+    found = settle(its, asked)
+    if asked is None or asked == its:
+        return (
+            found,
+            f"{inline(found)}, as of {'the models that it was made from' if len(made_from) > 1 else 'its teacher'}.",
+        )
+    its_own = f"theirs is {inline(its)}" if its else "that of the models it was made from is not known"
+    return found, f"{inline(found)}, chosen by who published it{f' ({its_own})' if made_from else ''}."
+
+
+def _tags(results: Results, tags: str | Sequence[str] | None) -> list[str]:
+    taught = ["knowledge-distillation"] if models_of(results).get("teacher") else []
+    names = [
+        entry["name"]
+        for entry in results.get("objectives", [])
+        if entry["name"] != "task" and entry.get("weight", 1.0)
+    ]
+    return list(dict.fromkeys(["hf_kdtl", *taught, *map(one_line, names), *_list(tags)]))
+
+
+def _datasets(results: Results, asked: str | Sequence[str] | None) -> list[str] | None:
+    data = results.get("data", {})
+    own = [data["source"]] if data.get("hub") and is_hub_name(data["source"]) else []
+    given = [asked] if isinstance(asked, str) else asked or []
+    return [name for name in given if is_on_hub(name)] or own or None
+
+
+def _parents(results: Results, finetuned_from: str | None) -> dict[str, Any]:
+    """base_model and, where the Hub has a word for it, base_model_relation."""
+    teacher, student = models_of(results).get("teacher") or {}, _student(results)
+    start = student.get("start", {})
+    names = [model["name"] for model in (start, teacher) if model.get("hub")]
+    finetuned_from = finetuned_from if finetuned_from and is_on_hub(finetuned_from) else None
+    names = [*([finetuned_from] if finetuned_from else []), *names]
+    if not names:
+        return {}
+    found: dict[str, Any] = {"base_model": list(dict.fromkeys(names)) if len(set(names)) > 1 else names[0]}
+    if saved_adapters(results):
+        return found | {"base_model_relation": "adapter"}
+    began = start.get("hub") or finetuned_from is not None or (start.get("how") == "cut" and teacher.get("hub"))
+    return found | ({"base_model_relation": "finetune"} if began else {})
+
+
+def _eval_results(
+    results: Results, task: str, dataset: str | Sequence[str] | None, dataset_args: str | Sequence[str] | None
+) -> list[EvalResult]:
+    split, scores = split_scores(results)
+    data = results.get("data", {})
+    asked = _list(dataset)
+    name = asked[0] if asked else one_line(without_paths(source_name(data) or "unknown"))
+    kind = name if asked or data.get("hub") else re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-")
+    config = next(iter(_list(dataset_args)), None)
+    return [
+        EvalResult(
+            task_type=task, dataset_type=kind or "unknown", dataset_name=name, dataset_split=split,
+            dataset_config=config, metric_type=metric, metric_value=value,
+        )
+        for metric, value in scores.items()
+    ]  # fmt: skip
+
+
+def _list(value: str | Sequence[str] | None) -> list[str]:
+    """What a script hands on from its own settings, each on one line and of a path the last part."""
+    given = [value] if isinstance(value, str) else value or []
+    return [one_line(without_paths(item)) for item in given if item]
+
+
+# ---- Text ----
+
+
+def _title(results: Results, name: str | None) -> str:
+    if name:
+        return name
+    student, teacher = _student(results), models_of(results).get("teacher") or {}
+    taught = f", distilled from {without_paths(teacher['name'])}" if teacher.get("name") else ""
+    size = millions(student.get("parameters"))
+    return f"{student.get('architecture', 'An image classifier')} of {size} parameters{taught}"
+
+
+def _usage(results: Results, model_id: str | None) -> Markdown:
+    where = json.dumps(model_id or "path/to/this/folder")
+    if not saved_adapters(results):
+        return fenced(
+            "from transformers import pipeline\n\n"
+            f"classifier = pipeline({json.dumps(TASK)}, model={where})\n"
+            'answers = classifier("an_image.png")\n'
+            'print(answers[0])  # {"label": ..., "score": ...}', "python",
+        )  # fmt: skip
+    start = _student(results).get("start", {})
+    classes = len(results.get("data", {}).get("classes", [])) or _student(results).get("num_labels")
+    base = json.dumps(without_paths(start.get("name") or "the base model"))
+    return fenced(
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForImageClassification\n\n"
+        f"base = AutoModelForImageClassification.from_pretrained(\n    {base}, num_labels={classes}, "
+        "ignore_mismatched_sizes=True\n)  # its head is replaced by the student's own\n"
+        f"student = PeftModel.from_pretrained(base, {where})", "python",
+    )  # fmt: skip
+
+
+def write_card(folder: str | Path) -> Path:
+    """Write README.md of a published example again, from its results.json."""
+    path = Path(folder, "README.md")
+    path.write_text(str(student_card(read_results(folder), model_name=Path(folder).resolve().name)), encoding="utf-8")
+    return path

@@ -1,0 +1,194 @@
+"""What a run's models are and where they came from: the section `models` of results.json, for the card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from hf_kdtl.evaluation.cost import parameters
+from hf_kdtl.hub import license as licence
+from hf_kdtl.models.adapters import plain_state
+from hf_kdtl.models.blocks import vision_config
+from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.utils.text import one_line
+
+_INNER = ("model", "student")  # how recipes call the folder of a run's model
+
+
+def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict[str, Any]:
+    """Where a model was loaded from: name (of a folder its last part alone), hub, revision, licence; None each where
+    it is not known. Never a path: it may be published."""
+    text = str(name_or_path or "")
+    if not text:
+        return {"name": None, "hub": False, "revision": None, "licence": None}
+    path, hub = Path(text).expanduser(), is_on_hub(text)
+    parts = [part for part in path.parts if part not in (path.anchor, ".", "..")]
+    short = parts[-2] if len(parts) > 1 and parts[-1] in _INNER else (parts or [""])[-1]
+    return {
+        "name": text if hub else one_line(short),
+        "hub": hub,
+        "revision": revision if hub else None,
+        "licence": licence.inherited(text),
+    }
+
+
+def origin_of(model: Any) -> dict[str, Any]:
+    """`origin` of a model in memory, by what its config says. A licence that was found is not asked for again."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = getattr(base.config, "_name_or_path", None)
+    known = _origins.setdefault(base, {})
+    if known.get("licence") is None or known["asked"] != name:
+        known |= {"asked": name, **origin(name, getattr(base.config, "_commit_hash", None))}
+    return {key: value for key, value in known.items() if key != "asked"}
+
+
+_origins: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+
+def made_from(trainer: Any) -> dict[str, Any]:
+    """Of the section `models` what says which models a trainer's student was made from."""
+    start, teacher = origin_of(trainer.model), getattr(trainer, "teacher", None)
+    # Without a name it is random or cut, and nobody knows which.
+    found = {"student": {"start": {"how": "pretrained" if start["name"] else None, **start}}}
+    if teacher is None or teacher.model in (None, trainer.model):  # the student itself, with its adapters off
+        return found
+    return {"teacher": origin_of(teacher.model)} | found
+
+
+def is_on_hub(text: str) -> bool:
+    """Whether it is taken for a name on the Hub: it can be one, and is no path here."""
+    return is_hub_name(text) and not Path(text).expanduser().exists()
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it can be a name on the Hub: "name" or "owner/name"."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.isascii()
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """What a model is now: `origin`, architecture, parameters, image size, adapters, and the hash of its weights."""
+    return _facts(model) | {"fingerprint": student_hash(model)}
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    size = getattr(vision_config(config), "image_size", None)
+    return {
+        **origin_of(model),
+        "architecture": type(base).__name__,
+        "model_type": config.model_type,
+        "num_labels": config.num_labels,
+        "parameters": parameters(model),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "image_size": [size, size] if isinstance(size, int) else size,
+        "adapters": _adapters(model),
+    }
+
+
+def student_hash(student: Any) -> str:
+    """The hash of the weights that are saved of a student: `fingerprint`, and of a model with adapters that of its
+    adapters, for without them it is what others are too. `saved_hash` finds the same."""
+    if not (kinds := getattr(student, "peft_config", None)):
+        return fingerprint(student)
+    name = "default" if "default" in kinds else next(iter(kinds))
+    return fingerprint(_Tensors(get_peft_model_state_dict(student, adapter_name=name)))
+
+
+def saved_hash(folder: Path, adapter: bool) -> str:
+    """`student_hash` of a student in a folder, of the one of the two kinds that may lie there."""
+    if adapter:
+        return fingerprint(_Tensors(load_file(folder / SAFETENSORS_WEIGHTS_NAME)))
+    with TemporaryDirectory(prefix="student-") as alone:  # transformers would load an adapter that lies beside it
+        for path in folder.glob("*"):
+            if path.is_file() and not path.name.startswith("adapter_"):
+                Path(alone, path.name).symlink_to(path.absolute())
+        return fingerprint(AutoModelForImageClassification.from_pretrained(alone))
+
+
+class _Tensors(nn.Module):
+    """Tensors under names that are none of a module."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self, *args, **kwargs):
+        return self.tensors
+
+
+def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The section `models` of results.json.
+
+    Args:
+        trainer: before or after training.
+        start: what the student began as, {"how": pretrained | cut | random, ...}; by default what its config says.
+    """
+    distiller = trainer.distiller
+    student = model_facts(trainer.model)
+    for name in ("name", "hub", "revision", "licence"):  # they are of its start
+        del student[name]
+    student["start"] = made_from(trainer)["student"]["start"] | (start or {})
+    if (size := _shown_size(trainer.processing_class)) is not None:
+        student["image_size"] = size
+    section: dict[str, Any] = {"student": student, "pairing": pairing_tables(distiller)}
+    if trainer.teacher is not None:
+        section = {"teacher": _teacher(trainer.teacher.model, trainer.model)} | section
+    return section
+
+
+def _teacher(model: Any, student: Any) -> dict[str, Any]:
+    """The facts of a teacher, which may be the student with its adapters off."""
+    if model not in _hashes:  # it stays as it is, and reading every weight at every save takes long
+        _hashes[model] = fingerprint(model)
+    found = _facts(model) | {"fingerprint": _hashes[model]}
+    if model is not student:
+        return found
+    size = sum(value.numel() for value in plain_state(model).values())
+    return found | {"parameters": size, "trainable": 0, "adapters": None, "self": True}
+
+
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def pairing_tables(distiller: Any) -> dict[str, str]:
+    """{what pairs layers (keys of objectives, layer_rates): the table of its pairs}; alike ones under one name."""
+    users: dict[str, list[str]] = {}
+    choices = [(key, distiller.plans[one.source], getattr(one, "layers", None))
+               for key, one in distiller.objectives.items() if getattr(one, "pairs", None)]  # fmt: skip
+    if distiller.rates is not None and distiller.rates.pairs:
+        choices.append(("layer_rates", distiller.plan, distiller.rates.options.layers))
+    for key, plan, layers in choices:
+        users.setdefault(str(replace(plan, layers=layers)), []).append(key)
+    return {", ".join(names): table for table, names in users.items()}
+
+
+def _shown_size(processor: Any) -> list[int] | None:
+    """Height and width of what the student is fed."""
+    size = getattr(processor, "size", None)
+    try:
+        return [int(size["height"]), int(size["width"])]  # type: ignore[index]
+    except (KeyError, TypeError):
+        return None
+
+
+def _adapters(model: Any) -> dict[str, str] | None:
+    """{adapter: its kind} of a model with adapters; None of another."""
+    found = getattr(model, "peft_config", None)
+    if not found or not hasattr(model, "get_base_model"):
+        return None
+    return {one_line(name): str(getattr(one.peft_type, "value", one.peft_type)) for name, one in found.items()}

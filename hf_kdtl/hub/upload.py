@@ -1,0 +1,190 @@
+"""To the Hub: who may write there, and one commit of a clean folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
+from hf_kdtl.hub.staging import is_students, refuse_secrets, stage
+
+# What a repository may hold that was made on the web site and not used yet.
+BLANK = (".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
+
+
+class HubError(OSError):
+    """The Hub refused, or could not be reached; the message says why and what to type."""
+
+
+def check_access(
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Make sure, before any work, that a student may be published there; the repository is made where there is none.
+
+    Args:
+        repo_id: `owner/name`, or a name alone for the token's owner.
+        token: with the right to write; by default the one that is logged in.
+        private: who may see a new repository; by default what its owner has set.
+        revision: a branch, made where there is none.
+        create_pr: it will be proposed as a pull request: the repository exists, and may be somebody else's.
+
+    Returns: the repository's full name.
+
+    Raises:
+        ValueError: no token, or one that may only read; a repository that holds something else, or is public where
+            a private one is asked for.
+        HubError: the Hub refuses the token or the repository, or cannot be reached.
+    """
+    if (token := token or get_token()) is None:
+        raise ValueError(
+            "there is no token for the Hub, and publishing needs one. Make one with the role write "
+            "(https://huggingface.co/settings/tokens) and type `hf auth login`, or set HF_TOKEN."
+        )
+    api = HfApi(token=token)
+    with _told(repo_id):
+        user = api.whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ValueError(
+                f"the token of {user['name']} may only read. Make one with the role write, for {repo_id}."
+            )
+        name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        if not create_pr:
+            api.create_repo(name, private=private, exist_ok=True)
+            api.auth_check(name, write=True)  # create_repo is content with a repository that one may only read
+        found = api.model_info(name)
+        if private and not found.private:
+            raise ValueError(f"{name} exists and is public, and a private one is asked for. Name another, or hide it.")
+        if not create_pr:
+            _check_ours(api, name, revision)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+    return name
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    card: ModelCard,
+    *,
+    results: dict[str, Any] | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Publish the student",
+) -> CommitInfo:
+    """Publish the student of a finished run folder, in one commit: all of it appears, or nothing. The folder stays as
+    it is, whatever happens.
+
+    Args:
+        folder: of a recipe, with results.json and student/.
+        repo_id, token, private, revision, create_pr: as `check_access`.
+        card: as `hf_kdtl.hub.model_card.student_card` makes it.
+        results: goes up as results.json; by default the folder's.
+
+    Raises:
+        ValueError, FileNotFoundError: as `check_access` and `hf_kdtl.hub.staging.stage`.
+        HubError: the Hub refused, or could not be reached; calling it again sends only what is not there yet.
+    """
+    folder = Path(folder)
+    results = read_results(folder) if results is None else results
+    with TemporaryDirectory(prefix="student-") as staged:
+        stage(student_of(folder), staged, card, results, folder, token)
+        name = check_access(repo_id, token, private, revision=revision, create_pr=create_pr)
+        return send(staged, name, token, revision, commit_message, create_pr)
+
+
+def later(student: str | Path, run: str | Path, repo_id: str, **flags: Any) -> str:
+    """Where a student is that could not be sent, and the command that sends it."""
+    settings = {"run": run, "hub_model_id": repo_id} | {name: value for name, value in flags.items() if value}
+    words = [f"--{name} {'true' if value is True else shlex.quote(str(value))}" for name, value in settings.items()]
+    return f"The student is whole in {student}. Push it later: python recipes/push_student.py {' '.join(words)}"
+
+
+def student_of(folder: Path) -> Path:
+    """Where a run folder holds its student."""
+    return folder / "student" if (folder / "student").is_dir() else folder
+
+
+def _check_ours(api: HfApi, name: str, revision: str | None) -> None:
+    """Whether what would be overwritten is a student of ours; a branch that there is not yet begins as main."""
+    there = revision in {branch.name for branch in api.list_repo_refs(name).branches} if revision else False
+    revision = revision if there else None
+    files = api.list_repo_files(name, revision=revision)
+    foreign = sorted(set(files) - {*BLANK})
+    if foreign and not (FILE in files and _is_a_students(Path(api.hf_hub_download(name, FILE, revision=revision)))):
+        where = f"{name} (branch {revision})" if revision else name
+        raise ValueError(
+            f"{where} exists and holds {', '.join(foreign[:5])}, and no {FILE} of a student: it would be overwritten. "
+            "Name another repository (--hub_model_id), or empty this one first."
+        )
+
+
+def _is_a_students(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return 1 <= found["schema"] <= SCHEMA and found["run"]["recipe"] in (None, "distill")
+    except (ValueError, TypeError, KeyError):  # a file of somebody else's, by the same name
+        return False
+
+
+def send(
+    staged: str | Path, name: str, token: str | None, revision: str | None, message: str, create_pr: bool = False
+) -> CommitInfo:
+    """One commit of a staged folder. A student of another kind that the repository holds goes: it would be loaded."""
+    refuse_secrets("the commit message", message.encode(), token)
+    api = HfApi(token=token, library_name="hf_kdtl")
+    with _told(name):
+        files = {path.name: path for path in sorted(Path(staged).iterdir())}
+        there = api.list_repo_files(name, revision=None if create_pr else revision)
+        stale = [CommitOperationDelete(path) for path in there if is_students(path) and path not in files]
+        added = [CommitOperationAdd(path_in_repo, path) for path_in_repo, path in files.items()]
+        return api.create_commit(
+            name, [*stale, *added], commit_message=message, revision=revision, create_pr=create_pr
+        )
+
+
+@contextmanager
+def _told(repo_id: str) -> Iterator[None]:
+    """Errors of the Hub and of the way there as a HubError."""
+    try:
+        yield
+    except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
+        raise HubError(_sentence(error, repo_id)) from error
+    except RuntimeError as error:  # how the client tells that an upload failed
+        if not isinstance(error.__cause__, HTTPError | ConnectionError):
+            raise
+        raise HubError(_sentence(error.__cause__, repo_id)) from error
+
+
+def _sentence(error: Exception, repo_id: str) -> str:
+    """What went wrong, and what to type."""
+    if not isinstance(error, HfHubHTTPError):
+        said = " ".join(str(error).split()) or "the connection was cut"
+        return f"the Hub could not be reached ({type(error).__name__}: {said})."
+    status = error.response.status_code
+    wait = error.response.headers.get("Retry-After")
+    meaning = {
+        401: "the token is wrong or has expired. Log in again with `hf auth login`, or set HF_TOKEN.",
+        403: f"this token may not write to {repo_id}. Take one with the role write of somebody who may, name a "
+        "repository of your own, or propose it there: --create_pr true.",
+        404: f"{repo_id} was not found, or is private and not yours. Check the name, and the revision.",
+        409: "something else was going on in the repository. Do it again.",
+        412: "somebody else has committed since. Do it again.",
+        429: f"too many requests. Wait {wait + ' seconds' if wait else 'a few minutes'}, and do it again.",
+    }
+    own = "the trouble is the Hub's. Do it again later." if status >= 500 else " ".join(str(error).split())
+    return f"the Hub refused {repo_id} ({status}): {meaning.get(status, own)}"

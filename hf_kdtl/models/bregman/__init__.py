@@ -1,0 +1,1 @@
+"""A teacher's layer, compressed: fitting, exporting and reading it."""

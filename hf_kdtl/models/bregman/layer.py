@@ -1,0 +1,252 @@
+"""A teacher's layer, compressed and exported: the fixed layer, and which teacher it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_kdtl.functional.bregman import Representation
+from hf_kdtl.functional.links import LINKS, Link, find, leaky_relu
+from hf_kdtl.functional.resample import matmul, precise
+from hf_kdtl.models.adapters import adapted, plain_state
+from hf_kdtl.models.bregman.outputs import width_of
+from hf_kdtl.models.forward.geometry import ModelGeometry
+from hf_kdtl.models.labels import class_names
+
+TENSORS, JSON = "representation.safetensors", "representation.json"
+SAVED = ("mean", "directions", "spectrum")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights: of the names, shapes, dtypes and bytes of all tensors of its state_dict.
+
+    Equal after saving and loading, another one after any training, and in another dtype. Of a model with adapters it
+    is that of the model without them.
+
+    Cost: reads every weight once, about 1 s a GB.
+
+    Raises:
+        ValueError: for a model in parts (FSDP2), of which a process has only its own.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    state = plain_state(model) if adapted(model) else model.state_dict()
+    for name, value in sorted(state.items()):
+        if isinstance(value, DTensor):
+            raise ValueError("the model is in parts (FSDP2). Save it with trainer.save_model, and take that one.")
+        if isinstance(value, Tensor):
+            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            # Byte for byte: numpy knows no bfloat16.
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a representation comes from.
+
+    Args:
+        of, layer: what was represented (`outputs_of`).
+        width: d.
+        teacher, fingerprint: the model's class and name, and the hash of its weights.
+        classes: of the probabilities, the class names column by column; None where the teacher names none.
+        dataset, images: a hash of the pixels that the teacher was shown, and how many images.
+        version: of hf_kdtl.
+    """
+
+    of: str
+    layer: int | None
+    width: int
+    teacher: str
+    fingerprint: str
+    classes: list[str] | None
+    dataset: str
+    images: int
+    version: str
+
+    @classmethod
+    def of_model(cls, model: nn.Module, of: str, layer: int | None, **facts: Any) -> Provenance:
+        """Of a representation of this model; `facts` are width, dataset, images and version."""
+        classes = class_names(_config(model)) if of == "probabilities" else None
+        return cls(of, layer, teacher=_name(model), fingerprint=fingerprint(model), classes=classes, **facts)
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" of block {self.layer}"
+        return f"{self.of}{where} of {self.teacher}, width {self.width}, on {self.images} images"
+
+
+class BregmanLayer(nn.Module):
+    """The exported layer c -> f(V c + m), frozen: V (d, k) and m (d,) are buffers in float32.
+
+    Args:
+        representation: the fit, in float64. It is kept as it is for `encode` and `save`.
+        provenance: where it comes from.
+
+    Raises:
+        ValueError: for a link that cannot be named in a file.
+
+    Source: Amid, Anil, Fifty, Warmuth 2022, arXiv 2209.07080 [paper].
+    """
+
+    directions: Tensor
+    mean: Tensor
+
+    def __init__(self, representation: Representation, provenance: Provenance):
+        super().__init__()
+        if representation.link.name not in LINKS:
+            raise ValueError(f"link is {representation.link.name!r}; expected {', '.join(map(repr, LINKS))}.")
+        self.representation, self.provenance = representation, provenance
+        self.register_buffer("directions", representation.directions.float().contiguous())
+        self.register_buffer("mean", representation.mean.float().contiguous())
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        for name in ("directions", "mean"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and not (saved.shape == own.shape and torch.equal(saved.to(own), own)):
+                errors.append(
+                    f"the representation of the {self.provenance} is another than the one that was trained with; give "
+                    "back the folder that it was, or start a new run."
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    @property
+    def link(self) -> Link:
+        """f."""
+        return self.representation.link
+
+    @property
+    def k(self) -> int:
+        """The number of coefficients."""
+        return self.directions.shape[1]
+
+    def before(self, c: Tensor) -> Tensor:
+        """V c + m, the layer's output before f, (..., k) -> (..., d), in float32 or better."""
+        c = precise(c)
+        return matmul(c, self.directions.to(c).T) + self.mean.to(c)
+
+    def forward(self, c: Tensor) -> Tensor:
+        """f(V c + m), (..., k) -> (..., d), in float32 or better."""
+        return self.link.f(self.before(c))
+
+    def encode(self, y: Tensor) -> Tensor:
+        """The best coefficients of outputs y, (..., d) -> (..., k), in float64, without a graph; see
+        `Representation.encode`."""
+        fit = self.representation
+        here = replace(fit, mean=fit.mean.to(y.device), directions=fit.directions.to(y.device))
+        return here.encode(y.reshape(-1, y.shape[-1])).reshape(*y.shape[:-1], self.k)
+
+    def reordered(self, order: list[int] | None) -> BregmanLayer:
+        """The same layer with output `order[i]` at place i; of probabilities, the classes of a student."""
+        if order is None:
+            return self
+        fit, names = self.representation, self.provenance.classes
+        fit = replace(fit, mean=fit.mean[order], directions=fit.directions[order])
+        return BregmanLayer(fit, replace(self.provenance, classes=names and [names[i] for i in order]))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fit (safetensors, float64) and what it is (JSON); the JSON last, so that a whole one is known."""
+        fit, path = self.representation, Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(fit, name).cpu().contiguous() for name in SAVED}
+        Path(path, JSON).unlink(missing_ok=True)
+        save_file(tensors, Path(path, TENSORS))
+        about = {
+            "link": self.link.name,
+            "slope": _slope(self.link) if self.link.name == "leaky_relu" else None,
+            "k": self.k,
+            "explained": fit.explained,
+            "divergence": fit.divergence,
+            "baseline": fit.baseline,
+            "spectrum": fit.spectrum.tolist(),
+            "provenance": asdict(self.provenance),
+        }
+        part = Path(path, f"{JSON}.part")
+        part.write_text(json.dumps({"version": 1} | about, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, Path(path, JSON))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BregmanLayer:
+        """A layer that `save` wrote.
+
+        Raises:
+            FileNotFoundError: when the folder or one of its two files is missing.
+            ValueError: when it is of another version, or the files do not belong together.
+        """
+        path = Path(folder).expanduser()
+        if missing := [name for name in (JSON, TENSORS) if not Path(path, name).is_file()]:
+            raise FileNotFoundError(
+                f"{folder} has no {' and no '.join(missing)}; expected what recipes/fit_representation.py writes."
+            )
+        about, tensors = json.loads(Path(path, JSON).read_text(encoding="utf-8")), load_file(Path(path, TENSORS))
+        if about.get("version") != 1:
+            raise ValueError(f"{folder} has version {about.get('version')!r} and this hf_kdtl reads 1; fit it again.")
+        provenance, shape = Provenance(**about["provenance"]), tuple(tensors["directions"].shape)
+        if shape != (provenance.width, about["k"]) or tensors["mean"].shape != shape[:1]:
+            raise ValueError(
+                f"{folder}: {TENSORS} holds directions {shape} and a mean {tuple(tensors['mean'].shape)}, {JSON} says "
+                f"({provenance.width}, {about['k']}): they are of two fits. Fit it again."
+            )
+        link = leaky_relu(about["slope"]) if about["link"] == "leaky_relu" else find(about["link"])
+        mean, directions, spectrum = (tensors[name] for name in SAVED)
+        fit = Representation(link, mean, directions, spectrum, about["divergence"], about["baseline"])
+        return cls(fit, provenance)
+
+    def check_teacher(self, model: nn.Module) -> None:
+        """Refuse the representation of another teacher, or of its classes in another order.
+
+        Cost: `fingerprint`.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        was, config = self.provenance, _config(model)
+        again = "Fit one of this teacher: recipes/fit_representation.py."
+        names = class_names(config)
+        if was.of == "probabilities" and (was.classes != names or config.num_labels != was.width):
+            raise ValueError(
+                f"the representation's columns are {was.classes or f'{was.width} unnamed classes'} and the teacher's "
+                f"{names or f'{config.num_labels} unnamed classes'}. {again}"
+            )
+        if (found := fingerprint(model)) != was.fingerprint:
+            raise ValueError(
+                f"the representation is of {was.teacher} with weights {was.fingerprint}, and the teacher is "
+                f"{_name(model)} with weights {found}. {again} (The same model in another dtype is another one.)"
+            )
+
+    def check_width(self, geometry: ModelGeometry) -> None:
+        """Refuse the representation of a layer that this teacher does not have, or that has another width here.
+
+        Raises:
+            ValueError: naming both sides.
+        """
+        was = self.provenance
+        found = width_of(was.of, was.layer, geometry)
+        if found and found != was.width:
+            raise ValueError(
+                f"the representation is of {was}, and here {geometry.name} gives rows of width {found} (at images of "
+                f"{geometry.image[0]} x {geometry.image[1]}). Fit one at this size: recipes/fit_representation.py."
+            )
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _name(model: nn.Module) -> str:
+    """The class of a model and what it was loaded from; of a folder its last name, which tells of no machine."""
+    source = str(getattr(_config(model), "name_or_path", "") or "")
+    local = source.startswith(("/", ".", "~")) or Path(source).exists()
+    return f"{type(model).__name__} {Path(source).name if local else source}".strip()
+
+
+def _slope(link: Link) -> float:
+    return link.slope(-torch.ones(1, dtype=torch.float64)).item()

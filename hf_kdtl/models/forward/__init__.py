@@ -1,0 +1,1 @@
+"""One forward of one model, and what is captured of it."""

@@ -1,0 +1,273 @@
+"""One forward of one model, and what objectives may read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.functional import derivatives, hessian
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
+from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions, pooled_features
+from hf_kdtl.models.forward.modes import Direction, Masks, running_statistics, shown_pixels
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must have captured of one model. `a | b` is what serves both.
+
+    Args:
+        logits: the class outputs.
+        pooled: what the classifier reads.
+        hidden_states: blocks whose output is needed, counted from 0.
+        attention: blocks whose query, key and value are needed.
+        input_gradient: the gradient of outputs by the pixels is taken.
+        order: the highest derivative taken of this forward, by pixels and parameters together. From 2, attention runs
+            its math kernel (so does a pass in forward mode, which must see the same dropout masks); from 3, layer
+            norms are composed.
+        directions: further forwards at shifted pixels. Those that several objectives ask for are run once.
+        fraction: the largest share of the images that the last three are needed for. `capture` itself serves all the
+            images it is given.
+        weights: of the start model: the student's tensors beside its own (`Capture.weights`). Alone it costs no
+            forward.
+    """
+
+    logits: bool = False
+    pooled: bool = False
+    hidden_states: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    input_gradient: bool = False
+    order: int = 0
+    directions: frozenset[Direction] = frozenset()
+    fraction: float = 0.0
+    weights: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Needs(**{k: max(a, b) if k in ("order", "fraction") else a | b for k, (a, b) in pairs.items()})
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def derivative(self) -> bool:
+        """Whether the pixels are differentiated or shifted."""
+        return self.input_gradient or bool(self.directions)
+
+    def plain(self) -> Needs:
+        """What one ordinary forward serves."""
+        return replace(self, input_gradient=False, order=0, directions=frozenset(), fraction=0.0)
+
+
+@dataclass(frozen=True)
+class WeightPair:
+    """A trainable tensor of the student, and what it was at the start.
+
+    Args:
+        name: of the parameter; of the layer, where adapters change it.
+        now: with its graph. Under LoRA the difference that the adapters make to a weight.
+        then: of the same shape, without one; zeros under LoRA, None for the head.
+        head: whether it belongs to the classifier, which a start of other classes does not have.
+    """
+
+    name: str
+    now: Tensor
+    then: Tensor | None
+    head: bool
+
+
+@dataclass
+class Capture:
+    """What one forward gave. Only what was asked for is there.
+
+    Args:
+        logits: (B, K) class outputs, as the model gave them. A teacher's columns are in the student's class order.
+        pixel_values: (B, C, h, w) the pixels this model saw.
+        outputs: the model's own output object.
+        pooled: (B, D) what the classifier reads, if needed.
+        hidden_states: {layer: (B, N, D) tokens, or (B, D, gh, gw) maps}, the outputs of blocks.
+        attention: {layer: query, key, value (B, H, N, d), scale, bias}.
+        geometry: prefix tokens and grid of each block.
+        x: the student's pixels, by which is differentiated; its leaf of the graph where a gradient is needed.
+        differentiated: the capture that serves derivatives, of the images `rows` alone; None where it is this one, or
+            where no image was chosen.
+        rows: (b,) the images of this batch that are differentiated; None means all.
+        weights: the student's trainable tensors and what they were at the start; of a start model alone.
+    """
+
+    logits: Tensor
+    pixel_values: Tensor | None = None
+    outputs: Any = None
+    pooled: Tensor | None = None
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Attention] = field(default_factory=dict)
+    geometry: ModelGeometry | None = None
+    x: Tensor | None = None
+    differentiated: Capture | None = None
+    rows: Tensor | None = None
+    weights: list[WeightPair] = field(default_factory=list)
+    _again: Callable[..., Capture] | None = field(default=None, repr=False)
+    _inside: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
+    _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    def input_gradient(self, scalar: Tensor, create_graph: bool = True) -> Tensor:
+        """d scalar_b / d x_b, (B, C, h, w), of a scalar (B,) made of this capture.
+
+        Raises:
+            ValueError: when nothing leads from it to the pixels.
+        """
+        return derivatives.input_gradient(scalar, self.leaf(), create_graph)
+
+    def hvp(self, scalar: Tensor, v: Tensor, create_graph: bool = True) -> Tensor:
+        """H v of a scalar (B,) made of this capture, with the shape of x. Needs `order` 2; 3 to train by it."""
+        return hessian.hvp_of(scalar, self.leaf(), v, create_graph)
+
+    def directional(
+        self, u: Tensor, scalar: Callable[[Capture], Tensor] = lambda c: c.logits, step: float | None = None
+    ) -> Tensor:
+        """The derivative along u of a scalar made of a capture; by default of the logits, (B, K).
+
+        Another pass of the model under the same masks: in forward mode, or with a `step` as a central difference of
+        two passes in full precision.
+        """
+        x, again = self.leaf(), self._rerun()
+        with self._inside():
+            if step is None:
+                return derivatives.directional(lambda z: scalar(again(z, forward_mode=True)), x, u)
+            return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
+
+    def at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
+        """The logits at x + step u, (B, K), under the same masks; run once for all who ask.
+
+        Args:
+            precise: with autocast off, as a difference of two such logits needs.
+        """
+        x = self.leaf().detach()
+        rounded = torch.is_autocast_enabled(x.device.type)
+        if direction.step == 0 and not (precise and rounded):
+            return self.logits
+        key = direction, draws, precise or not rounded
+        if key not in self._shifted:
+            shifted = x + direction.step * direction.draw(draws, x) if direction.step else x
+            with self._inside():
+                self._shifted[key] = self._rerun()(shifted, precise=precise).logits
+        return self._shifted[key]
+
+    def leaf(self) -> Tensor:
+        """The pixels that derivatives are by.
+
+        Raises:
+            ValueError: when this capture was not made for derivatives.
+        """
+        if self.x is None:
+            raise ValueError("this capture cannot be differentiated: its Needs had no input_gradient or directions.")
+        return self.x
+
+    def _rerun(self) -> Callable[..., Capture]:
+        assert self._again is not None
+        return self._again
+
+
+def capture(
+    model: nn.Module,
+    pixel_values: Tensor,
+    needs: Needs,
+    geometry: ModelGeometry | None = None,
+    *,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    shown: Callable[[Tensor], Tensor] | None = None,
+    classes: Sequence[int] | None = None,
+    **inputs: Any,
+) -> Capture:
+    """Run one forward and keep what is needed.
+
+    The model runs its own kernels: attention is read as query, key and value on the way in, and nothing of size N x N
+    is built here. What is kept holds the graph, and is freed with the Capture.
+
+    Args:
+        model: an image classifier of transformers, or anything called with `pixel_values=` that gives `.logits`.
+        pixel_values: (B, C, h, w).
+        needs: what must be captured; an empty `Needs` still runs the model and gives its logits.
+        geometry: of this model at this image size; by default looked up with one more small forward, if needed.
+        inside: makes the context that this forward and later passes run in.
+        shown: what the model is shown for these pixels (a teacher's re-normalisation and size). Derivatives are by
+            `pixel_values`, so it is part of the function that is differentiated.
+        classes: the order in which the logits are wanted.
+        inputs: further keyword arguments of the model's forward.
+
+    Raises:
+        ValueError: when the model gives no logits, does not run on images of this size or on images alone, has no
+            such layer, gives nothing for a layer that was asked for, or is asked for derivatives by integers.
+    """
+
+    def forward(x: Tensor, wanted: Needs) -> Capture:
+        got = _forward(model, x if shown is None else shown(x), wanted, geometry, inputs)
+        if classes is not None:
+            got.logits = got.logits[:, classes]
+        return got
+
+    if not needs.derivative:
+        with inside():
+            return forward(pixel_values, needs)
+    x, masks = shown_pixels(pixel_values, needs.input_gradient), Masks(pixel_values.device)
+    kernel = partial(derivatives.differentiable, needs.order)
+    trained = torch.is_grad_enabled()  # a teacher's passes leave no graph to its weights
+
+    def again(z: Tensor, precise: bool = False, forward_mode: bool = False) -> Capture:
+        full = torch.autocast(z.device.type, enabled=False) if precise else nullcontext()
+        mine = nullcontext() if forward_mode else kernel()  # forward mode sets its own
+        with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), mine, full:
+            return forward(z, Needs(hidden_states=needs.hidden_states))
+
+    with torch.set_grad_enabled(trained or needs.input_gradient), inside(), running_statistics(model), kernel():
+        got = forward(x, needs.plain())
+    got.x, got._again, got._inside = x, again, inside
+    return got
+
+
+def _forward(
+    model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None, inputs: dict[str, Any]
+) -> Capture:
+    layers = needs.attention | needs.hidden_states
+    if layers and geometry is None:
+        geometry = describe(model, pixel_values)
+    if geometry is not None and layers and not layers <= set(range(len(geometry.layers))):
+        raise ValueError(
+            f"{geometry.name} has the blocks 0 to {len(geometry.layers) - 1}; asked for {sorted(layers)}."
+        )
+    by_weights = bool(needs.attention) and geometry is not None and geometry.weights_only
+    with ExitStack() as stack:
+        tapped = frozenset() if by_weights else needs.attention
+        recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
+        pooled = stack.enter_context(pooled_features(model)) if needs.pooled else []
+        if by_weights:
+            stack.enter_context(attention_setting(model, "eager"))
+            inputs = {**inputs, "output_attentions": True}
+        outputs = run(model, pixel_values, inputs)
+    attention = recorder.attention
+    if by_weights:
+        weights = flat_attentions(outputs)
+        attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.attention}
+    _check_complete(model, needs, attention, recorder.hidden_states, pooled)
+    first = pooled[0] if pooled else None
+    return Capture(outputs.logits, pixel_values, outputs, first, recorder.hidden_states, attention, geometry)
+
+
+def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, pooled: list) -> None:
+    """Nothing that was asked for may be missing: a sum over an empty capture would be 0.0 and look learned."""
+    name = type(model).__name__
+    if missing := sorted(needs.attention - attention.keys()):
+        raise ValueError(
+            f"{name} gave no attention for the blocks {missing}: it does not call transformers' attention interface "
+            "there. Use an objective on hidden states instead: attention_transfer or hidden_states."
+        )
+    if missing := sorted(needs.hidden_states - hidden_states.keys()):
+        raise ValueError(f"{name} did not run the blocks {missing} in this forward (layer drop?); set it to 0.")
+    if needs.pooled and not pooled:
+        raise ValueError(f"{name} has no linear classifier with one output a class, so its pooled feature is unknown.")

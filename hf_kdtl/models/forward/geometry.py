@@ -1,0 +1,246 @@
+"""What a model gives, block by block: read off one small forward, not off a list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.forward.attention_hooks import attention_setting, recording, run
+from hf_kdtl.models.forward.modes import evaluating
+
+AttentionKind = Literal["full", "windowed", "reduced", "none"]
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One block's output and attention.
+
+    Args:
+        layout: "tokens" (B, N, D) or "maps" (B, D, gh, gw).
+        prefix: roles of the tokens before the patches: "class", "distillation", "register"; empty for maps.
+        grid: (gh, gw) of the patches or map; None where the tokens are on no known grid, or not in its order.
+        width: D.
+        attention: "full" (every token to every token), "windowed", "reduced" (fewer keys than queries) or "none".
+        heads: attention heads; 0 without attention.
+        attention_width: heads times the width of one (the concatenated queries); 0 where they are not seen.
+    """
+
+    layout: Literal["tokens", "maps"]
+    prefix: tuple[str, ...]
+    grid: tuple[int, int] | None
+    width: int
+    attention: AttentionKind
+    heads: int
+    attention_width: int = 0
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """What a model gives.
+
+    Args:
+        name: its class.
+        image: (h, w) of the pixels it was looked at with.
+        layers: one entry a block, in order.
+        pooled: width of what the classifier reads; 0 where it could not be found.
+        weights_only: attention comes as finished weights (`output_attentions`), not as query and key.
+        classifier: the linear layer with one output a class; None where there is not exactly one.
+    """
+
+    name: str
+    image: tuple[int, int]
+    layers: tuple[LayerGeometry, ...]
+    pooled: int
+    weights_only: bool
+    classifier: nn.Linear | None = field(default=None, repr=False, compare=False)
+
+
+@torch.no_grad()
+def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
+    """Look at a model with one forward of five images in eval mode; its mode is put back.
+
+    Whether tokens stand row by row on their grid is seen, not assumed: other pixels in one half of the image must
+    change the tokens of that half. Perceiver's latents stand for no place, and Hiera works in another order.
+
+    Args:
+        pixel_values: (B, C, h, w); only the first image is used.
+
+    Raises:
+        ValueError: when its blocks cannot be found, or it does not run on images alone.
+    """
+    probe = _halves_changed(pixel_values[:1].to(next(model.parameters()).dtype))
+    blocks = find_blocks(model)
+    every = frozenset(range(len(blocks)))
+    entering: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        entering.extend(x for x in tensors if x.ndim in (3, 4) and len(x) == len(probe))
+
+    # PEFT keeps what a head was beside the one that it trains: only one of them answers.
+    answered: list[nn.Linear] = []
+    handles = [head.register_forward_pre_hook(lambda head, _: answered.append(head)) for head in classifiers(model)]
+    handles.append(blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True))
+    try:
+        with evaluating(model):
+            with recording(model, every, every) as recorder, pooled_features(model) as pooled:
+                run(model, probe)
+            heads = list(answered)
+            weights = [] if recorder.attention else _attention_weights(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    image = (probe.shape[-2], probe.shape[-1])
+    shapes: list[tuple[int, ...] | None] = [None] * len(every)
+    for i, seen in recorder.attention.items():
+        assert seen.query is not None and seen.key is not None
+        shapes[i] = (*seen.query.shape[:3], seen.key.shape[2], seen.query.shape[1] * seen.query.shape[3])
+    # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
+    usable = len(weights) == len(every) and all(w.ndim == 4 for w in weights)
+    if usable:
+        shapes = [tuple(w.shape) for w in weights]
+    unseen: AttentionKind = "windowed" if weights and not usable else "none"
+    roles = _prefix_roles(model)
+    layers = []
+    before = entering[0] if entering else recorder.hidden_states[0]
+    # Asked before the first block, where tokens have not mixed. A residual block keeps their order, so it is asked
+    # again only where their number changes.
+    ordered = _row_by_row(before, image, roles)
+    for i in sorted(every):
+        hidden = recorder.hidden_states[i]
+        if not ordered and hidden.shape[1] != before.shape[1]:
+            ordered = _row_by_row(hidden, image, roles)
+        layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
+        before = hidden
+    width, classifier = pooled[0].shape[-1] if pooled else 0, heads[0] if len(heads) == 1 else None
+    return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
+
+
+def _halves_changed(image: Tensor) -> Tensor:
+    """(5, C, h, w): the image (1, C, h, w), and it with noise added to its top, bottom, left and right half."""
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    rows, columns = image.shape[-2] // 2, image.shape[-1] // 2
+    where = image.new_zeros(5, 1, *image.shape[-2:])
+    where[1, :, :rows] = where[2, :, -rows:] = where[3, :, :, :columns] = where[4, :, :, -columns:] = 1
+    return image + where * noise
+
+
+def _row_by_row(hidden: Tensor, image: tuple[int, int], roles: tuple[str, ...]) -> bool:
+    """Whether the patches' tokens stand on their grid row by row; `hidden` is of the images of `_halves_changed`.
+
+    A ratio that does not depend on how strongly each token answers: about 1 for tokens in another order or of no
+    place, in the hundreds or infinite for those in order.
+    """
+    if hidden.ndim == 4:
+        return True
+    prefix, grid = _places(hidden.shape[1], image, roles)
+    if grid is None:
+        return False
+    change = (hidden[1:] - hidden[:1]).float().norm(dim=-1)[:, len(prefix) :].unflatten(1, grid)
+    for first, last in ((change[0], change[1]), (change[2].T, change[3].T)):
+        if half := len(first) // 2:
+            own = first[:half].mean() * last[-half:].mean()
+            other = first[-half:].mean() * last[:half].mean()
+            if own < 2 * other:
+                return False
+    return True
+
+
+def flat_attentions(outputs: Any) -> list[Tensor]:
+    """`outputs.attentions` as one list of (B, H, Nq, Nk) weights; stages come as lists of lists in some models."""
+    found = getattr(outputs, "attentions", None) or ()
+    flat = [item for entry in found for item in (entry if isinstance(entry, list | tuple) else [entry])]
+    return flat if all(torch.is_tensor(item) for item in flat) else []
+
+
+def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+    """Every block's attention weights; empty where the architecture gives none."""
+    try:
+        with attention_setting(model, "eager"):
+            return flat_attentions(model(pixel_values=pixel_values, output_attentions=True))
+    except (TypeError, ValueError):  # the architecture has no such output
+        return []
+
+
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers outside the blocks with one output a class: one, or two with a distillation token."""
+    labels = getattr(model.config, "num_labels", None)
+    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    return [m for m in linear if m.out_features == labels]
+
+
+@contextmanager
+def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the classifier reads, (B, D): the input of the last linear layer with one output a class."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Perceiver's decoder answers one query: (B, 1, D).
+        found.append(args[0].squeeze(1) if args[0].ndim == 3 and args[0].shape[1] == 1 else args[0])
+
+    handles = [head.register_forward_pre_hook(keep) for head in classifiers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prefix_roles(model: nn.Module) -> tuple[str, ...]:
+    """Roles of the special tokens, in the order they are put before the patches: class, distillation, registers."""
+    roles: list[str] = []
+    shapes = {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters()}
+    for role, words in (("class", ("cls_token", "class_embedding")), ("distillation", ("distillation_token",))):
+        roles += [role for word in words if word in shapes]
+    roles += ["register"] * shapes.get("register_tokens", (1, 0, 1))[1]
+    return tuple(roles)
+
+
+def _layer(
+    hidden: Tensor,
+    shape: tuple[int, ...] | None,
+    unseen: AttentionKind,
+    image: tuple[int, int],
+    roles: tuple[str, ...],
+    ordered: bool,
+) -> LayerGeometry:
+    heads = shape[1] if shape else 0
+    width = shape[4] if shape and len(shape) > 4 else 0
+    if hidden.ndim == 4:
+        kind = unseen if shape is None else "windowed"
+        return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads, width)
+    tokens = hidden.shape[1]
+    prefix, grid = _places(tokens, image, roles)
+    if shape is None:
+        kind = unseen
+    elif shape[0] != hidden.shape[0]:
+        kind = "windowed"
+    else:
+        kind = "full" if shape[2] == shape[3] == tokens else "reduced"
+    return LayerGeometry("tokens", prefix, grid if ordered else None, hidden.shape[2], kind, heads, width)
+
+
+def _places(
+    tokens: int, image: tuple[int, int], roles: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[int, int] | None]:
+    """Which of that many tokens come before the patches, and the patches' grid."""
+    # A stage before the class token joins (PVT, CvT) has none.
+    prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
+    return prefix, _grid(tokens - len(prefix), image)
+
+
+def _grid(patches: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of that many patches with the image's aspect ratio, None if there is none."""
+    if patches < 1:
+        return None
+    rows = round((patches * image[0] / image[1]) ** 0.5)
+    if rows and patches % rows == 0 and abs(rows / (patches // rows) - image[0] / image[1]) < 0.26:
+        return rows, patches // rows
+    return None

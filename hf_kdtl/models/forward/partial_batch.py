@@ -1,0 +1,63 @@
+"""A batch of which only some images are differentiated: two forwards of half the work each, put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.forward.modes import batch_norms
+
+
+def in_parts(
+    run: Callable[..., Capture], model: nn.Module, pixel_values: Tensor, needs: Needs, rows: Tensor, **inputs: Any
+) -> Capture:
+    """One capture of the batch, whose images `rows` can be differentiated.
+
+    The forward of those images serves all objectives, and the others take the plain one; no image runs twice. Only
+    where BatchNorm is in train mode do the chosen images run once more, by its running statistics: batch statistics
+    belong to the whole batch, and tie the images to each other.
+
+    Args:
+        run: (pixel_values, needs, **inputs) -> Capture.
+        rows: (b,) indices of the images to differentiate; may be empty.
+    """
+    number = pixel_values.shape[0]
+    if not needs.derivative or not len(rows):
+        return run(pixel_values, needs.plain(), **inputs)
+    if batch_norms(model):
+        whole = run(pixel_values, needs.plain(), **inputs)
+        whole.differentiated = run(pixel_values[rows], needs, **_of_images(inputs, rows, number))
+        whole.rows = rows
+        return whole
+    if len(rows) == number:
+        return run(pixel_values, needs, **inputs)
+    others = torch.ones(number, dtype=torch.bool, device=rows.device).index_fill(0, rows, False).nonzero()[:, 0]
+    part = run(pixel_values[rows], needs, **_of_images(inputs, rows, number))
+    rest = run(pixel_values[others], needs.plain(), **_of_images(inputs, others, number))
+    return _joined(part, rest, rows, torch.cat([rows, others]).argsort())
+
+
+def _of_images(inputs: dict[str, Any], rows: Tensor, number: int) -> dict[str, Any]:
+    return {k: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (number,) else v for k, v in inputs.items()}
+
+
+def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Capture:
+    sizes = part.logits.shape[0], rest.logits.shape[0]
+
+    def join(a: Any, b: Any) -> Any:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return a if a is None or isinstance(a, int | float | str) else None
+        if (*a.shape[:1], *b.shape[:1]) == sizes:
+            return torch.cat([a, b])[order]
+        return a if a.shape[:1] == (1,) else None  # a bias that all images share; else nothing is known of it
+
+    values = {
+        name: tree_map(join, getattr(part, name), getattr(rest, name))
+        for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention")
+    }
+    return Capture(**values, geometry=part.geometry, differentiated=part, rows=rows)

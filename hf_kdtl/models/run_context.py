@@ -1,0 +1,94 @@
+"""What of a pair of models and of how it is run decides which derivatives are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from hf_kdtl.models.forward.modes import kinks
+from hf_kdtl.models.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Facts that objectives choose by.
+
+    Args:
+        trainable: the student has parameters that learn.
+        sharded: the student or the teacher is under FSDP2, where a double backward gives zero gradients or fails.
+        compiled: the models run under torch.compile, which has no double backward and no forward mode.
+        checkpointing: blocks are recomputed in the backward pass.
+        batch_norm: the student has BatchNorm.
+        kinks: who has which types of layers with kinks, in words.
+        coarse: who has quantised weights, or weights of half precision, in words.
+        tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
+        coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
+        teacher: itself, for objectives that were made for one teacher alone.
+    """
+
+    trainable: bool = True
+    sharded: bool = False
+    compiled: bool = False
+    checkpointing: bool = False
+    batch_norm: bool = False
+    kinks: tuple[str, ...] = ()
+    coarse: tuple[str, ...] = ()
+    tf32: bool = False
+    coupled: str = ""
+    teacher: Teacher | None = None
+
+    @classmethod
+    def of(
+        cls,
+        student: nn.Module,
+        teacher: Teacher | None,
+        compiled: bool = False,
+        checkpointing: bool = False,
+        sharded: bool = False,
+    ) -> Setting:
+        """Look at the models; `compiled`, `checkpointing` and `sharded` are what the run will do with them."""
+        models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
+        return cls(
+            trainable=any(p.requires_grad for p in student.parameters()),
+            sharded=sharded or any(isinstance(m, FSDPModule) for model in models.values() for m in model.modules()),
+            compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
+            checkpointing=checkpointing or bool(getattr(student, "is_activation_checkpointing", False)),
+            batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
+            kinks=tuple(f"the {who} has {found}" for who, m in models.items() if (found := kinks(m))),
+            coarse=tuple(f"the {who} has {what} weights" for who, m in models.items() if (what := _coarse(m))),
+            tf32=_tf32(),
+            coupled=", ".join(sorted({type(m).__name__ for m in student.modules() if _coupled(m)})),
+            teacher=teacher,
+        )
+
+
+def _coarse(model: nn.Module) -> str:
+    """How a model's weights are rounded, in a word; empty for 32 bits and more."""
+    dtypes = {p.dtype for p in (*model.parameters(), *model.buffers())}
+    quantised = getattr(model, "hf_quantizer", None) or getattr(model, "quantization_method", None)
+    if (
+        quantised
+        or dtypes & {torch.int8, torch.uint8}
+        or any("quantized" in type(m).__module__ for m in model.modules())
+    ):
+        return "quantised"
+    return "half-precision" if dtypes & {torch.float16, torch.bfloat16} else ""
+
+
+def _coupled(module: nn.Module) -> bool:
+    """Whether a layer has statistics of what it sees and no running ones to take instead."""
+    if isinstance(module, _InstanceNorm):
+        return True
+    return isinstance(module, _BatchNorm) and module.running_mean is None
+
+
+def _tf32() -> bool:
+    backends: Any = torch.backends  # some of whose modules are not in its stubs
+    parts = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+    return torch.cuda.is_available() and "tf32" in parts

@@ -1,0 +1,236 @@
+"""Where the teacher's signals come from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from hf_kdtl.models.adapters import adapted, adapters_off
+from hf_kdtl.models.forward.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.geometry import ModelGeometry
+from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
+
+logger = logging.get_logger(__name__)
+
+
+class Teacher:
+    """A frozen image classifier, and the pixels and classes it understands.
+
+    Not a module of the student's container: its weights are in no optimizer, no checkpoint and no gradient. It stays
+    in eval mode and keeps its own dtype. It is put in the student's terms by `match`: it sees the student's pixels
+    re-normalised and resized to its own image processor's mean, std and size, and answers in the student's class
+    order.
+
+    Args:
+        model: the classifier. It is set to eval mode and its parameters to requires_grad=False.
+        processing_class: its image processor. Without one it sees the student's pixels as they are, and says so.
+    """
+
+    def __init__(self, model: nn.Module, processing_class: Any = None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.processing_class = processing_class
+        self.notes: list[str] = []
+        self._pixels: PixelAdapter | None = None
+        self._order: list[int] | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
+        """A folder or Hub name, with the image processor saved beside the model where there is one.
+
+        Raises:
+            OSError: when nothing is there, saying what was looked for.
+        """
+        looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+        if looks_local and not Path(path).expanduser().exists():
+            raise FileNotFoundError(
+                f"the teacher's path {str(path)!r} does not exist; expected a saved model's folder."
+            )
+        source = Path(path).expanduser() if Path(path).expanduser().exists() else path
+        try:
+            model = AutoModelForImageClassification.from_pretrained(source, **model_options)
+        except (OSError, ValueError) as error:
+            inner = Path(source, "model", "config.json")
+            meant = f"Did you mean {Path(path, 'model')}?" if inner.is_file() else "Expected a saved model."
+            raise OSError(f"the teacher {str(path)!r} could not be opened ({error}). {meant}") from error
+        try:
+            processor = AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError):
+            processor = None
+        return cls(model, processor)
+
+    @classmethod
+    def of(cls, teacher: Any) -> Teacher:
+        """A Teacher from whatever a user may name: a Teacher, a model, a path, or "self"."""
+        if isinstance(teacher, Teacher):
+            return teacher
+        if isinstance(teacher, str) and teacher == "self":
+            return SelfTeacher()
+        if isinstance(teacher, str | Path):
+            return cls.from_pretrained(teacher)
+        return cls(teacher)
+
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+        """Learn the student's pixel format and class order.
+
+        Args:
+            student: the model whose pixels the teacher will be given.
+            processing_class: the student's image processor, or None where unknown.
+            compare_classes: whether any objective compares class outputs; otherwise the classes may differ.
+
+        Raises:
+            ValueError: when the teacher shares weights with the student, when its processor cannot be matched
+                because the student's is unknown, or when the classes differ.
+        """
+        own = {id(p) for p in student.parameters()}
+        if any(id(p) in own for p in self.model.parameters()):
+            raise ValueError(
+                "teacher and student share parameters, so freezing the teacher froze the student. Pass a copy: "
+                "copy.deepcopy(model); or for a student with adapters teacher='self', which is it without them."
+            )
+        self.notes = []
+        self._order = None
+        if compare_classes:
+            self._order, note = match_labels(student.config, self.model.config)
+            self.notes.append(note)
+        self._pixels = self._match_pixels(processing_class)
+
+    def _match_pixels(self, processing_class: Any) -> PixelAdapter | None:
+        if self.processing_class is None:
+            self.notes.append("the teacher has no image processor: it sees the student's pixels as they are.")
+            return None
+        if processing_class is None:
+            raise ValueError(
+                "the teacher has its own image processor and the student's is unknown, so its pixels cannot be "
+                "re-normalised. Pass processing_class=<the student's image processor> to the trainer, or "
+                "Teacher(model) without a processor if both see the same pixels."
+            )
+        source, target = PixelFormat.of(processing_class), PixelFormat.of(self.processing_class)
+        if source == target:
+            return None
+        self.notes.append(f"the teacher sees {target} (the student {source}).")
+        return PixelAdapter(source, target)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move to a device. The dtype stays, and a quantised or dispatched model stays where it was put."""
+        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
+        if not placed:
+            self.model.to(device)
+        return self
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The model as it answers: in eval mode. Around every forward of `model`."""
+        if self.model.training:
+            self.model.eval()
+        yield
+
+    def pixels(self, pixel_values: Tensor) -> Tensor:
+        """What the teacher is shown for the student's pixel_values (B, C, h, w), in the teacher's dtype."""
+        if self._pixels is not None:
+            size = self._pixels.output_size(pixel_values)
+            if max(size) > max(pixel_values.shape[-2:]):
+                logger.warning_once(
+                    f"the teacher's images are {size[0]} x {size[1]} and the student's pixels "
+                    f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}: they are up-sampled, and the teacher sees "
+                    "less than it was trained on."
+                )
+            pixel_values = self._pixels(pixel_values)
+        dtype = next(self.model.parameters()).dtype
+        return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
+
+    @property
+    def order(self) -> list[int] | None:
+        """The teacher's class for each of the student's, by index; None where they are the same, or not compared."""
+        return self._order
+
+    def in_order(self, geometry: ModelGeometry) -> ModelGeometry:
+        """What is known of the model, with a classifier that answers in the student's class order."""
+        if self._order is None or geometry.classifier is None:
+            return geometry
+        head = copy.deepcopy(geometry.classifier)
+        for parameter in head.parameters():
+            parameter.data = parameter.data[self._order]
+        return replace(geometry, classifier=head)
+
+    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
+        """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
+        return capture(
+            self.model, pixel_values, needs, geometry, inside=self.ready, shown=self.pixels, classes=self._order
+        )
+
+
+class SelfTeacher(Teacher):
+    """The student itself with its adapters off, in eval mode: no second set of weights in memory.
+
+    Which student is said by `match`. Its own head answers, as it was before the adapters: a `modules_to_save` head
+    is off too.
+    """
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.processing_class: Any = None
+        self.notes = []
+        self._pixels, self._order, self._looked = None, None, False
+
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+        """Take the student whose adapters are turned off.
+
+        Raises:
+            ValueError: when it has none.
+        """
+        if not adapted(student):
+            raise ValueError(
+                f"teacher='self' is the student with its adapters off, and {type(student).__name__} has none. Give "
+                "it some: peft.get_peft_model(model, LoraConfig(...)); or pass a copy: teacher=copy.deepcopy(model)."
+            )
+        self.model = student
+        self.notes = ["the teacher is the student with its adapters off; no second copy is held."]
+
+    def ready(self) -> Any:
+        """A context in which the model answers as the teacher."""
+        return adapters_off(self.model)
+
+    def to(self, device: torch.device) -> SelfTeacher:
+        """It goes where the student goes."""
+        return self
+
+    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
+        """What it gives for pixel_values (B, C, h, w).
+
+        Raises:
+            ValueError: at the first call, when training would change it.
+        """
+        if not self._looked:
+            self._check_still(pixel_values[:1])
+            self._looked = True
+        return super().__call__(pixel_values, needs, geometry)
+
+    def _check_still(self, pixel_values: Tensor) -> None:
+        """Refuse trainable weights that answer with the adapters off: the teacher would move with the student."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with torch.enable_grad(), self.ready():
+            answer = self.model(pixel_values=pixel_values).logits.sum()
+        if not answer.requires_grad:
+            return
+        found = torch.autograd.grad(answer, list(trained.values()), allow_unused=True)
+        moving = [name for name, g in zip(trained, found, strict=True) if g is not None]
+        if moving:
+            raise ValueError(
+                f"teacher='self' must stay as it is, and {moving[:3]} are trained and answer with the adapters off "
+                "too. Train them beside the base (LoraConfig: bias='none', modules_to_save=['classifier']), or pass a "
+                "copy: teacher=copy.deepcopy(model)."
+            )

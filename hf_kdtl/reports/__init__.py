@@ -1,0 +1,1 @@
+"""Text and figures made from results.json alone."""

@@ -1,0 +1,157 @@
+"""The sections of an evaluation's report below its first screen: scores, confidence, degraded images, classes, CKA.
+
+Pictures are named by student where there are several: classes.png, or classes-1.png, classes-2.png, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_kdtl.evaluation.cka import cka_picture
+from hf_kdtl.evaluation.statistics import spread
+from hf_kdtl.reports.evaluation_values import of_role, references, scores_of
+from hf_kdtl.reports.figures.evaluation import (
+    classes_picture,
+    confusion_picture,
+    degradations_picture,
+    reliability_picture,
+)
+from hf_kdtl.utils.text import aligned, percent, plain
+
+RELIABILITY, DEGRADED = "reliability.png", "degradations.png"
+PICTURES = ("reliability", "degradations", "classes", "confusion", "cka", "disagreement")
+
+
+def picture_name(evaluation: dict[str, Any], student: str, what: str) -> str:
+    """The file of a student's picture of one of PICTURES."""
+    students = list(of_role(evaluation, "student"))
+    return f"{what}.png" if len(students) == 1 else f"{what}-{students.index(student) + 1}.png"
+
+
+def sections(evaluation: dict[str, Any], folder: Path) -> list[str]:
+    """Draw the pictures into `folder`; return the lines that show them, with what there is to know about each."""
+    models = evaluation["models"]
+    reliability_picture(models, folder / RELIABILITY)
+    scores = scores_table({name: [scores_of(evaluation, name)] for name in models})
+    lines = ["## All scores", "", scores, "", SCORES_NOTE, ""]
+    lines += [*_shown("Confidence", RELIABILITY, "accuracy by confidence"), RELIABILITY_NOTE, ""]
+    if (degraded := evaluation.get("degraded")) is not None:
+        degradations_picture(models, degraded["severities"], folder / DEGRADED)
+        lines += _shown("Degraded images", DEGRADED, "accuracy against severity")
+        lines += [_degraded_note(evaluation), "", degraded_table(evaluation), ""]
+    for student in of_role(evaluation, "student"):
+        lines += _of_student(evaluation, student, folder)
+    return lines
+
+
+def _of_student(evaluation: dict[str, Any], student: str, folder: Path) -> list[str]:
+    others, model, lines = references(evaluation), evaluation["models"][student], []
+    if others:
+        file, role = picture_name(evaluation, student, "classes"), next(iter(others))
+        which = classes_picture(model, others, folder / file)
+        lines += [*_shown(f"Classes: {plain(student)}", file, "gain and loss of each class"), which, ""]
+        file = picture_name(evaluation, student, "confusion")
+        which = confusion_picture(model, others[role], role, folder / file)
+        lines += [*_shown(None, file, "difference of the confusions"), f"{CONFUSION_NOTE} {which}".strip(), ""]
+    if (found := evaluation.get("fidelity", {}).get(student)) is not None:
+        lines += [f"## Like the teacher inside? {plain(student)}", "", fidelity_note(found), ""]
+        if found["cka"] is not None:
+            file = picture_name(evaluation, student, "cka")
+            cka_picture(found["cka"]["matrix"], folder / file)
+            lines += [*_shown(None, file, "CKA of the blocks"), CKA_NOTE, ""]
+    if (caption := evaluation.get("disagreement", {}).get(student)) is not None:
+        file = picture_name(evaluation, student, "disagreement")
+        lines += [*_shown(f"Where they disagree most: {plain(student)}", file, "images"), caption, ""]
+    return lines
+
+
+def _shown(title: str | None, file: str, what: str) -> list[str]:
+    return [*([f"## {title}", ""] if title else []), f"![{what}]({file})", ""]
+
+
+def scores_table(runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
+    """Every metric, from {model: the scores of each of its runs}: mean and standard deviation, shares in per cent."""
+    metrics = dict.fromkeys(metric for found in runs.values() for scores in found for metric in scores)
+    rows = [[f"`{metric}`", *(_over_runs(metric, found) for found in runs.values())] for metric in metrics]
+    return aligned([["", *map(plain, runs)], *rows])
+
+
+def _over_runs(metric: str, runs: Sequence[Mapping[str, float | None]]) -> str:
+    values = [value for scores in runs if (value := scores.get(metric)) is not None]
+    if len(values) < len(runs):
+        return "-"
+    scale, digits, unit = (1, 4, "") if metric in ("nll", "brier", "teacher_kl") else (100, 1, " %")
+    mean, sd = spread([scale * value for value in values])
+    return f"{mean:.{digits}f}{unit}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}"
+
+
+SCORES_NOTE = (
+    "`mean_class_accuracy`: each class counts the same. `nll` (nats), `brier` (of 2) and `ece`: lower is better. "
+    "`agreement`: same answer as the teacher, right or wrong; `agreement_teacher_wrong`: the share of the teacher's "
+    "mistakes that are copied; `teacher_kl`: distance of the probabilities, nats. `negative_flip_rate`: right in the "
+    "baseline, wrong here."
+)
+RELIABILITY_NOTE = (
+    "Images are sorted into 15 bins by the probability that the model gives its answer. Where a bar ends on the "
+    "dashed line, the model is right as often as it claims; below, it claims too much. A bin with few "
+    "images (lower panels) says little."
+)
+CONFUSION_NOTE = (
+    "A row is a true class, a number the change in points. Red is worse than the other model: less often right (on "
+    "the diagonal), or a mistake that is made more often (beside it). Blue is better."
+)
+CKA_NOTE = (
+    "How alike the features of two blocks are (mean over the patch tokens): 1 is the same up to rotation and scale, 0 "
+    "unrelated. A bright diagonal means that the student took the teacher's way, a dark one that it found its own; "
+    "neither is better in itself."
+)
+
+
+def _degraded_note(evaluation: dict[str, Any]) -> str:
+    degraded = evaluation["degraded"]
+    number, total = degraded["images"], evaluation["images"]
+    which = f"all {total:,}" if number == total else f"{number:,} of the {total:,} (drawn once, with seed 0)"
+    return (
+        f"On {which} {evaluation['split']} images, the same pixels for every model: degraded at a shorter side of at "
+        f"most {degraded['side']} px, then handed to each model's own image processor. An accuracy on {number:,} "
+        f"images is known to about ±{100 * 0.98 / number**0.5:.1f} points. What the severities are: "
+        "docs/degradations.md."
+    )
+
+
+def degraded_table(evaluation: dict[str, Any]) -> str:
+    """Accuracy of each model under each degradation, mean over severities, and the share that is left of the clean."""
+    models = {name: model["degraded"] for name, model in evaluation["models"].items()}
+    names = ["clean", *(name for name in next(iter(models.values())) if name != "clean")]
+    rows = [["mean over severities", *map(plain, models)]]
+    for name in names:
+        rows.append([f"`{name}`", *(_left(found, name) for found in models.values())])
+    return aligned(rows)
+
+
+def _left(found: dict[str, Any], name: str) -> str:
+    clean = found["clean"]
+    if name == "clean":
+        return percent(clean)
+    mean = fmean(found[name])
+    return f"{percent(mean)} ({percent(mean / clean)} left)" if clean else percent(mean)
+
+
+def fidelity_note(found: dict[str, Any]) -> str:
+    """Jacobian cosine and attention agreement in words, and why what is missing is missing."""
+    lines = [f"On {found['images']:,} images; the teacher is shown the student's pixels, resized to its own size."]
+    if (cosine := found["jacobian_cosine"]) is not None:
+        lines.append(
+            f"Do the same pixels move both? The cosine of the gradients of the likeliest class is {cosine:.2f} in the "
+            "mean (1: the same pixels, 0: unrelated)."
+        )
+    if (agreement := found["attention_agreement"]) is not None:
+        lines.append(
+            f"Do they look at the same places? Agreement of the class tokens' attention {agreement['mean']:.2f} in "
+            "the mean over paired blocks (1: the same places)."
+        )
+    lines += [f"No {what.replace('_', ' ')}: {plain(why)}" for what, why in found["reasons"].items()]
+    return " ".join(lines)

@@ -1,0 +1,120 @@
+"""What the trainer does between steps: tell the data the epoch, and stop with a whole checkpoint when asked to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class EpochToDataset(TrainerCallback):
+    """Call `set_epoch` of the training data at the start of each epoch, on every process.
+
+    Accelerate does so by itself only in the plainest case: with several processes, or in the epoch in which a run is
+    resumed, it reaches the sampler and stops there, and the augmented images of epoch 0 would come again.
+    `DistillationTrainer` has this callback; a plain Trainer needs it beside a `hf_kdtl.data.loading.ImageDataset`.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int(state.epoch or 0))
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the optimizer step in hand, save a checkpoint, say how to continue, and only then stop.
+
+    An exception in the middle of a step would leave weights and optimizer state of different steps. A second SIGINT
+    stops at once. A second SIGTERM does not: a cluster's scheduler signals every process, and the launcher passes its
+    own on.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._interrupted = False
+        self._owner = os.getpid()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT and SIGTERM. Outside the main thread signals cannot be taken, and nothing changes."""
+        self.received, self._interrupted, self._owner = None, False, os.getpid()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a data-loading worker: it inherits the handler, and is ended with its parent
+        if self._interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt(
+                "stopped at once, at the second Ctrl-C. trainer.train(resume_from_checkpoint=True) continues from the "
+                "last whole checkpoint; one whose save was broken off is not used."
+            )
+        if self.received is None:
+            how = "Ctrl-C once more" if number == signal.SIGINT else "Ctrl-C twice"
+            print(f"\nStopping after this step, with a checkpoint. {how} to stop at once.", flush=True)
+        self._interrupted |= number == signal.SIGINT
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self._agreed(args):
+            control.should_save = True
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        return self.on_step_end(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._agreed(args):
+            lost = " (save_only_model: without the optimizer's state, so not as if never stopped)"
+            raise KeyboardInterrupt(
+                f"stopped after step {state.global_step}, saved in {args.output_dir}/checkpoint-{state.global_step}. "
+                "Continue with trainer.train(resume_from_checkpoint=True), or the same command with "
+                f"--resume_from_checkpoint true{lost if args.save_only_model else ''}."
+            )
+
+    def raise_if_told_late(self, args: TrainingArguments) -> None:
+        """Raises KeyboardInterrupt when the signal came after the last step, where no checkpoint follows."""
+        if self._agreed(args):
+            raise KeyboardInterrupt("told to stop when training was finished: nothing is lost, the model is trained.")
+
+    def _agreed(self, args: TrainingArguments) -> bool:
+        """Whether any rank was told to stop: saving is done together, so the ranks must stop at the same step."""
+        if args.world_size == 1 or not dist.is_initialized():
+            return self.received is not None
+        told = torch.tensor(float(self.received is not None), device=args.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
+
+
+class TaskStep(TrainerCallback):
+    """Have the optimizer's step measured along the task's gradient, where a gradient rule is at work."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (gradients := self._trainer.gradient_rule) is not None:
+            gradients.before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if (gradients := self._trainer.gradient_rule) is not None:
+            gradients.after_step()

@@ -1,0 +1,108 @@
+"""A training step under a gradient rule: one backward pass for the task, one for the transfer, one gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._functorch import config as functorch
+
+from hf_kdtl.gradient_rules import GradientRule, TwoGradients
+from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.optim import layer_groups
+from hf_kdtl.trainer.distiller import Distiller
+
+
+def two_gradients(rule: GradientRule | None, distiller: Distiller) -> TwoGradients | None:
+    """The buffers of a rule, for everything that the container trains; None without a rule.
+
+    Raises:
+        ValueError: when the rule goes by blocks and the student's cannot be found.
+    """
+    if rule is None:
+        return None
+    trained = [(name, p) for name, p in distiller.named_parameters() if p.requires_grad]
+    try:
+        groups = layer_groups(distiller.student, distiller.objectives)
+        layer_of = {id(p): str(group["layer"]) for group in groups for p in group["params"]}
+    except ValueError:  # no blocks to be found, and one layer in the log; a local rule fails below
+        layer_of = {}
+    layers = [layer_of.get(id(p), "model") for _, p in trained]
+    blocks: dict[int, list[str]] = {}
+    if rule.local:
+        names = {id(p): name for name, p in trained}
+        for i, (_, block) in enumerate(find_blocks(distiller.student)):
+            blocks[i] = [names[id(p)] for p in block.parameters() if id(p) in names]
+    own = {key: [f"objectives.{key}.{name}" for name, p in objective.named_parameters() if p.requires_grad]
+           for key, objective in distiller.objectives.items()}  # fmt: skip
+    return TwoGradients(rule, trained, layers, blocks, own)
+
+
+Parts = dict[str, Tensor | list[Tensor]]
+
+
+@contextmanager
+def two_backwards(trainer: Any, model: nn.Module, gradients: TwoGradients | None) -> Iterator[None]:
+    """Around Trainer's training_step: its one backward pass becomes the rule's two, and the window's end the rule.
+
+    DDP, which knows one gradient, does not synchronise here: each of the two is reduced once, at the window's end.
+    """
+    if gradients is None:
+        yield
+        return
+    accelerator, args = trainer.accelerator, trainer.args
+    called = []
+
+    def backward(loss: Tensor, **kwargs: Any) -> None:
+        # Taken away, so that the graph does not live until the next forward.
+        parts, trainer._parts = trainer._parts, {}
+        gradients.add(*_sides(parts, trainer.distiller))
+        called.append(True)
+
+    accelerator.backward = backward  # hides the method
+    try:
+        # A compiled graph gives its buffers away in its first backward pass, and there are two.
+        with accelerator.no_sync(model), functorch.patch(donated_buffer=False):
+            yield
+    finally:
+        del accelerator.backward
+    if not called:
+        raise RuntimeError(
+            "Trainer's training_step did not call accelerator.backward, where gradient_rule takes its two gradients: "
+            "this version of transformers is not supported with a gradient_rule. Use one that pyproject.toml allows."
+        )
+    if accelerator.sync_gradients:
+        step = trainer.state.global_step + 1
+        every = (trainer.state.logging_steps or 1) if args.logging_strategy == "steps" else 1
+        gradients.watch = step % every == 0 or (step == 1 and args.logging_first_step)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        gradients.write(int(trainer.state.epoch or 0), _mean_over_ranks if several else None)
+        for buffer in trainer.distiller.buffers() if several else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics, which DDP would have sent with its next forward
+
+
+def _sides(parts: Parts, distiller: Distiller) -> tuple[Tensor | None, Parts, dict[str, list[int]]]:
+    """The task's loss, the transfer terms, and the student's block of each entry of those that are lists of pairs."""
+    roles = {key: distiller.objective(key).role for key in parts}
+    task = [entry for key, part in parts.items() if roles[key] == "task" for entry in _entries(part)]
+    transfer = {key: part for key, part in parts.items() if roles[key] == "transfer"}
+    pairs = {
+        key: [pair.student_layer for pair in distiller.objectives[key].pairs]  # type: ignore[union-attr]
+        for key, part in transfer.items()
+        if isinstance(part, list)
+    }
+    return torch.stack(task).sum() if task else None, transfer, pairs
+
+
+def _entries(part: Tensor | list[Tensor]) -> list[Tensor]:
+    return part if isinstance(part, list) else [part]
+
+
+def _mean_over_ranks(tensor: Tensor) -> None:
+    # DDP's mean: gloo has no mean of its own.
+    dist.all_reduce(tensor)
+    tensor.div_(dist.get_world_size())

@@ -1,0 +1,223 @@
+"""A Trainer that publishes its student alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, ModelCard, run_as_future
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from hf_kdtl.config import DistillationConfig
+from hf_kdtl.evaluation.results import FILE, read_results, update_results
+from hf_kdtl.hub import license as licence
+from hf_kdtl.hub import provenance
+from hf_kdtl.hub.card_results import hash_of, recipes_results
+from hf_kdtl.hub.model_card import results_of, student_card
+from hf_kdtl.hub.staging import check_base, stage
+from hf_kdtl.hub.upload import HubError, check_access, later, send
+from hf_kdtl.utils.redaction import anonymous
+
+logger = logging.get_logger(__name__)
+
+
+class PublishingTrainer(Trainer):
+    """Trainer whose Hub methods publish the student and nothing else: weights, settings, card, results.
+
+    `push_to_hub` and `create_model_card` take what Trainer's take. With `args.push_to_hub` token, repository and
+    licence are looked at when the trainer is made. A push that fails during training is said and changes nothing.
+    """
+
+    args: DistillationConfig
+    model: Any
+    hub_model_id: Any
+    push_in_progress: Any = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As Trainer's, and look at everything that could refuse the student later: see `check_access`.
+
+        Raises:
+            ValueError, HubError: as `check_access`; with `args.push_to_hub` also for the licence, for an adapter whose
+                base model nobody else could open, and for a results.json in `args.output_dir` that cannot be read.
+        """
+        if not self.is_world_process_zero():
+            return
+        private = self.args.hub_private_repo if private is None else private
+        token, revision = token or self.args.hub_token, self.args.hub_revision
+        if self.args.push_to_hub:
+            self._licence(None)
+            recipes_results(self._run_folder)
+            for adapter in (getattr(self.model, "peft_config", None) or {}).values():
+                check_base(adapter.base_model_name_or_path)
+        self.hub_model_id = check_access(self._repo_name(), token, private, revision=revision)
+        self.push_in_progress = None
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the student's card as README.md into `args.output_dir`. The arguments are Trainer's; `license` is by
+        default `args.license`, and then the teacher's; where none is known, the card says so.
+
+        Raises:
+            ValueError: as `hf_kdtl.hub.model_card.student_card`.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {"language": language, "license": license, "tags": tags, "model_name": model_name, "tasks": tasks,
+                 "finetuned_from": finetuned_from, "dataset_tags": dataset_tags, "dataset": dataset,
+                 "dataset_args": dataset_args}  # fmt: skip
+        (self._run_folder / "README.md").write_text(
+            str(self._card(self._results(), self.hub_model_id, **given)), "utf-8"
+        )
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """Save the student in `args.output_dir`, and publish it in one commit.
+
+        Args:
+            ...: as Trainer's; `kwargs` go to `create_model_card`.
+            create_pr: propose it as a pull request.
+
+        Returns: the commit, with `blocking=False` its future; None on other processes than the first.
+
+        Raises:
+            ValueError, HubError: as `publish`. The student is saved by then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder, token, revision = self._run_folder, token or self.args.hub_token, revision or self.args.hub_revision
+        results = self._results()
+        try:
+            self._finish_current_push()
+            name = self._looked_at(token, revision, private, create_pr)
+            given = kwargs | {"license": self._licence(kwargs.get("license"))}
+            job = self._staged(folder, results, self._card(results, name, **given), token)
+            card = Path(job.name, "README.md").read_text("utf-8")
+            (folder / "README.md").write_text(card, "utf-8")
+            how = name, token, revision, commit_message or "End of training", create_pr
+            return _send_and_remove(job, *how) if blocking else self._in_background(job, *how)
+        except HubError as error:
+            if not _keep(folder, results):
+                raise HubError(f"{error} The student is whole in {folder}; do trainer.push_to_hub() again.") from error
+            asked = {"license": kwargs.get("license") or self.args.license, "private": private, "revision": revision,
+                     "create_pr": create_pr}  # fmt: skip
+            command = later(folder, folder, self._repo_name(), **asked)
+            raise HubError(f"{error} {command}, or trainer.push_to_hub().") from error
+
+    def _looked_at(self, token: str | None, revision: str | None, private: bool | None, create_pr: bool) -> str:
+        """The name of the repository, once what will be written to was looked at."""
+        if create_pr:
+            return check_access(self._repo_name(), token, create_pr=True)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if revision != self.args.hub_revision:
+            check_access(str(self.hub_model_id), token, private, revision=revision)
+        return str(self.hub_model_id)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """In the background, from a copy: the checkpoint may be removed before it is sent."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch or 0)}"
+        token = self.args.hub_token
+        try:
+            results = self._results()
+            card = self._card(results, str(self.hub_model_id), license=self._licence(None))
+            job = self._staged(Path(checkpoint_folder), results, card, token)
+        except Exception as error:  # whatever it is, it is not worth the training
+            return _say_failed(when, error)
+        future = self._in_background(
+            job, str(self.hub_model_id), token, self.args.hub_revision, f"Training in progress, {when}"
+        )
+        future.add_done_callback(lambda done: _say_failed(when, done.exception()) if done.exception() else None)
+
+    # ---- Parts of these ----
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _in_background(self, *job: Any) -> Future:
+        future = run_as_future(_send_and_remove, *job)  # the client's one queue: pushes arrive in their order
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress([future])  # type: ignore[arg-type]
+        else:
+            self.push_in_progress.jobs.append(future)
+        return future
+
+    def _repo_name(self) -> str:
+        return self.args.hub_model_id or self._run_folder.absolute().name
+
+    def _licence(self, asked: str | None) -> str:
+        """The student's licence: what is asked for, as far as those of its teacher and its start allow it."""
+        asked = self.args.license if asked is None else asked
+        return licence.settle(licence.of_parents(provenance.made_from(self)), asked)
+
+    def _results(self) -> dict[str, Any]:
+        """What is known about this run, without paths."""
+        return anonymous(results_of(self))
+
+    def _card(self, results: dict[str, Any], name: str | None, **given: Any) -> ModelCard:
+        given["license"] = given.get("license") or self.args.license
+        given["model_name"] = given.get("model_name") or (name or self._repo_name()).split("/")[-1]
+        tags = given.get("tags") or []
+        tags = [tags] if isinstance(tags, str) else [*tags]
+        given["tags"] = list(dict.fromkeys([*tags, *(getattr(self.model, "model_tags", None) or [])])) or None
+        return student_card(results, model_id=name, **given)
+
+    def _staged(
+        self, student: Path, results: dict[str, Any], card: ModelCard, token: str | None
+    ) -> TemporaryDirectory[str]:
+        folder = TemporaryDirectory(prefix="student-")
+        stage(student, folder.name, card, results, self._run_folder, token)
+        return folder
+
+
+def _send_and_remove(folder: TemporaryDirectory[str], *how: Any) -> CommitInfo:
+    with folder as staged:
+        return send(staged, *how)
+
+
+def _say_failed(when: str, error: BaseException | None) -> None:
+    logger.warning(f"the push of {when} failed, training goes on: {error}")
+
+
+def _keep(folder: Path, results: dict[str, Any]) -> bool:
+    """Write results.json for a later push; whether the folder is fit for one. What a recipe wrote of another student
+    stays as it is."""
+    if (folder / FILE).is_file() and read_results(folder).get("run", {}).get("recipe") is not None:
+        return hash_of(read_results(folder)) == hash_of(results)
+    (folder / FILE).unlink(missing_ok=True)
+    for section, value in results.items():
+        if section != "schema":
+            update_results(folder, section, value)
+    return True

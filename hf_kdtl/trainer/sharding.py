@@ -1,0 +1,118 @@
+"""A Trainer whose container is sharded by FSDP2 where the launcher asks for it, and whose checkpoints are whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.utils.distributed import LAUNCHED, asked_for, in_parts, shard, whole
+
+
+class ShardingTrainer(Trainer):
+    """A Trainer that shards as `hf_kdtl.utils.distributed` does, where `accelerate launch` was told to use FSDP.
+
+    Accelerate starts the processes and is told nothing more. Its own way finds an optimizer's parameters again by
+    their addresses, which the empty parts of small ones share; Trainer's saves tensors in parts, by the student's
+    names. Here a checkpoint is that of one process, and one process, DDP and FSDP2 continue each other's.
+    """
+
+    sharded = False
+    """Whether training shards."""
+
+    _whole: Mapping[str, dict[str, Tensor]] = {}  # what is being saved, of models in parts
+
+    @property
+    def distiller(self) -> Distiller:
+        raise NotImplementedError
+
+    def create_accelerator_and_postprocess(self) -> None:
+        self.sharded = asked_for()
+        with _only_launched():
+            super().create_accelerator_and_postprocess()
+
+    def _shard(self) -> None:
+        """Put the container into parts, equal on all processes, and have it prepared. Once: later calls keep it."""
+        container, args = self.distiller, self.args
+        if not isinstance(container, FSDPModule):
+            # As DDP does when it wraps: a head with random weights may be another one on every process.
+            for tensor in (*container.parameters(), *container.buffers()):
+                dist.broadcast(tensor.data, 0)
+            shard(container, mesh=init_device_mesh(args.device.type, (args.world_size,)))
+        # For autocast; evaluation_mode leaves out DDP.
+        self.model_wrapped = self.accelerator.prepare_model(container, device_placement=False, evaluation_mode=True)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert not self.sharded or all(isinstance(p, DTensor) for p in held), "whole copies, which are thrown away"
+        return optimizer
+
+    def evaluation_loop(self, *args, **kwargs):
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # what is around the blocks waits for a backward pass
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    # ---- Saving: by all processes together before one writes: one that cannot would leave the others waiting ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if isinstance(self.model, FSDPModule):
+            parts = {"student": self.model, "objectives": self.distiller.objectives}
+            self._whole = {name: whole(module.state_dict(), self.args.should_save) for name, module in parts.items()}
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._whole = {}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, self._whole.get("student", state_dict))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        inner: Any = self.optimizer.optimizer  # type: ignore[union-attr]
+        state = inner.state_dict()
+        state["state"] = {i: whole(values, self.args.should_save) for i, values in state["state"].items()}
+        with inner.register_state_dict_post_hook(lambda optimizer, parts: state):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        inner: Any = self.optimizer.optimizer  # type: ignore[union-attr]
+        with inner.register_load_state_dict_pre_hook(_state_in_parts):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _state_in_parts(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's whole state, as its parameters are in parts; the others are per parameter (a step)."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = {i: {k: in_parts(v, own[i]) for k, v in values.items()} for i, values in state["state"].items()}
+    return state | {"state": found}
+
+
+@contextmanager
+def _only_launched() -> Iterator[None]:
+    """Hide from accelerate that it was to shard."""
+    before = os.environ.pop(LAUNCHED, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[LAUNCHED] = before

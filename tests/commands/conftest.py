@@ -1,0 +1,49 @@
+"""A folder of tiny generated images, a tiny teacher for them, and the recipes as functions."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from tests.support.tiny import build
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+NAMES = ["blue", "green", "red"]
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+CONFIG = {"model_type": "vit", "image_size": 16, "patch_size": 8} | VIT
+QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--use_cpu", "true"]
+QUICK += ["--per_device_eval_batch_size", "4", "--disable_tqdm", "true", "--save_steps", "1"]
+
+
+@pytest.fixture
+def command():
+    """command("distill") is the module hf_kdtl.commands.distill."""
+    return lambda name: importlib.import_module(f"hf_kdtl.commands.{name}")
+
+
+@pytest.fixture
+def images():
+    """images/<class>/<number>.png: 12 noisy images of one colour for each of three classes."""
+    draw = np.random.default_rng(0)
+    for channel, name in enumerate(["red", "green", "blue"]):
+        folder = Path("images", name)
+        folder.mkdir(parents=True)
+        for number in range(12):
+            pixels = draw.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return "images"
+
+
+@pytest.fixture
+def teacher():
+    """A saved model of three blocks, which lists the classes in another order than the folder."""
+    model = build("vit", image_size=16, layers=3)
+    model.config.id2label = dict(enumerate(["green", "red", "blue"]))
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    model.save_pretrained("teacher")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained("teacher")
+    return "teacher"

@@ -1,0 +1,127 @@
+"""Settings from YAML and flags: who wins, and what is said when one is wrong."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common import arguments as cli
+
+
+@dataclass
+class Options:
+    teacher: str = field(metadata={"help": "needed"})
+    seeds: list[int] | None = None
+    student_config: dict | str | None = None
+    baseline: bool = False
+    image_size: int | None = None
+    shuffle: bool = True
+
+
+def write(text):
+    with open("x.yaml", "w") as file:
+        file.write(text)
+    return ["--config", "x.yaml"]
+
+
+def options(*flags):
+    return cli.parse(Options, argv=list(flags))[0]
+
+
+def test_flags_override_the_file_whatever_their_order():
+    file = write("teacher: a\nseeds: [1, 2]\nbaseline: true\nimage_size: 32\nshuffle: false\n")
+    plain = options(*file)
+    assert (plain.teacher, plain.seeds, plain.baseline, plain.image_size, plain.shuffle) == (
+        "a",
+        [1, 2],
+        True,
+        32,
+        False,
+    )
+    for flags in (["--teacher", "b", "--seeds", "3", *file], [*file, "--teacher=b", "--seeds", "3"]):
+        both = options(*flags)
+        assert (both.teacher, both.seeds, both.baseline) == ("b", [3], True)
+    assert options(*file, "--baseline", "false", "--shuffle").baseline is False
+
+
+def test_numbers_that_yaml_takes_for_text():
+    config = cli.parse(DistillationConfig, argv=[*write("learning_rate: 1e-3\nmax_steps: 7\nsave_strategy: no\n")])[0]
+    assert config.learning_rate == 1e-3 and config.max_steps == 7 and config.save_strategy == "no"
+
+
+def test_lists_and_mappings_reach_their_field():
+    text = (
+        "objectives:\n- {name: task, weight: 0.5}\n- {name: logit_kd, temperature: 2.0}\nlr_scheduler_type: cosine\n"
+    )
+    config = cli.parse(DistillationConfig, argv=write(text))[0]
+    assert config.objectives[1] == {"name": "logit_kd", "temperature": 2.0}
+    assert config.lr_scheduler_type == "cosine"
+    flags = [*write(text), "--objectives", '[{"name": "task"}]']
+    assert cli.parse(DistillationConfig, argv=flags)[0].objectives == [{"name": "task"}]
+    assert options(*write("teacher: a\nstudent_config: {model_type: vit}\n")).student_config == {"model_type": "vit"}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        ("teacherr: a\n", [], r"unknown setting in x.yaml: 'teacherr'. Did you mean 'teacher'\?"),
+        ("teacher: a\n", ["--baselin", "true"], r"unknown flag: '--baselin'. Did you mean '--baseline'\?"),
+        ("teacher: a\n", ["true"], "found 'true' where a flag was expected"),
+        ("baseline: true\n", [], "required: --teacher.*--help"),
+        ("teacher:\n", [], "required: --teacher"),
+        ("teacher: a\nimage_size: big\n", [], "image_size in x.yaml is 'big', expected a whole number"),
+        ("teacher: a\nimage_size: 1.5\n", [], "image_size in x.yaml is 1.5, expected a whole number"),
+        ("teacher: a\nbaseline: 3\n", [], "baseline in x.yaml is 3, expected true or false"),
+        ("teacher: a\n", ["--image_size", "big"], "image_size.*'big'"),
+        ("- teacher\n", [], "x.yaml holds list, expected lines"),
+        ("teacher: [\n", [], "x.yaml is not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(text, flags, said):
+    with pytest.raises(ValueError, match=said):
+        options(*write(text), *flags)
+
+
+def test_a_missing_file_names_the_closest_one():
+    write("teacher: a\n")
+    with pytest.raises(FileNotFoundError, match=r"'xx.yaml', does not exist. Did you mean x.yaml\?"):
+        options("--config", "xx.yaml")
+
+
+def test_unknown_choice_is_named():
+    with pytest.raises(ValueError, match=r"lr_scheduler_type in x.yaml: 'cosin'. Did you mean 'cosine'\?"):
+        cli.parse(DistillationConfig, argv=write("lr_scheduler_type: cosin\n"))
+
+
+def test_mapping():
+    assert cli.mapping("a", '{"crop": 1}') == cli.mapping("a", {"crop": 1}) == {"crop": 1}
+    assert cli.mapping("a", None) == {}
+    with pytest.raises(ValueError, match="augmentation is not valid JSON"):
+        cli.mapping("augmentation", "{crop")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        cli.mapping("augmentation", "[1]")
+
+
+def test_exit_codes(capsys, monkeypatch):
+    def failing(error):
+        def program():
+            raise error
+
+        return program
+
+    assert cli.run(lambda: None) == 0
+    assert cli.run(failing(ValueError("found a\n  expected b."))) == 2
+    assert cli.run(failing(FileNotFoundError(2, "No such file", "x"))) == 2
+    assert cli.run(failing(KeyboardInterrupt("saved."))) == 130
+    told = capsys.readouterr().err
+    assert "error: found a expected b." in told and "Traceback" not in told and told.endswith("saved.\n")
+    for bug in (TypeError("a"), KeyError("b"), AssertionError(), RuntimeError("c")):
+        with pytest.raises(type(bug)):
+            cli.run(failing(bug))
+    monkeypatch.setenv("HF_KDTL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="found"):
+        cli.run(failing(ValueError("found")))
+    monkeypatch.delenv("HF_KDTL_TRACEBACK")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run(failing(ValueError("found"))) == 2
+    assert capsys.readouterr().err.startswith("[process 1] error: found")

@@ -1,0 +1,29 @@
+"""Every YAML in recipes/configs is readable by its command, and says what a reader needs first."""
+
+import pytest
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common import arguments as cli
+from tests.commands.conftest import RECIPES
+from tests.support.representations import made_up
+from tests.support.tiny import build
+
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config(command, path):
+    if path.stem == "bregman":
+        made_up(build("vit"), "probabilities").save("runs/bregman_layer")
+    module, options = ("train_teacher", "TeacherOptions") if "teacher" in path.stem else ("distill", "DistillOptions")
+    types = (getattr(command(module), options), command("common.builders").DataOptions, DistillationConfig)
+    extra = ["--teacher", "x"] if module == "distill" else []
+    cli.parse(*types, argv=["--config", str(path), *extra])
+    text = path.read_text()
+    for needed in ("# What it is for:", "# How to run it", "# What it costs:", "# The number to expect:"):
+        assert needed in text
+    assert text.startswith("#") and max(map(len, text.splitlines())) < 120
+
+
+def test_there_are_configs():
+    assert {path.stem for path in CONFIGS} >= {"digits_teacher", "digits", "folder", "cifar10"}

@@ -1,0 +1,194 @@
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+    pipeline,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.loading import ImageDataset
+from hf_kdtl.trainer.callbacks import EpochToDataset
+
+
+def processor(**options) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(**{"size": {"height": 8, "width": 8}, "image_mean": [0.4, 0.5, 0.6], **options})
+
+
+def noisy(count: int) -> Dataset:
+    values = np.random.default_rng(0).integers(0, 256, (count, 9, 7, 3), dtype=np.uint8)
+    features = Features(image=datasets.Image(decode=False), label=ClassLabel(names=["a", "b", "c"]))
+    rows = []
+    for pixels in values:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    return Dataset.from_dict({"image": rows, "label": [i % 3 for i in range(count)]}, features=features)
+
+
+def stacked(batch: list[dict]) -> torch.Tensor:
+    return torch.stack([item["pixel_values"] for item in batch])
+
+
+def test_without_augmentation_the_pixels_are_those_of_a_pipeline(tmp_path):
+    model = tiny_vit()
+    split = noisy(4)
+    classify = pipeline("image-classification", model=model, image_processor=processor(), device="cpu")
+    items = ImageDataset(split, processor()).__getitems__([2, 0])
+    for item, index in zip(items, [2, 0], strict=True):
+        (tmp_path / "a.png").write_bytes(split[index]["image"]["bytes"])
+        assert torch.equal(item["pixel_values"], classify.preprocess(str(tmp_path / "a.png"))["pixel_values"][0])
+        assert item["pixel_values"].dtype == torch.float32
+        assert item["labels"] == index % 3
+
+
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}])
+def test_augmented_pixels_are_normalised_like_the_others(options):
+    split = noisy(4)
+    nothing = ImageDataset(split, processor(**options), augmentation=Augmentation({}))
+    plain = ImageDataset(split, processor(**options))
+    torch.testing.assert_close(stacked(nothing.__getitems__([0, 1])), stacked(plain.__getitems__([0, 1])))
+    assert nothing[1]["labels"] == plain[1]["labels"] == 1
+
+
+def test_mixed_labels_and_the_default_collator():
+    dataset = ImageDataset(noisy(6), processor(), augmentation=Augmentation({"mixup": 1.0}), num_labels=5)
+    batch = default_data_collator(dataset.__getitems__([0, 1, 2, 3]))
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    assert batch["labels"].dtype == torch.float32
+    torch.testing.assert_close(batch["labels"].sum(1), torch.ones(4))
+    assert batch["labels"].shape == (4, 5)
+    hard = ImageDataset(noisy(6), processor(), augmentation=Augmentation({"flip": True}))
+    assert default_data_collator(hard.__getitems__([0, 1, 5]))["labels"].tolist() == [0, 1, 2]
+
+
+EVERYTHING = {"crop": 2, "flip": True, "color_jitter": 0.2, "random_erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+
+
+def augmented(count: int = 12, **options) -> ImageDataset:
+    return ImageDataset(noisy(count), processor(), augmentation=Augmentation(EVERYTHING), **options)
+
+
+def test_draws_depend_on_seed_epoch_and_indices_alone():
+    first, second, third = augmented(), augmented(), augmented(seed=1)
+    indices = [3, 1, 2]
+    reference = stacked(first.__getitems__(indices))
+    torch.manual_seed(99)
+    first.__getitems__([5, 6])
+    state = torch.get_rng_state()
+    assert torch.equal(stacked(second.__getitems__(list(np.array(indices)))), reference)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(stacked(third.__getitems__(indices)), reference)
+    assert not torch.equal(stacked(first.__getitems__([1, 3, 2]))[[1, 0, 2]], reference)
+    first.set_epoch(1)
+    assert not torch.equal(stacked(first.__getitems__(indices)), reference)
+    first.set_epoch(0)
+    assert torch.equal(stacked(first.__getitems__(indices)), reference)
+
+
+def test_workers_and_persistent_workers_give_the_same_pixels():
+    def epochs(**options):
+        dataset = augmented()
+        loader = DataLoader(dataset, batch_size=5, collate_fn=default_data_collator, **options)
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            yield from (batch["pixel_values"] for batch in loader)
+
+    alone = list(epochs())
+    workers = list(epochs(num_workers=2, persistent_workers=True))
+    assert len(alone) == 6
+    assert all(torch.equal(a, b) for a, b in zip(alone, workers, strict=True))
+    assert not torch.equal(alone[0], alone[3])  # another epoch, the same indices
+
+
+def tiny_vit() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+
+
+class Recorder(Trainer):
+    """Plain Trainer with a loss for soft labels, that keeps the pixels it saw."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seen = [*getattr(self, "seen", []), inputs["pixel_values"].clone()]
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        return torch.nn.functional.cross_entropy(logits, inputs["labels"])
+
+
+def recorder(tmp_path: Path, **options) -> Recorder:
+    args = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    args |= {"save_strategy": "no", "logging_strategy": "no", **options}
+    return Recorder(
+        tiny_vit(),
+        TrainingArguments(str(tmp_path / "run"), **args),
+        train_dataset=augmented(),
+        callbacks=[EpochToDataset],
+    )
+
+
+def test_plain_trainer_sees_the_same_pixels_with_workers(tmp_path):
+    runs = []
+    for options in ({}, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}):
+        trainer = recorder(tmp_path, **options)
+        trainer.train()
+        runs.append(trainer.seen)
+    assert len(runs[0]) == 6  # two epochs
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_resumed_epoch_sees_the_pixels_of_that_epoch(tmp_path):
+    # Step 4 is in epoch 1: there accelerate no longer tells the dataset about the epoch.
+    whole = recorder(tmp_path, save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = recorder(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert len(resumed.seen) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[4:], resumed.seen, strict=True))
+
+
+def test_processors_that_augmentation_cannot_work_with_are_refused():
+    with pytest.raises(ValueError, match=r"pixels in \[0, 255\] before normalisation.*do_rescale"):
+        ImageDataset(noisy(2), processor(do_rescale=False), augmentation=Augmentation({"flip": True}))
+
+    class Odd(ViTImageProcessorPil):
+        def normalize(self, image, mean, std, **kwargs):
+            return super().normalize(image, mean, std, **kwargs) * 2
+
+    with pytest.raises(ValueError, match=r"Odd gives pixels .* changes them after it"):
+        ImageDataset(noisy(2), Odd(size={"height": 8, "width": 8}), augmentation=Augmentation({"flip": True}))
+
+
+def test_images_of_different_sizes_are_refused():
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 9)).save(buffer, "PNG")
+    split = noisy(1)
+    rows = [split[0]["image"], {"bytes": buffer.getvalue(), "path": None}]
+    split = Dataset.from_dict({"image": rows, "label": [0, 1]}, features=split.features)
+    with pytest.raises(ValueError, match=r"different sizes \(\(3, 9, 7\), \(3, 9, 20\)\).*do_resize"):
+        ImageDataset(split, processor(do_resize=False)).__getitems__([0, 1])
+
+
+def test_a_bad_image_without_a_path_is_named_by_its_index():
+    split = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "label": [0]}, features=noisy(1).features)
+    with pytest.raises(ValueError, match="Image 0 of the split of 1 images could not be read"):
+        ImageDataset(split, processor())[0]
+
+
+def test_a_bad_image_is_named_by_its_path(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"junk")
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "cat.png")}], "label": [0]}
+    with pytest.raises(ValueError, match=r"/cat\.png could not be read"):
+        ImageDataset(Dataset.from_dict(rows, features=noisy(1).features), processor())[0]

@@ -1,0 +1,101 @@
+"""Under which licence a student may go out."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from hf_kdtl.hub import license as licence
+from hf_kdtl.hub.license import inherited, of_parents, settle, strictest
+
+
+@pytest.mark.parametrize(
+    "its, asked, found",
+    [
+        (None, "MIT", "mit"),
+        ("other", "apache-2.0", "apache-2.0"),
+        ("apache-2.0", None, "apache-2.0"),
+        ("mit", "cc-by-nc-4.0", "cc-by-nc-4.0"),  # stricter is allowed
+        ("cc-by-nc-4.0", None, "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0"),
+        ("cc-by-sa-4.0", "cc-by-sa-4.0", "cc-by-sa-4.0"),
+        ("gpl-3.0", "gpl-3.0", "gpl-3.0"),
+    ],
+)
+def test_what_is_compatible_is_taken(its, asked, found):
+    assert settle(its, asked) == found
+
+
+@pytest.mark.parametrize(
+    "its, asked, said",
+    [
+        (None, None, "--license <identifier>"),
+        ("unknown", "", "expected an identifier"),
+        ("cc-by-nc-4.0", "apache-2.0", "is cc-by-nc-4.0 and apache-2.0 is asked for.*non-commercial"),
+        ("cc-by-nc-4.0", "cc-by-4.0", "would loosen it"),
+        ("cc-by-nc-4.0", "cc-by-nc-nd-4.0", "would loosen|asked for"),
+        ("cc-by-sa-4.0", "cc-by-4.0", "share-alike"),
+        ("cc-by-sa-4.0", "cc-by-nc-sa-4.0", "asked for"),
+        ("gpl-3.0", "mit", "not on our list"),
+        ("llama3", "apache-2.0", "llama3 and apache-2.0"),
+        ("cc-by-nd-4.0", None, "no derivatives"),
+        ("cc-by-nc-nd-4.0", "cc-by-nc-nd-4.0", "no derivatives"),
+        ("mit", "my licence\nline", "expected an identifier"),
+    ],
+)
+def test_what_is_not_is_refused(its, asked, said):
+    with pytest.raises(ValueError, match=said):
+        settle(its, asked)
+
+
+def test_of_several_parents_the_strictest_binds():
+    assert strictest(["mit", "apache-2.0"]) == "mit"
+    assert strictest(["mit", "cc-by-nc-4.0", "cc-by-nc-4.0"]) == "cc-by-nc-4.0"
+    assert strictest(["mit", None]) is None and strictest([]) is None
+    with pytest.raises(ValueError, match=r"gpl-3.0 and cc-by-nc-4.0, which cannot both be kept"):
+        strictest(["gpl-3.0", "cc-by-nc-4.0"])
+
+
+def test_a_parent_without_a_known_licence_makes_it_unknown():
+    start, nameless = {"how": "pretrained", "licence": "mit"}, {"name": None, "licence": None}
+    assert of_parents({"student": {"start": start}}) == "mit" and of_parents({}) is None
+    assert of_parents({"teacher": nameless, "student": {"start": start}}) is None
+    assert of_parents({"teacher": {}, "student": {"start": start}}) is None  # its nulls were left out
+    assert of_parents({"teacher": {"licence": "gpl-3.0"}, "student": {"start": start}}) == "gpl-3.0"
+    assert of_parents({"teacher": {"licence": "mit"}, "student": {"start": {"how": "random"}}}) == "mit"
+    for asked in (None, ""):
+        with pytest.raises(ValueError, match=r"--license apache-2\.0.* in Python DistillationConfig\(license="):
+            settle(None, asked)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("---\nlicense: Apache-2.0\n---\n# A teacher\n", "apache-2.0"),
+        ("---\nlicense: [mit]\n---\n", "mit"),
+        ("---\nlicense: [mit, gpl-3.0]\n---\n", None),
+        ("---\nlicense: other\n---\n", None),
+        ("---\ntags: [x]\n---\n", None),
+        ("# no metadata\n", None),
+        ("---\nlicense: [unclosed\n---\n", None),
+        ("---\nlicense: 'do what\n\n  you like'\n---\n", None),
+        ("---\n- a list\n---\n", None),
+    ],
+)
+def test_a_folders_card_is_read(text, found):
+    Path("teacher").mkdir()
+    Path("teacher/README.md").write_text(text)
+    assert inherited("teacher") == found
+
+
+def test_no_card_and_no_network_are_not_known(monkeypatch):
+    Path("bare").mkdir()
+    assert inherited("bare") is None
+    assert inherited("owner/name") is None  # offline
+    for error in (LocalEntryNotFoundError("no network"), TimeoutError("slow"), ConnectionResetError("cut")):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(licence.ModelCard, "load", fail)
+        assert inherited("owner/name", token="x") is None

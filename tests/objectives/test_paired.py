@@ -1,0 +1,157 @@
+"""Objectives on pairs of models that differ in depth, heads, width, patch grid, prefix tokens and family."""
+
+import pytest
+import torch
+
+from hf_kdtl.functional.attention import align_columns, attention_rows
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models import Teacher, plan
+from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.objectives.paired import class_columns
+from hf_kdtl.trainer.distiller import Distiller
+from tests.support.tiny import build
+
+VIT = ("vit", {})
+ATTENTION = {
+    "depth": (VIT, ("vit", {"layers": 5})),
+    "deeper student": (("vit", {"layers": 4}), VIT),
+    "heads": (("vit", {"num_attention_heads": 4}), VIT),
+    "width": (VIT, ("vit", {"hidden_size": 48, "num_attention_heads": 3})),
+    "finer teacher": (("vit", {"patch_size": 16}), VIT),
+    "coarser teacher": (VIT, ("vit", {"patch_size": 16})),
+    "distillation token": (VIT, ("deit", {})),
+    "registers": (VIT, ("dinov2_with_registers", {})),
+    "registers on both": (("dinov2_with_registers", {}), ("deit", {})),
+    "position bias": (VIT, ("beit", {})),
+    "biased student": (("beit", {}), VIT),
+    "two towers": (VIT, ("clip", {})),
+}
+NO_CLASS = {"no class token": (("siglip", {}), VIT), "neither": (("ijepa", {}), ("siglip", {"layers": 3}))}
+FEATURES = {
+    "ViT <- ResNet": (VIT, ("resnet", {})),
+    "ResNet <- ViT": (("resnet", {}), VIT),
+    "Swin <- ViT": (("swin", {}), VIT),
+    "ViT <- ConvNeXt": (VIT, ("convnext", {})),
+    "PVT <- Swin": (("pvt", {}), ("swin", {})),
+}
+BIASED = ("position bias", "biased student")
+OPTIONS = {
+    "attention_map": [
+        {},
+        {"distance": "mse"},
+        {"rows": "all"},
+        {"rows": "all", "distance": "mse", "layers": "last"},
+        {"rows": "all", "heads": "relation"},
+        {"rows": "all", "heads": "relation", "relation_heads": 1},
+    ],
+    "relation": [{}, {"layers": "uniform"}],
+    "attention_transfer": [{}, {"mode": "paper"}],
+    "hidden_states": [
+        {},
+        {"distance": "cosine", "projector": "orthogonal"},
+        {"distance": "smooth_l1", "normalize": "teacher"},
+        {"normalize": "none", "layers": "last"},
+    ],
+}
+INPUTS = {
+    "pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4)),
+    "labels": torch.tensor([0, 1, 2]),
+}
+DRAWS = Draws(0, 0, (0, 1, 2))
+
+
+def _pair(student, teacher):
+    return build(student[0], **student[1]), build(teacher[0], seed=5, **teacher[1])
+
+
+def _distiller(student, teacher, name, options):
+    source = Teacher(teacher)
+    source.match(student, None, False)
+    torch.manual_seed(0)
+    return Distiller(student, {name: OBJECTIVES[name](**options)}, {name: 1.0}, source, plan(student, source))
+
+
+def _obeys(student, teacher, name, options):
+    distiller = _distiller(student, teacher, name, options)
+    values = distiller.terms(INPUTS, DRAWS)[1][name]
+    assert values.shape == (3,) and torch.isfinite(values).all() and (values >= -1e-6).all(), (name, options)
+    assert values.abs().max() > 1e-7, (name, options, "two different models agree")
+    grads = torch.autograd.grad(values.sum(), list(student.parameters()), allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in grads), (name, options, "moves nothing")
+    assert all(torch.isfinite(g).all() for g in grads if g is not None)
+    order = torch.tensor([2, 0, 1])
+    again = distiller.terms({k: v[order] for k, v in INPUTS.items()}, DRAWS.permuted(order))[1][name]
+    torch.testing.assert_close(again, values[order], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*ATTENTION, *NO_CLASS, *FEATURES])
+def test_every_objective_obeys_on_every_pair(case):
+    student, teacher = (ATTENTION | NO_CLASS | FEATURES)[case]
+    for name, variants in OPTIONS.items():
+        if case in FEATURES and name in ("attention_map", "relation"):
+            continue
+        for options in variants:
+            if case in NO_CLASS and name == "attention_map" and "rows" not in options:
+                continue
+            if case in BIASED and "heads" in options:
+                continue
+            _obeys(*_pair(student, teacher), name, options)
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_every_row_sums_to_one_after_alignment(case):
+    student, teacher = _pair(*ATTENTION[case])
+    distiller = _distiller(student, teacher, "attention_map", {})
+    captured = distiller.teacher(INPUTS["pixel_values"], distiller.teacher_needs, distiller.plan.teacher)
+    for pair in distiller.plan.pairs:
+        a = captured.attention[pair.teacher_layer]
+        rows = attention_rows(a.query, a.key, a.scale, a.bias, "all")
+        keep = class_columns(pair)[1]
+        aligned = align_columns(rows, keep, len(pair.teacher.prefix), pair.teacher.grid, pair.student.grid).exp()
+        assert aligned.shape[-1] == len(keep) + pair.student.grid[0] * pair.student.grid[1]
+        torch.testing.assert_close(aligned.sum(-1), torch.ones_like(aligned[..., 0]))
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "options", "sentence"),
+    [
+        ("ViT <- ResNet", "attention_map", {}, "the teacher's block gives no attention.*these work: attention_trans"),
+        ("Swin <- ViT", "attention_map", {}, "the student's block attends inside windows"),
+        ("PVT <- Swin", "relation", {"layers": [[0, 0]]}, "attends to fewer keys than it has tokens"),
+        ("no class token", "attention_map", {}, "the student has no class token; use rows='all'"),
+        ("width", "hidden_states", {"projector": "identity"}, "widths are 32 and 48; use projector='linear'"),
+        ("width", "relation", {"heads": 5}, "5 relation heads do not divide the width 32 and 48; expected one of"),
+        ("heads", "relation", {"layers": [[0, 7]]}, "names block 7 of the teacher"),
+    ],
+)
+def test_what_a_pair_cannot_give_is_refused_with_what_it_can(case, name, options, sentence):
+    student, teacher = _pair(*(ATTENTION | NO_CLASS | FEATURES)[case])
+    with pytest.raises(ValueError, match=f"objective '{name}': .*{sentence}"):
+        _distiller(student, teacher, name, options)
+
+
+def test_relation_heads_refuse_a_bias_that_belongs_to_other_heads():
+    student, teacher = _pair(*ATTENTION["position bias"])
+    distiller = _distiller(student, teacher, "attention_map", {"heads": "relation", "rows": "all"})
+    with pytest.raises(ValueError, match=r"relative position bias.*use heads='mean'"):
+        distiller.terms(INPUTS, DRAWS)
+
+
+def test_a_student_with_a_distillation_token_can_use_both_heads():
+    student, teacher = build("deit_teacher"), build("vit", seed=5)
+    source = Teacher(teacher)
+    source.match(student, None, True)
+    objectives = {
+        "task": OBJECTIVES["task"](head="class"),
+        "logit_kd": OBJECTIVES["logit_kd"](head="distillation", hard=True),
+    }
+    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source)
+    values = distiller.terms(INPUTS, DRAWS)[1]
+    out = student(pixel_values=INPUTS["pixel_values"])
+    log_class, log_token = (x.log_softmax(-1) for x in (out.cls_logits, out.distillation_logits))
+    top = teacher(INPUTS["pixel_values"]).logits.argmax(-1)
+    torch.testing.assert_close(values["task"], -log_class.gather(1, INPUTS["labels"][:, None])[:, 0])
+    torch.testing.assert_close(values["logit_kd"], -log_token.gather(1, top[:, None])[:, 0])
+    plain = Distiller(build("vit"), {"task": OBJECTIVES["task"](head="class")}, {"task": 1.0})
+    with pytest.raises(ValueError, match=r"has no class head of its own.*leave head out"):
+        plain.terms(INPUTS, DRAWS)

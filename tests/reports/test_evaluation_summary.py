@@ -1,0 +1,298 @@
+"""The report of an evaluation, from hand-made numbers: what its first screen says, and that no name can break it."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hf_kdtl.data.degradations import DEGRADATIONS
+from hf_kdtl.evaluation import update_results
+from hf_kdtl.evaluation.results import FILE
+from hf_kdtl.evaluation.scoring import compared, findings, is_right
+from hf_kdtl.evaluation.statistics import images_difference
+from hf_kdtl.reports.evaluation_findings import sentences
+from hf_kdtl.reports.evaluation_summary import verdict_table
+from hf_kdtl.reports.evaluation_values import class_accuracies, overconfidence, shown_text
+from hf_kdtl.reports.figures.evaluation import (
+    classes_picture,
+    confusion_picture,
+    degradations_picture,
+    reliability_picture,
+)
+from hf_kdtl.reports.run_report import write_report
+from hf_kdtl.utils.text import drawn, plain
+
+NAMES = ["cat", "dog", "emu"]
+LABELS = np.repeat([0, 1, 2], 20)
+COST = {
+    "parameters": 2_000_000,
+    "flops": 3e9,
+    "file_bytes": 8e6,
+    "peak_memory_bytes": 5e7,
+    "images_per_second": 100.0,
+    "latency_ms": {"1": {"median": 20.0, "p95": 30.0}, "8": {"median": 80.0, "p95": 90.0}},
+}
+HALF = COST | {"parameters": 1_000_000, "flops": 1.5e9, "images_per_second": 250.0}
+HALF["latency_ms"] = {"1": {"median": 30.0, "p95": 30.0}, "8": {"median": 32.0, "p95": 90.0}}
+
+
+def logits(wrong, sure=2.0):
+    """Right but for the images in `wrong`, which are taken for the class after theirs."""
+    answers = np.where(np.isin(np.arange(60), list(wrong)), (LABELS + 1) % 3, LABELS)
+    return sure * np.eye(3)[answers]
+
+
+ALL = {
+    "student": ("student", HALF, logits(range(10, 34))),  # 10 cats, 14 dogs
+    "teacher": ("teacher", COST, logits(range(10, 22))),  # 10 cats, 2 dogs
+    "baseline": ("baseline", COST, logits(range(20, 50))),  # 20 dogs, 10 emus
+}
+DEGRADED = {"student": (0.6, [0.5, 0.1]), "teacher": (0.8, [0.6, 0.4]), "baseline": (0.5, [0.4, 0.2])}
+
+
+def evaluation(models=ALL, names=NAMES, degraded=True):
+    references = {role: its for role, _, its in models.values() if role != "student"}
+    found = {}
+    for name, (role, cost, mine) in models.items():
+        others = {other: its for other, its in references.items() if other != role}
+        scores = compared(mine, LABELS, **others)
+        found[name] = {"role": role, "runs": {name: {"test": scores}}, **cost, **findings(mine, LABELS, names)}
+        found[name]["differences"] = {
+            other: images_difference(is_right(mine, LABELS), is_right(its, LABELS)) for other, its in others.items()
+        }
+        if degraded:
+            clean, jpeg = DEGRADED[role]
+            found[name]["degraded"] = {"clean": clean, "jpeg": jpeg, "contrast": [clean, clean]}
+    value = {"split": "test", "images": 60, "batch_size": 8, "models": found}
+    value["degradations_left_out"] = [name for name in DEGRADATIONS if name not in ("jpeg", "contrast")]
+    if degraded:
+        value["degraded"] = {"images": 30, "severities": [1, 5], "side": 32}
+    if "teacher" in references:
+        reasons = {"attention_agreement": "the teacher has none."}
+        value["fidelity"] = {
+            name: {"images": 30, "jacobian_cosine": 0.25, "attention_agreement": None, "reasons": reasons}
+            | {"cka": {"matrix": [[0.5, None], [0.1, 0.9]], "images": 30}}
+            for name, (role, _, _) in models.items()
+            if role == "student"
+        }
+    return value
+
+
+def report(value, **data):
+    update_results("run", "run", {"recipe": "evaluate_student", "device": "a CPU", "settings": {}})
+    update_results("run", "data", {"source": "pets", "sizes": {"test": 60}} | data)
+    update_results("run", "evaluation", value)
+    return write_report("run").read_text()
+
+
+def cells(text, name):
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_the_first_screen_answers():
+    text = report(evaluation())
+    assert text.startswith(
+        "# May it ship? Evaluated on pets\n\n**In short:** student is right in 60.0 % of the images, -20.0 points "
+        "against the teacher (lost), +10.0 points against the baseline (no difference was shown), on degraded ones in "
+        "45.0 %, at 0.50 x the operations and 1.50 x the time for one image of the teacher, at 0.50 x the operations "
+        "and 1.50 x the time for one image of the baseline.\n\n| "
+    )
+    assert cells(text, "accuracy [95% interval]") == [
+        "60.0 % [46.7, 71.7]",
+        "80.0 % [70.0, 90.0]",
+        "50.0 % [36.7, 63.3]",
+    ]
+    assert cells(text, "worst class") == ["dog 30.0 %", "cat 50.0 %", "dog 0.0 %"]
+    # Every answer has the probability e^2 / (e^2 + 2) = 0.787: too sure for the student, too modest for the teacher.
+    assert cells(text, "calibration error (ECE)") == [
+        "18.7 %, over-confident",
+        "1.3 %, under-confident",
+        "28.7 %, over-confident",
+    ]
+    assert cells(text, "worst degradation") == ["jpeg 5: 10.0 %", "jpeg 5: 40.0 %", "jpeg 5: 20.0 %"]
+    # Left: (5/6 + 1/6 + 1 + 1) / 4, (3/4 + 1/2 + 2) / 4, (4/5 + 2/5 + 2) / 4
+    means = ["45.0 % (75.0 % left)", "65.0 % (81.2 % left)", "40.0 % (80.0 % left)"]
+    assert cells(text, "degraded images, mean accuracy") == means
+    # Of what the baseline gets right (all cats, the last 10 emus) the student gets 10 cats wrong; so does the teacher.
+    assert cells(text, "right in the baseline, wrong here") == ["16.7 %", "16.7 %", "-"]
+    assert cells(text, "same answer as the teacher")[:2] == ["80.0 %", "-"]
+    assert cells(text, "parameters (million)") == ["1.00 (0.50 x)", "2.00", "2.00 (1.00 x)"]
+    assert cells(text, "images/s") == ["250 (2.50 x)", "100", "100 (1.00 x)"]
+    assert cells(text, "milliseconds of one image") == ["30.0 (1.50 x)", "20.0", "20.0 (1.00 x)"]
+    first = text.split("## All scores")[0]
+    assert len(first.splitlines()) < 50 and "![" not in first
+    for said in (
+        "**Accuracy against the teacher**: -20.0 points, 95% interval -30.0 to -10.0: lost (0 images only this model "
+        "gets right, 12 only the teacher).",
+        "break 16.7 % of all images (10 that are right today) and mend 26.7 % (16)",
+        "**Classes against the teacher**: 1 of 3 lose. From dog, -60.0 points (90.0 % to 30.0 %), to emu, +0.0",
+        "A class has 20 to 20 images; an accuracy on 20 is known to about ±22 points",
+        "it claims 78.7 % in the mean and is right in 60.0 %, so it is over-confident; the teacher claims 78.7 % in "
+        "the mean and is right in 80.0 %; the baseline",
+        "right in 45.0 % (75.0 % left) in the mean. Worst under jpeg at severity 5: 60.0 % falls to 10.0 %",
+        "which is right in 65.0 % (81.2 % left): in comparison it keeps least under jpeg, 50.0 % of its own accuracy, "
+        "the teacher 62.5 %",
+        "Degradations left out: gaussian_noise,",
+        "Severities left out: 2, 3, 4.",
+        "student, attention agreement: the teacher has none.",
+        "There is no threshold in this report.",
+    ):
+        assert said in first, said
+
+
+def test_what_there_is_below():
+    text = report(evaluation())
+    for picture in ("reliability", "degradations", "classes", "confusion", "cka"):
+        assert f"]({picture}.png)" in text
+        pixels = np.array(Image.open(f"run/{picture}.png"))
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50, picture
+    assert cells(text, "`agreement_teacher_wrong`")[0] == "100.0 %"
+    right, total = math.exp(2), math.exp(2) + 2  # the student: 36 images right and 24 wrong, all as sure
+    assert cells(text, "`nll`")[0] == f"{0.6 * math.log(total / right) + 0.4 * math.log(total):.4f}"
+    assert cells(text, "`teacher_kl`")[0] == f"{0.2 * 2 * (right - 1) / total:.4f}"  # 12 answers apart
+    assert cells(text, "`jpeg`")[0] == "30.0 % (50.0 % left)" and cells(text, "`clean`")[1] == "80.0 %"
+    assert "On 30 of the 60 (drawn once, with seed 0) test images" in text
+    assert "cosine of the gradients of the likeliest class is 0.25" in text
+    assert "All classes that have images." in text
+
+
+def test_an_improvement_and_no_difference():
+    models = ALL | {"student": ("student", HALF, logits(range(9, 21)))}
+    value = evaluation(models)
+    told = " ".join(sentences(value, value["models"]["student"]))
+    assert "teacher**: +0.0 points, 95% interval -5.0 to +5.0: no difference was shown (1 images only" in told
+    assert "baseline**: +30.0 points" in told and ": gained (" in told
+    assert shown_text(images_difference([True] * 5, [False] * 5)) == "gained"
+    same = evaluation(ALL | {"student": ("student", HALF, ALL["teacher"][2])})
+    assert "teacher**: +0.0 points (0 images" in " ".join(sentences(same, same["models"]["student"]))
+
+
+def test_several_students_have_their_own_pictures():
+    models = {"student a": ALL["student"], "student b": ("student", HALF, logits(range(5)))} | dict(
+        list(ALL.items())[1:]
+    )
+    text = report(evaluation(models))
+    for i in (1, 2):
+        for picture in ("classes", "confusion", "cka"):
+            assert f"]({picture}-{i}.png)" in text and Path(f"run/{picture}-{i}.png").is_file()
+    assert "### student a: what is lost and gained" in text and "### student b: what" in text
+    assert not Path("run/classes.png").exists()
+
+
+def test_a_student_alone():
+    text = report(evaluation({"student": ALL["student"]}, degraded=False))
+    first = text.split("## All scores")[0]
+    for said in ("No --teacher was given", "No --baseline was given", "No degraded images (--degradations all)"):
+        assert said in first
+    for absent in ("against the", "worst degradation", "same answer", " x)", "In place of"):
+        assert absent not in first, absent
+    assert {path.name for path in Path("run").iterdir()} == {FILE, "report.md", "reliability.png"}
+
+
+def test_a_class_without_images():
+    value = evaluation(names=NAMES)
+    for model in value["models"].values():
+        model["confusion"]["yak"] = {}
+    assert "yak" not in class_accuracies(value["models"]["student"])
+    text = report(value)
+    assert "1 of 4 classes have no image here." in text and "yak" not in text
+
+
+def test_nothing_right_on_the_clean_images():
+    value = evaluation()
+    value["models"]["teacher"]["degraded"] = {"clean": 0.0, "jpeg": [0.0, 0.0], "contrast": [0.0, 0.0]}
+    value["models"]["student"]["degraded"] = {"clean": 0.0, "jpeg": [0.0, 0.0], "contrast": [0.0, 0.0]}
+    text = report(value)
+    assert cells(text, "degraded images, mean accuracy") == ["0.0 %", "0.0 %", "40.0 % (80.0 % left)"]
+
+
+def test_overconfidence_is_mean_confidence_minus_accuracy():
+    draw = np.random.default_rng(0)
+    mine = draw.normal(size=(60, 3))
+    confidence = (np.exp(mine).max(1) / np.exp(mine).sum(1)).mean()
+    assert overconfidence(findings(mine, LABELS, NAMES)) == pytest.approx(
+        confidence - (mine.argmax(1) == LABELS).mean()
+    )
+
+
+def test_plain_and_drawn():
+    assert plain("a\tb\n c\x1b[0m") == "a b c\\[0m"
+    assert plain("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
+    assert drawn("two\nlines of $a$", 30) == r"two lines of \$a\$"
+
+
+HOSTILE = ["a|b\n\n# not a heading", "<script>alert(1)</script>", "$\\frac{$ [x](http://evil.example) ![y](z.png) `"]
+
+
+def test_names_cannot_break_the_report():
+    models = {"student <b>x</b> | y\n": ALL["student"]} | dict(list(ALL.items())[1:])
+    notes = ["left out: evil|name\n# heading\n```\n<img src=x>.png", "www.evil.example"]
+    text = report(evaluation(models, HOSTILE), source="my|data\n# x <b>", notes=notes)
+    lines = text.splitlines()
+    assert not [line for line in lines if line.startswith("# ")][1:]
+    assert not any(line.startswith(("# not", "# x", "# heading", "```\n")) for line in lines)
+    unescaped = text.replace("\\<", "").replace("\\`", "")
+    assert "<" not in unescaped.split("## Run")[0]
+    links = re.findall(r"(?<!\\)\]\((.*?)\)", text)
+    assert set(links) == {f"{p}.png" for p in ("reliability", "degradations", "classes", "confusion", "cka")}
+    assert "http\\://" in text and "www\\.evil" in text
+    # Every row of a table has as many cells as its header.
+    widths = set()
+    for line in lines:
+        if line.startswith("|"):
+            widths.add(line.replace("\\|", "").count("|"))
+        elif widths:
+            assert len(widths) == 1, line
+            widths = set()
+    for picture in ("classes", "confusion", "reliability"):
+        assert Path(f"run/{picture}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("classes", [2, 60])
+def test_pictures_of_few_and_of_many_classes(classes):
+    draw = np.random.default_rng(0)
+    labels = np.arange(4 * classes) % classes
+    mine, its = (draw.normal(size=(len(labels), classes)) + 2 * np.eye(classes)[labels] for _ in range(2))
+    names = [f"class {i}" for i in range(classes)]
+    value = evaluation(degraded=False)
+    for name, its_logits in (("student", mine), ("teacher", its), ("baseline", its)):
+        value["models"][name] |= findings(its_logits, labels, names)
+    text = report(value)
+    if classes == 60:
+        assert "The 12 classes that lose most and the 12 that gain most, of 60." in text
+        assert "The 24 classes that changed most, of 60." in text
+    assert all(max(Image.open(f"run/{p}.png").size) < 2000 for p in ("classes", "confusion"))
+
+
+def test_what_is_drawn(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    value = evaluation()
+    models = value["models"]
+    assert classes_picture(models["student"], {"teacher": models["teacher"]}, "x") == "All classes that have images."
+    confusion_picture(models["student"], models["teacher"], "teacher", "x")
+    degradations_picture(models, [1, 5], "x")
+    reliability_picture(models, "x")
+    classes, confusion, degradations, reliability_ = ([axes for axes in figure.axes] for figure in figures)
+    assert [tick.get_text() for tick in classes[0].get_yticklabels()] == ["dog", "cat", "emu"]
+    assert [bar.get_width() for bar in classes[0].patches] == pytest.approx([-60, 0, 0])
+    # 12 dogs more are taken for emus: red (above 0) on the diagonal, right less often, and beside it.
+    worse = np.zeros((3, 3))
+    worse[1] = 0, 60, 60
+    assert np.asarray(confusion[0].images[0].get_array()) == pytest.approx(worse)
+    assert {text.get_text() for text in confusion[0].texts} == {"-60", "+60"}
+    student = degradations[0].lines[0]
+    assert (list(student.get_xdata()), student.get_ydata().tolist()) == ([0, 1, 5], [60, 50, 10])
+    assert degradations[2].lines[0].get_ydata().tolist() == pytest.approx([60, 55, 35])
+    assert [bar.get_height() for bar in reliability_[0].patches] == pytest.approx([0.6])
+    assert "18.7 points\nmore" in reliability_[0].texts[0].get_text()
+
+
+def test_table_as_text():
+    rows = verdict_table(evaluation()).splitlines()
+    assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + 13

@@ -1,0 +1,127 @@
+"""With one task objective and no teacher the class is the plain Trainer."""
+
+import copy
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from hf_kdtl import DistillationConfig, DistillationTrainer
+from tests.support.helpers import Images, config, largest_difference, weights
+from tests.support.tiny import build
+
+TASK = [{"name": "task"}]
+
+
+def _run(cls, folder, model, steps=20, **settings):
+    kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
+    recipe = {"max_steps": steps, "learning_rate": 1e-3, "warmup_steps": 5, "weight_decay": 0.01, "max_grad_norm": 0.5}
+    arguments = config(folder, TASK, kind, **(recipe | settings))
+    runner = cls(copy.deepcopy(model), arguments, train_dataset=Images(64), eval_dataset=Images(20, seed=1))
+    before = runner.evaluate()["eval_loss"]
+    runner.train()
+    predicted = runner.predict(Images(5, seed=2))
+    return {
+        "weights": weights(runner.model),
+        "losses": [line["loss"] for line in runner.state.log_history if "loss" in line],
+        "norms": [line["grad_norm"] for line in runner.state.log_history if "grad_norm" in line],
+        "evals": [before, runner.evaluate()["eval_loss"], predicted.metrics["test_loss"]],
+        "predictions": predicted.predictions,
+        "keys": set(predicted.metrics),
+    }
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_trains_evaluates_and_predicts_as_trainer_does(tmp_path, family, accumulation, smoothing):
+    model = build(family)
+    settings = {
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "label_smoothing_factor": smoothing,
+    }
+    plain = _run(Trainer, tmp_path / "plain", model, **settings)
+    ours = _run(DistillationTrainer, tmp_path / "ours", model, **settings)
+    assert largest_difference(plain["weights"], ours["weights"]) == 0.0
+    assert (plain["predictions"] == ours["predictions"]).all()
+    assert plain["norms"] == ours["norms"] and len(plain["norms"]) == 20
+    # The loss is summed in another order: one unit in the last place.
+    assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert ours["evals"] == pytest.approx(plain["evals"], rel=1e-6)
+    assert plain["keys"] == ours["keys"]
+
+
+def test_unlabelled_images_count_nothing_as_in_trainer(tmp_path):
+    model = build("vit")
+    found = []
+    for cls in (Trainer, DistillationTrainer):
+        kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
+        arguments = config(tmp_path / cls.__name__, TASK, kind, max_steps=4, gradient_accumulation_steps=2)
+        runner = cls(copy.deepcopy(model), arguments, train_dataset=Images(64, labels="some"))
+        runner.train()
+        found.append(weights(runner.model))
+    assert largest_difference(*found) == 0.0
+
+
+def test_compute_loss_func_keeps_its_meaning(tmp_path):
+    def squared(outputs, labels, num_items_in_batch=None):
+        picked = outputs["logits"].gather(1, labels[:, None])
+        return (picked - 1).square().sum() / num_items_in_batch
+
+    model, found = build("vit"), []
+    for cls in (Trainer, DistillationTrainer):
+        kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
+        arguments = config(tmp_path / cls.__name__, TASK, kind, max_steps=3, gradient_accumulation_steps=2)
+        runner = cls(copy.deepcopy(model), arguments, train_dataset=Images(64), compute_loss_func=squared)
+        runner.train()
+        found.append(weights(runner.model))
+    assert largest_difference(*found) < 1e-7
+    assert largest_difference(found[0], weights(model)) > 1e-5
+
+
+def test_iterable_data_with_max_steps(tmp_path):
+    class Stream(__import__("torch").utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Images(32))
+
+    model, found = build("vit"), []
+    for cls in (Trainer, DistillationTrainer):
+        kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
+        runner = cls(
+            copy.deepcopy(model), config(tmp_path / cls.__name__, TASK, kind, max_steps=6), train_dataset=Stream()
+        )
+        runner.train()
+        found.append(weights(runner.model))
+    assert largest_difference(*found) == 0.0
+
+
+def test_hyperparameter_search_reaches_nested_values(tmp_path):
+    seen = []
+    teacher = build("vit", seed=5)
+
+    def space(trial):
+        return {
+            "learning_rate": trial.suggest_categorical("learning_rate", [1e-3]),
+            "objectives.logit_kd.temperature": trial.suggest_categorical("t", [2.5]),
+            "objectives.logit_kd.weight": trial.suggest_categorical("w", [0.25]),
+        }
+
+    runner = DistillationTrainer(
+        None,
+        config(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1),
+        model_init=lambda: build("vit"),
+        teacher=teacher,
+        train_dataset=Images(),
+        eval_dataset=Images(8),
+    )
+    trained = runner.training_step
+
+    def spy(*args, **kwargs):
+        objective = runner.distiller.objective("logit_kd")
+        seen.append((objective.temperature, runner.distiller.weights["logit_kd"]))
+        return trained(*args, **kwargs)
+
+    runner.training_step = spy
+    best = runner.hyperparameter_search(space, n_trials=2, backend="optuna")
+    assert seen == [(2.5, 0.25)] * 2
+    assert best.hyperparameters["t"] == 2.5

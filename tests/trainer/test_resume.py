@@ -1,0 +1,299 @@
+"""A stopped run continues as if it had never stopped, and the best checkpoint is loaded whole."""
+
+import importlib
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainerState
+
+from hf_kdtl.checkpoints.manifest import seal
+from hf_kdtl.checkpoints.state import STATE_JSON
+from tests.support.helpers import Images, config, largest_difference, trainer, weights
+from tests.support.tiny import build
+
+FAMILIES = ["vit", "deit", "dinov2", "swin", "convnext", "resnet"]
+RUN = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resume_is_bitwise(tmp_path, family):
+    student, teacher = build(family), build("vit", seed=5)
+    whole = trainer(tmp_path, student, teacher, **RUN)
+    whole.train()
+    for step in (2, 4):
+        again = trainer(tmp_path, student, teacher, **RUN)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.state.global_step == 6
+        assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+        assert whole.state.log_history[-2]["loss"] == again.state.log_history[-2]["loss"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_best_model_is_loaded_whole(tmp_path, family):
+    class Worse(TrainerCallback):
+        """Report a loss that rises, so that the first checkpoint is the best."""
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    runner = trainer(
+        tmp_path,
+        build(family),
+        build("vit", seed=5),
+        eval_dataset=Images(8),
+        callbacks=[Worse()],
+        **RUN,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+    )
+    seen = {}
+
+    class Remember(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            seen[state.global_step] = weights(model)
+
+    runner.add_callback(Remember())
+    runner.train()
+    assert runner.state.best_global_step == 2
+    assert largest_difference(weights(runner.model), seen[2]) == 0.0
+    assert largest_difference(seen[6], seen[2]) > 1e-5
+
+
+LAST = {"max_steps": 6}, {"max_steps": 5}, {"num_train_epochs": 1.5, "max_steps": -1}, {"max_steps": 8}
+
+
+@pytest.mark.parametrize("steps", LAST, ids=str)
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_finished_makes_no_further_step(tmp_path, steps, best, caplog):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": False}
+    chosen |= {"metric_for_best_model": "loss", "eval_dataset": Images(4), "callbacks": [Worse()]}
+
+    def run():
+        settings = RUN | {"save_steps": 1} | steps | (chosen if best else {})
+        return trainer(tmp_path, build("vit", hidden_dropout_prob=0.1), build("vit", seed=5), **settings)
+
+    whole = run()
+    whole.train()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = run()
+    assert again.train(resume_from_checkpoint=True).global_step == whole.state.global_step
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+    assert "it is finished, and is loaded as it is" in caplog.text
+    assert not best or again.state.best_global_step == 1
+
+
+def test_a_run_that_is_to_end_before_its_checkpoint_makes_no_step(tmp_path):
+    whole = trainer(tmp_path, build("vit"), **RUN)
+    whole.train()
+    again = trainer(tmp_path, build("vit"), **RUN | {"max_steps": 5})
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_a_checkpoint_is_a_clean_student(tmp_path):
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5, layers=3), **RUN)
+    runner.train()
+    folder = tmp_path / "checkpoint-6"
+    opened = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(opened).__name__ == "ViTForImageClassification"
+    assert largest_difference(weights(opened), weights(runner.model)) == 0.0
+    names = set(load_file(folder / "model.safetensors"))
+    assert not any("teacher" in name or "objectives" in name or "student" in name for name in names)
+    assert (folder / STATE_JSON).is_file()
+    runner.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / STATE_JSON).exists()
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN)
+    runner.train()
+    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(name for name in tensors if "classifier.weight" in name))
+    save_file(tensors, path, metadata={"format": "pt"})
+    seal(path.parent, 1, [])  # as if it had been written so
+    with pytest.raises(ValueError, match=r"does not fit ViTForImageClassification.*classifier.weight"):
+        trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_other_objectives_is_refused(tmp_path):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    other = trainer(tmp_path, build("vit"), **RUN)
+    with pytest.raises(ValueError, match=r"was trained with the objectives .*logit_kd.*Resume with the same"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_architecture_or_a_newer_version_is_refused(tmp_path):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    said = r"holds a ViTForImageClassification \(vit\) and the student is a DeiTForImageClassification. Resume with"
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, build("deit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
+    path = tmp_path / "checkpoint-6" / STATE_JSON
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    seal(path.parent, 1, [])
+    with pytest.raises(ValueError, match=r"is of version 2 and this hf_kdtl reads up to 1: .*newer one. Install"):
+        trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
+
+
+def test_a_start_that_was_damaged_stops_the_resume(tmp_path):
+    objectives = [{"name": "task"}, {"name": "l2_sp"}]
+    trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train()
+    weights_file, config_file = (tmp_path / "start" / name for name in ("model.safetensors", "config.json"))
+    whole = weights_file.read_bytes()
+    for path, content, said in (
+        (weights_file, b"", r"start cannot be read \(.*Put it back as it was"),
+        (
+            weights_file,
+            whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
+            r"are not those that .* or they were damaged",
+        ),
+        (config_file, b"{", r"start cannot be read \(.*Put it back as it was"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train(resume_from_checkpoint=True)
+
+
+def test_recipes_begin_anew_where_only_a_save_was_broken_off(tmp_path, monkeypatch):
+    train = importlib.import_module("hf_kdtl.commands.common.runs")._train
+
+    class Asked:
+        state = TrainerState()
+
+        def train(self, resume_from_checkpoint):
+            self.asked = resume_from_checkpoint
+
+    def asked(setting="true"):
+        runner = Asked()
+        train(runner, config(tmp_path / "run", resume_from_checkpoint=setting))
+        return runner.asked
+
+    assert asked() is False
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    assert asked() is False and asked("no") is False and asked("a/path") == "a/path"
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text("")
+    assert asked() is True and asked("no") is False  # the trainer says that it is damaged
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    student, teacher = build("vit"), build("vit", seed=5)
+    settings = RUN | {"gradient_accumulation_steps": 2, "save_strategy": "no"}
+    whole = trainer(tmp_path / "whole", student, teacher, **settings)
+    whole.train()
+    stopped = trainer(tmp_path / "run", student, teacher, callbacks=[Interrupt()], **settings)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 3, saved in .*checkpoint-3.*resume_from_checkpoint"):
+        stopped.train()
+    assert signal.getsignal(signal.SIGINT) is before
+    again = trainer(tmp_path / "run", student, teacher, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+PLATEAU |= {"warmup_steps": 0, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+DRAWN = [{"name": name} for name in ("task", "noisy_kd", "hessian", "bss", "dist")]
+EVERY_KIND = {
+    "dropout, draws, batch statistics and a ragged window": (DRAWN, {"gradient_accumulation_steps": 3}),
+    "a schedule that looks": ([{"name": "task"}, {"name": "logit_kd"}], PLATEAU),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_of_state_resumes_bitwise(tmp_path, kind):
+    objectives, settings = EVERY_KIND[kind]
+    student, teacher = build("vit", hidden_dropout_prob=0.2), build("vit", seed=5)
+    rates = []
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            rates.append((state.global_step, optimizer.param_groups[0]["lr"]))
+
+    def run():
+        extra = {"eval_dataset": Images(4), "callbacks": [Remember()]}
+        return trainer(tmp_path, student, teacher, Images(20), objectives, **RUN | settings | extra)
+
+    whole = run()
+    whole.train()
+    torch.manual_seed(99)  # what happens in between must not matter
+    again = run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert rates[4:6] == rates[6:] and (kind != "a schedule that looks" or len({rate for _, rate in rates}) > 1)
+
+
+def test_projectors_are_trained_saved_and_resumed_and_stay_out_of_the_student(tmp_path):
+    objectives = [{"name": "task"}, {"name": "hidden_states"}, {"name": "attention_map"}]
+    student, teacher = build("vit"), build("vit", seed=5, hidden_size=48, num_attention_heads=3)
+    whole = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
+    start = weights(whole.distiller.objectives)
+    whole.train()
+    moved = largest_difference(start, weights(whole.distiller.objectives))
+    assert len(start) == 4 and moved > 1e-4, "the projectors did not learn"
+    held = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in whole.distiller.parameters()}
+    assert "projector" not in "".join(load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
+    again = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+
+
+def test_an_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
+    objectives = [{"name": "task"}, {"name": "hidden_states"}]
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=objectives, **RUN)
+    runner.optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"does not hold the objectives' parameters .*trainer.distiller.parameters"):
+        runner.train()
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed(tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner = trainer(tmp_path, build("vit"), callbacks=[Late()], **RUN | {"save_strategy": "no"})
+    with pytest.raises(KeyboardInterrupt, match="training was finished"):
+        runner.train()
+
+
+def test_a_signal_during_an_evaluation_saves(tmp_path):
+    class During(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT) if state.global_step == 2 else None
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Images(4), "save_strategy": "no"}
+    runner = trainer(tmp_path, build("vit"), callbacks=[During()], **RUN | evaluated)
+    with pytest.raises(KeyboardInterrupt, match="after step 2, saved in"):
+        runner.train()
+
+
+def test_resuming_with_another_option_is_said(tmp_path, caplog):
+    trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
+    other = [{"name": "task", "weight": 0.3}, {"name": "logit_kd", "weight": 0.7, "temperature": 2.0}]
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=other, **RUN)
+    runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "'temperature': 2.0" in caplog.text and "it goes on with" in caplog.text
