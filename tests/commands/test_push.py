@@ -78,7 +78,7 @@ def _the_rest_of_push_student(hub, main, capsys):  # noqa: F811
     results = json.loads(Path("out/results.json").read_text())
     for wrong, said in [
         (results | {"schema": 99}, "schema 99 and this version reads"),
-        (results | {"run": {"command": "train_teacher"}}, "results are of 'train_teacher'"),
+        (results | {"run": {"recipe": "train_teacher"}}, "results are of 'train_teacher'"),
         (results, "its figures would be of another model"),
         (results, "out holds no student; let the run finish"),
     ]:

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor, pipeline
 
 from hf_kdtl import DistillationTrainer
-from hf_kdtl.trainer import publishing
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.hub.upload import HubError, send
+from hf_kdtl.trainer import publishing
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault
 from tests.support.helpers import Images, config
