@@ -31,7 +31,7 @@ from interleave import interleave, ratio
 from step_cost import BATCH, CLASSES, vit
 
 from hf_kdtl.functional.derivatives import math_attention
-from hf_kdtl.functional.random import Draws, chosen
+from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
@@ -92,7 +92,9 @@ class Steps:
         self.draws = next(d for step in range(1000) if self._quarter(d := Draws(0, step, tuple(range(batch)))))
 
     def _quarter(self, draws: Draws) -> bool:
-        return int(chosen(draws, QUARTER, self.inputs["pixel_values"]).sum()) == QUARTER * len(self.inputs["labels"])
+        return int(select_images(draws, QUARTER, self.inputs["pixel_values"]).sum()) == QUARTER * len(
+            self.inputs["labels"]
+        )
 
     def kd_and(self, name: str = "", options: dict | None = None, parts: tuple[float, ...] = (1.0,)) -> Step:
         """Forward and backward of task + logit_kd, and an objective beside them; of parts of the batch in turn."""

@@ -39,7 +39,7 @@ from step_cost import CLASSES, vit
 from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Needs
-from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.models.run_context import Setting
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives.base import Objective
@@ -58,7 +58,7 @@ class ExactSlopes(Jacobian):
         return Needs(input_gradient=True, order=2, fraction=1.0), Needs(input_gradient=True, order=1, fraction=1.0)
 
     def slope(self, model, quantity, probe, batch):
-        x = model.leaf()
+        x = model.input_leaf()
         u = Direction("normal", 1.0, probe).draw(batch["draws"], x.detach())
         outputs = quantity(model.logits)
         columns = outputs.unbind(1) if outputs.ndim == 2 else (outputs,)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.config import DistillationConfig
-from hf_kdtl.functional.random import Draws, chosen
+from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.pairing import blank_pixels, plan
 from hf_kdtl.models.run_context import Setting
 from hf_kdtl.models.teachers.start import Start
@@ -173,7 +173,7 @@ def _measure(
 
 def _first_step(distiller: Distiller, inputs: dict[str, Tensor], key: str) -> str:
     """One step in which every image takes part; says so where an objective moves nothing that is trained."""
-    draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])), whole=True)
+    draws = Draws(0, 0, tuple(range(inputs["pixel_values"].shape[0])), include_all=True)
     distiller(inputs, draws, micro_batch_counts(inputs))["loss"].backward()
     distiller.zero_grad()
     term = distiller.terms(inputs, draws)[1].get(key)
@@ -195,7 +195,9 @@ def _usual_draws(distiller: Distiller, inputs: dict[str, Tensor]) -> Draws:
     positions, fraction = tuple(range(len(pixels))), distiller.student_needs.fraction or 1.0
     wanted = max(1, round(fraction * len(pixels)))
     tried = (Draws(0, step, positions) for step in range(500))
-    return next((d for d in tried if int(chosen(d, fraction, pixels).sum()) == wanted), Draws(0, 0, positions, True))
+    return next(
+        (d for d in tried if int(select_images(d, fraction, pixels).sum()) == wanted), Draws(0, 0, positions, True)
+    )
 
 
 def _timed(distiller: Distiller, inputs: dict[str, Tensor]) -> float:

@@ -23,13 +23,13 @@ class Draws:
         seed: the run's seed.
         step: optimizer step, from 0.
         positions: (B,) position of each image in the whole batch.
-        whole: every image takes part, whatever the fraction: evaluation.
+        include_all: every image takes part, whatever the fraction, as in evaluation.
     """
 
     seed: int
     step: int
     positions: tuple[int, ...]
-    whole: bool = False
+    include_all: bool = False
     _drawn: dict = field(default_factory=dict, repr=False, compare=False)
 
     def normal(self, shape: tuple[int, ...], purpose: str, like: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Draws:
 
     def permuted(self, order: Tensor) -> Draws:
         """The draws of the same images in another order."""
-        return Draws(self.seed, self.step, tuple(self.positions[i] for i in order.tolist()), self.whole)
+        return Draws(self.seed, self.step, tuple(self.positions[i] for i in order.tolist()), self.include_all)
 
     def _stack(self, purpose, like, draw, shape=()) -> Tensor:
         key = purpose, shape, like.device, like.dtype
@@ -64,11 +64,11 @@ class Draws:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def chosen(draws: Draws, fraction: float, like: Tensor) -> Tensor:
+def select_images(draws: Draws, fraction: float, like: Tensor) -> Tensor:
     """(B,) booleans: which images take part when each does with probability `fraction`, by its own draw.
 
     One draw an image, whoever asks, so that the images of a smaller fraction are among those of a larger one.
     """
     # In float32, whatever the pixels: rounded to half precision some draws would be 1.
     uniform = draws.uniform((), "fraction", like.new_zeros((), dtype=torch.float32))
-    return (uniform < fraction) | draws.whole
+    return (uniform < fraction) | draws.include_all

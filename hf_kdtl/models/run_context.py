@@ -11,8 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from hf_kdtl.models.forward.modes import kinks
 from hf_kdtl.models.teachers.teacher import Teacher
+
+NONSMOOTH = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
+    nn.MaxPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Setting:
         compiled: the models run under torch.compile, which has no double backward and no forward mode.
         checkpointing: blocks are recomputed in the backward pass.
         batch_norm: the student has BatchNorm.
-        kinks: who has which types of layers with kinks, in words.
-        coarse: who has quantised weights, or weights of half precision, in words.
+        nonsmooth_layers: who has which types of layers with kinks, in words.
+        low_precision: who has quantised weights, or weights of half precision, in words.
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
         teacher: itself, for objectives that were made for one teacher alone.
@@ -37,8 +41,8 @@ class Setting:
     compiled: bool = False
     checkpointing: bool = False
     batch_norm: bool = False
-    kinks: tuple[str, ...] = ()
-    coarse: tuple[str, ...] = ()
+    nonsmooth_layers: tuple[str, ...] = ()
+    low_precision: tuple[str, ...] = ()
     tf32: bool = False
     coupled: str = ""
     teacher: Teacher | None = None
@@ -60,15 +64,19 @@ class Setting:
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
             checkpointing=checkpointing or bool(getattr(student, "is_activation_checkpointing", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
-            kinks=tuple(f"the {who} has {found}" for who, m in models.items() if (found := kinks(m))),
-            coarse=tuple(f"the {who} has {what} weights" for who, m in models.items() if (what := _coarse(m))),
+            nonsmooth_layers=tuple(
+                f"the {who} has {found}" for who, m in models.items() if (found := nonsmooth_layers(m))
+            ),
+            low_precision=tuple(
+                f"the {who} has {what} weights" for who, m in models.items() if (what := _low_precision(m))
+            ),
             tf32=_tf32(),
             coupled=", ".join(sorted({type(m).__name__ for m in student.modules() if _coupled(m)})),
             teacher=teacher,
         )
 
 
-def _coarse(model: nn.Module) -> str:
+def _low_precision(model: nn.Module) -> str:
     """How a model's weights are rounded, in a word; empty for 32 bits and more."""
     dtypes = {p.dtype for p in (*model.parameters(), *model.buffers())}
     quantised = getattr(model, "hf_quantizer", None) or getattr(model, "quantization_method", None)
@@ -92,3 +100,8 @@ def _tf32() -> bool:
     backends: Any = torch.backends  # some of whose modules are not in its stubs
     parts = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
     return torch.cuda.is_available() and "tf32" in parts
+
+
+def nonsmooth_layers(model: nn.Module) -> str:
+    """The types of layers with kinks, as text; empty for a smooth net. What is no module (F.relu) is not seen."""
+    return ", ".join(sorted({type(m).__name__ for m in model.modules() if isinstance(m, NONSMOOTH)}))

@@ -16,7 +16,7 @@ from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective
-from hf_kdtl.objectives.estimators import Estimator, Way, check_estimator, wanted_ways, ways_of
+from hf_kdtl.objectives.estimators import Estimator, EstimatorChoice, check_estimator, choices_of, wanted_choices
 from hf_kdtl.objectives.jacobian import CITATION
 from hf_kdtl.objectives.paired import check_grids, patches
 
@@ -61,17 +61,17 @@ class AttentionJacobian(DerivativeObjective):
         fraction: float = 1.0,
     ):
         super().__init__(fraction=fraction, probes=1, estimator=estimator, central=central, step=step)
-        whole = isinstance(pool, int) and not isinstance(pool, bool)
-        check_option(self.name, "pool", pool, whole and pool >= 1, "a whole number of at least 1")
+        integer = isinstance(pool, int) and not isinstance(pool, bool)
+        check_option(self.name, "pool", pool, integer and pool >= 1, "a whole number of at least 1")
         check_estimator(self.name, estimator, central, step, ("vjp", "split"))
         self.layers, self.pool = layers, pool
         self.pairs: list[Pair] = []
 
-    def ways(self) -> tuple[Way, ...]:
-        return wanted_ways(self.estimator, ("vjp", "split"), self.central, self.step)
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        return wanted_choices(self.estimator, ("vjp", "split"), self.central, self.step)
 
-    def possible(self) -> tuple[Way, ...]:
-        return ways_of(("vjp", "split"))
+    def alternatives(self) -> tuple[EstimatorChoice, ...]:
+        return choices_of(("vjp", "split"))
 
     def build(self, plan: PairingPlan | None) -> None:
         if plan is None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.divergences import labelled
-from hf_kdtl.functional.random import chosen
+from hf_kdtl.functional.random import select_images
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import Setting
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
-from hf_kdtl.objectives.estimators import Way, settle
+from hf_kdtl.objectives.estimators import EstimatorChoice, choose_estimator
 
 Output = Literal["teacher_top1", "label", "projection", "all"]
 
@@ -38,24 +38,24 @@ class DerivativeObjective(Objective):
     def __init__(self, *, fraction: float, probes: int, estimator: str, central: bool, step: float | None):
         super().__init__()
         check_option(self.name, "fraction", fraction, is_number(fraction) and 0 < fraction <= 1, "a number in (0, 1]")
-        whole = isinstance(probes, int) and not isinstance(probes, bool)
-        check_option(self.name, "probes", probes, whole and probes >= 1, "a whole number of at least 1")
+        integer = isinstance(probes, int) and not isinstance(probes, bool)
+        check_option(self.name, "probes", probes, integer and probes >= 1, "a whole number of at least 1")
         check_option(self.name, "central", central, isinstance(central, bool), "true or false")
         positive = step is None or (is_number(step) and step > 0)
         check_option(self.name, "step", step, positive, "a number greater than 0, or nothing")
         self.fraction, self.probes = fraction, probes
         self.estimator, self.central, self.step = estimator, central, step
-        self._way: Way | None = None
+        self._choice: EstimatorChoice | None = None
 
     # ---- Which estimator ----
 
-    def ways(self) -> tuple[Way, ...]:
-        """The ways in which the options may be run, in the order in which "auto" takes them."""
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        """The estimators that the options allow, in the order in which "auto" takes them."""
         raise NotImplementedError
 
-    def possible(self) -> tuple[Way, ...]:
-        """All ways in which the same quantity could be had, to be named in a refusal."""
-        return self.ways()
+    def alternatives(self) -> tuple[EstimatorChoice, ...]:
+        """All estimators of the same quantity, for the error message when none of the choices is right."""
+        return self.choices()
 
     def prepare(self, setting: Setting) -> list[str]:
         if not setting.trainable:
@@ -76,8 +76,8 @@ class DerivativeObjective(Objective):
                 "BatchNorm would be recomputed by batch statistics where the derivative pass took the running ones. "
                 "Switch gradient checkpointing off."
             )
-        self._way, why = settle(self.ways(), self.possible(), setting)
-        found = [f"estimator {self._way}: {why}"]
+        self._choice, why = choose_estimator(self.choices(), self.alternatives(), setting)
+        found = [f"estimator {self._choice}: {why}"]
         if setting.batch_norm:
             found.append(
                 "BatchNorm: derivative passes use the running statistics, since batch statistics tie images to each "
@@ -86,18 +86,18 @@ class DerivativeObjective(Objective):
         return found
 
     @property
-    def way(self) -> Way:
+    def choice(self) -> EstimatorChoice:
         """The estimator that `prepare` settled on; without it, the first that fits."""
-        return self._way or self.ways()[0]
+        return self._choice or self.choices()[0]
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
-        way = self.way
-        if way.estimator == "finite_difference":
-            steps = (way.step, -way.step) if way.central else (way.step,)
+        choice = self.choice
+        if choice.estimator == "finite_difference":
+            steps = (choice.step, -choice.step) if choice.central else (choice.step,)
             shifts = frozenset(Direction("normal", s, k) for s in steps for k in range(self.probes))
             both = Needs(directions=shifts, fraction=self.fraction)
             return both, both
-        student = Needs(input_gradient=True, order=1 if way.central else 2, fraction=self.fraction)
+        student = Needs(input_gradient=True, order=1 if choice.central else 2, fraction=self.fraction)
         return student, Needs(input_gradient=True, order=1, fraction=self.fraction)
 
     # ---- Which images ----
@@ -108,11 +108,11 @@ class DerivativeObjective(Objective):
             return student.logits.new_zeros(student.logits.shape[0])
         if self.of_classes and student.logits.shape[-1] < 2:
             raise ValueError(f"objective {self.name!r}: the models have one class (K = 1); at least 2 are compared.")
-        rows = student.rows
+        rows = student.differentiated_rows
         inner = batch if rows is None else _of_rows(batch, rows)
-        taken = chosen(inner["draws"], self.fraction, part.x)
+        taken = select_images(inner["draws"], self.fraction, part.x)
         value = self.measure(part, teacher.differentiated or teacher, inner)
-        share = 1.0 if inner["draws"].whole else self.fraction
+        share = 1.0 if inner["draws"].include_all else self.fraction
         value = torch.where(taken.reshape(-1, *[1] * (value.ndim - 1)), value / share, 0.0)
         if rows is None:
             return value
@@ -126,18 +126,18 @@ class DerivativeObjective(Objective):
 
     def matched(self, student: Capture, scalar: Callable[[Capture], Tensor], phi: fd.Phi) -> Tensor:
         """phi of the student's input gradient of a scalar, (b,), by the settled estimator: vjp or split."""
-        if self.way.estimator == "vjp":
-            return fd.vjp(phi, scalar(student), student.leaf())
-        step = self.way.step if self.way.central else None
-        return fd.split(phi, scalar(student), student.leaf(), lambda u: student.directional(u, scalar, step))
+        if self.choice.estimator == "vjp":
+            return fd.vjp(phi, scalar(student), student.input_leaf())
+        step = self.choice.step if self.choice.central else None
+        return fd.split(phi, scalar(student), student.input_leaf(), lambda u: student.directional(u, scalar, step))
 
     def slope(self, model: Capture, quantity: Callable[[Tensor], Tensor], probe: int, batch: Batch) -> Tensor:
         """The difference quotient of a quantity of the logits along direction `probe`."""
-        draws, step = batch["draws"], self.way.step
-        ahead = quantity(model.at(Direction("normal", step, probe), draws))
-        if self.way.central:
-            return (ahead - quantity(model.at(Direction("normal", -step, probe), draws))) / (2 * step)
-        return (ahead - quantity(model.at(Direction("normal", 0.0, probe), draws))) / step
+        draws, step = batch["draws"], self.choice.step
+        ahead = quantity(model.logits_at(Direction("normal", step, probe), draws))
+        if self.choice.central:
+            return (ahead - quantity(model.logits_at(Direction("normal", -step, probe), draws))) / (2 * step)
+        return (ahead - quantity(model.logits_at(Direction("normal", 0.0, probe), draws))) / step
 
 
 def label_index(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ Estimator = Literal["auto", "vjp", "split", "finite_difference", "hvp"]
 STEP, STEP_CENTRAL, STEP_ALONG = 0.0005, 0.002, 0.03
 
 
-class Way(NamedTuple):
+class EstimatorChoice(NamedTuple):
     """One estimator, with what it is run with."""
 
     estimator: str
@@ -42,40 +42,43 @@ WHY = {
 }
 
 
-def ways_of(valid: Sequence[str], central: bool = False, step: float | None = None) -> tuple[Way, ...]:
+def choices_of(valid: Sequence[str], central: bool = False, step: float | None = None) -> tuple[EstimatorChoice, ...]:
     """The estimators of these names as they would be run, split in both its forms unless one is asked for."""
-    ways: list[Way] = []
+    found: list[EstimatorChoice] = []
     for name in valid:
         if name == "finite_difference":
-            ways.append(Way(name, central, step or (STEP_CENTRAL if central else STEP)))
+            found.append(EstimatorChoice(name, central, step or (STEP_CENTRAL if central else STEP)))
         elif name == "split":
-            ways += [Way(name)] * (not central) + [Way(name, True, step or STEP_ALONG)]
+            found += [EstimatorChoice(name)] * (not central) + [EstimatorChoice(name, True, step or STEP_ALONG)]
         else:
-            ways.append(Way(name))
-    return tuple(ways)
+            found.append(EstimatorChoice(name))
+    return tuple(found)
 
 
-def wanted_ways(estimator: str, valid: Sequence[str], central: bool, step: float | None) -> tuple[Way, ...]:
+def wanted_choices(
+    estimator: str, valid: Sequence[str], central: bool, step: float | None
+) -> tuple[EstimatorChoice, ...]:
     """What an `estimator` option allows, in the order in which it is taken: "auto" leaves the choice among vjp and
     split, and takes no finite difference unless that is what the table begins with."""
     if estimator == "auto":
         names = [name for name in valid if name != "finite_difference"]
-        return ways_of(valid[:1] if valid[0] == "finite_difference" else names, central, step)
-    ways = ways_of([estimator], central, step)
-    return ways[:1]
+        return choices_of(valid[:1] if valid[0] == "finite_difference" else names, central, step)
+    return choices_of([estimator], central, step)[:1]
 
 
-def settle(wanted: Sequence[Way], possible: Sequence[Way], setting: Setting) -> tuple[Way, str]:
-    """The first of the wanted ways that is right in a setting, and why it was taken.
+def choose_estimator(
+    wanted: Sequence[EstimatorChoice], alternatives: Sequence[EstimatorChoice], setting: Setting
+) -> tuple[EstimatorChoice, str]:
+    """The first of the wanted choices that is right in a setting, and why it was taken.
 
     Raises:
-        ValueError: when none is, with the first of the possible ones that is right, and what to type for it.
+        ValueError: when none is, with the first of the alternatives that is right, and what to type for it.
     """
     wrong = problem(wanted[0], setting)
-    for way in wanted:
-        if not problem(way, setting):
-            return way, WHY[way.estimator] + (f" Not {wanted[0]}: {wrong}." if wrong else "")
-    instead = next((f"use {way.typed}" for way in possible if not problem(way, setting)), None)
+    for choice in wanted:
+        if not problem(choice, setting):
+            return choice, WHY[choice.estimator] + (f" Not {wanted[0]}: {wrong}." if wrong else "")
+    instead = next((f"use {choice.typed}" for choice in alternatives if not problem(choice, setting)), None)
     off = {
         "torch.compile": setting.compiled,
         "gradient checkpointing": setting.checkpointing,
@@ -85,32 +88,32 @@ def settle(wanted: Sequence[Way], possible: Sequence[Way], setting: Setting) -> 
     raise ValueError(f"{wrong}; {instead or f'no estimator is right here: do without {without}'}.")
 
 
-def problem(way: Way, setting: Setting) -> str:
+def problem(choice: EstimatorChoice, setting: Setting) -> str:
     """Why an estimator gives wrong numbers in a setting; empty where it is right."""
-    if way.estimator == "noise":
+    if choice.estimator == "noise":
         return ""
-    if way.estimator in ("vjp", "hvp"):
+    if choice.estimator in ("vjp", "hvp"):
         if setting.sharded:
             return "under FSDP2 a double backward gives zero gradients, silently"
         if setting.compiled:
             return "torch.compile has no double backward"
-        if setting.checkpointing and way.estimator == "hvp":
+        if setting.checkpointing and choice.estimator == "hvp":
             return "composed layer norms are not recomputed under gradient checkpointing"
         return ""
-    if way.step == 0:
+    if choice.step == 0:
         what = "torch.compile" if setting.compiled else "gradient checkpointing" if setting.checkpointing else ""
         return f"forward mode does not run under {what}" if what else ""
-    if setting.coarse:
+    if setting.low_precision:
         return (
-            f"{' and '.join(setting.coarse)} (less than 32 bits), whose rounding a difference would take for a slope "
-            "(load it in float32; bf16=True keeps float32 weights)"
+            f"{' and '.join(setting.low_precision)} (less than 32 bits), whose rounding a difference would take "
+            "for a slope (load it in float32; bf16=True keeps float32 weights)"
         )
     if setting.tf32:
         return "CUDA's TF32 is on, whose rounding a difference would take for a slope (set tf32=False)"
-    if setting.kinks:
+    if setting.nonsmooth_layers:
         return (
-            f"{' and '.join(setting.kinks)}: a difference crosses the kinks and is no derivative (its gradient is off "
-            "by 10 to 100 times)"
+            f"{' and '.join(setting.nonsmooth_layers)}: a difference crosses the kinks and is no derivative (its "
+            "gradient is off by 10 to 100 times)"
         )
     return ""
 

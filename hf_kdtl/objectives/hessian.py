@@ -12,10 +12,10 @@ from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.hessian import product, second_quotient
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective, label_index
-from hf_kdtl.objectives.estimators import Way, check_estimator
+from hf_kdtl.objectives.estimators import EstimatorChoice, check_estimator
 
 STEP = 0.01
 """Of second differences: x +- STEP v, v = +-1. benchmarks/estimators.py."""
@@ -84,24 +84,25 @@ class Hessian(DerivativeObjective):
         self.takes_soft_labels = output != "label"
         self.counts = "labelled" if output == "label" else "images"
 
-    def ways(self) -> tuple[Way, ...]:
-        return self.possible()[1:] if self.estimator == "finite_difference" else self.possible()[:1]
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        return self.alternatives()[1:] if self.estimator == "finite_difference" else self.alternatives()[:1]
 
-    def possible(self) -> tuple[Way, ...]:
+    def alternatives(self) -> tuple[EstimatorChoice, ...]:
         beside = "" if self.what == "curvature" else "what='curvature', "
-        return Way("hvp"), Way("finite_difference", True, self.step or STEP, beside)
+        return EstimatorChoice("hvp"), EstimatorChoice("finite_difference", True, self.step or STEP, beside)
 
     def prepare(self, setting):
-        if setting.kinks:
+        if setting.nonsmooth_layers:
             raise ValueError(
-                f"{' and '.join(setting.kinks)}: such a net is piecewise linear, so its Hessian is 0 almost "
-                "everywhere or blind to its bends. Use jacobian, or models with smooth activations (GELU, SiLU)."
+                f"{' and '.join(setting.nonsmooth_layers)}: such a net is piecewise linear, so its Hessian is 0 "
+                "almost everywhere or blind to its bends. Use jacobian, or models with smooth activations (GELU, "
+                "SiLU)."
             )
         return super().prepare(setting)
 
     def needs(self, plan):
-        if self.way.estimator == "finite_difference":
-            steps = (self.way.step, -self.way.step)
+        if self.choice.estimator == "finite_difference":
+            steps = (self.choice.step, -self.choice.step)
             shifts = frozenset(Direction("rademacher", s, k) for s in steps for k in range(self.probes))
             both = Needs(directions=shifts, fraction=self.fraction)
             return both, both
@@ -114,7 +115,7 @@ class Hessian(DerivativeObjective):
         def quantity(logits: Tensor) -> Tensor:
             return fd.scores(logits, self.of or "logit").gather(1, index[:, None])[:, 0]
 
-        if self.way.estimator == "finite_difference":
+        if self.choice.estimator == "finite_difference":
             mine, its = (self._difference(model, quantity, batch) for model in (student, teacher))
             value = (mine - its.detach()).square().mean(0)
         else:
@@ -125,9 +126,9 @@ class Hessian(DerivativeObjective):
         gradients = [model.input_gradient(quantity(model.logits)) for model in (student, teacher)]
         values = []
         for probe in range(self.probes):
-            v = Direction("rademacher", 1.0, probe).draw(batch["draws"], student.leaf().detach())
-            mine = product(gradients[0], student.leaf(), v)
-            its = product(gradients[1], teacher.leaf(), v, create_graph=False)
+            v = Direction("rademacher", 1.0, probe).draw(batch["draws"], student.input_leaf().detach())
+            mine = product(gradients[0], student.input_leaf(), v)
+            its = product(gradients[1], teacher.input_leaf(), v, create_graph=False)
             if self.what == "curvature":
                 values.append(((mine - its) * v).flatten(1).sum(1).square())
             else:
@@ -136,10 +137,11 @@ class Hessian(DerivativeObjective):
 
     def _difference(self, model: Capture, quantity, batch: Batch) -> Tensor:
         """The curvature along every probe, (probes, b)."""
-        step, found = self.way.step, []
+        step, found = self.choice.step, []
         for probe in range(self.probes):
             ahead, here, behind = (
-                quantity(model.at(Direction("rademacher", s, probe), batch["draws"])) for s in (step, 0.0, -step)
+                quantity(model.logits_at(Direction("rademacher", s, probe), batch["draws"]))
+                for s in (step, 0.0, -step)
             )
             found.append(second_quotient(ahead, here, behind, step))
         return torch.stack(found)

@@ -13,10 +13,10 @@ from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective, Output, label_index
-from hf_kdtl.objectives.estimators import Estimator, Way, check_estimator, wanted_ways, ways_of
+from hf_kdtl.objectives.estimators import Estimator, EstimatorChoice, check_estimator, choices_of, wanted_choices
 
 CITATION = """@inproceedings{srinivas2018knowledge,
   title = {Knowledge Transfer with Jacobian Matching},
@@ -114,11 +114,11 @@ class Jacobian(DerivativeObjective):
     def _wants(estimator: str, valid: tuple[str, ...]) -> str:
         return valid[0] if estimator == "auto" else estimator
 
-    def ways(self) -> tuple[Way, ...]:
-        return wanted_ways(self.estimator, self.valid, self.central, self.step)
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        return wanted_choices(self.estimator, self.valid, self.central, self.step)
 
-    def possible(self) -> tuple[Way, ...]:
-        return ways_of(self.valid)
+    def alternatives(self) -> tuple[EstimatorChoice, ...]:
+        return choices_of(self.valid)
 
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         if self.output == "all":
@@ -134,20 +134,20 @@ class Jacobian(DerivativeObjective):
         """What makes a scalar of the outputs (b, K), one for each probe, and which images count."""
         if self.output == "projection":
             classes = student.logits.shape[-1]
-            x = student.leaf()
+            x = student.input_leaf()
             drawn = [batch["draws"].normal((classes,), f"projection-{k}", x.detach()) for k in range(self.probes)]
             # K ||.||^2 of the gradients is ||.||^2 of gradients times sqrt(K).
             vectors = [classes**0.5 * v / torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in drawn]
             return [partial(_along, v) for v in vectors], None
         index, labelled = label_index(batch) if self.output == "label" else (teacher.logits.argmax(-1), None)
-        repeats = self.probes if self.way.estimator == "finite_difference" else 1
+        repeats = self.probes if self.choice.estimator == "finite_difference" else 1
         return [lambda o: o.gather(1, index[:, None])[:, 0]] * repeats, labelled
 
     def _one(self, student: Capture, teacher: Capture, pick: Callable, probe: int, batch: Batch) -> Tensor:
         def quantity(logits: Tensor) -> Tensor:
             return pick(fd.scores(logits, self.of or "logit"))
 
-        if self.way.estimator == "finite_difference":
+        if self.choice.estimator == "finite_difference":
             its = self.slope(teacher, quantity, probe, batch).detach()
             return (self.slope(student, quantity, probe, batch) - its).square()
         target = teacher.input_gradient(quantity(teacher.logits), create_graph=False)
@@ -162,9 +162,9 @@ class Jacobian(DerivativeObjective):
         }
         mine, its = of[self.distance]
         # In the differences' own precision, which autocast does not touch; as a rule it is the logits that are there.
-        here = teacher.at(Direction("normal", 0.0), batch["draws"])
+        here = teacher.logits_at(Direction("normal", 0.0), batch["draws"])
         log_teacher = log_probabilities(here).detach()
-        if self.way.estimator == "vjp":
+        if self.choice.estimator == "vjp":
             pairs = [(_every_gradient(student, mine, True), _every_gradient(teacher, its, False))]
         else:
             pairs = [
@@ -232,11 +232,11 @@ class JacobianNorm(DerivativeObjective):
         check_option(self.name, "probes", probes, probes == 1 or drawn, f"1: {estimator} draws nothing")
         self.of = of
 
-    def ways(self) -> tuple[Way, ...]:
-        return wanted_ways(self.estimator, VALID["squared", "label"], self.central, self.step)
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        return wanted_choices(self.estimator, VALID["squared", "label"], self.central, self.step)
 
-    def possible(self) -> tuple[Way, ...]:
-        return ways_of(VALID["squared", "label"])
+    def alternatives(self) -> tuple[EstimatorChoice, ...]:
+        return choices_of(VALID["squared", "label"])
 
     def needs(self, plan):
         return super().needs(plan)[0], Needs()
@@ -247,7 +247,7 @@ class JacobianNorm(DerivativeObjective):
         def quantity(logits: Tensor) -> Tensor:
             return fd.scores(logits, self.of).gather(1, index[:, None])[:, 0]
 
-        if self.way.estimator == "finite_difference":
+        if self.choice.estimator == "finite_difference":
             slopes = [self.slope(student, quantity, k, batch) for k in range(self.probes)]
             value = torch.stack(slopes).square().mean(0)
         else:

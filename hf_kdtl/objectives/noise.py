@@ -7,10 +7,10 @@ from torch import Tensor
 
 from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.forward.modes import Direction
+from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.objectives.base import Batch, check_option, is_number
 from hf_kdtl.objectives.derivatives import DerivativeObjective
-from hf_kdtl.objectives.estimators import Way
+from hf_kdtl.objectives.estimators import EstimatorChoice
 from hf_kdtl.objectives.jacobian import CITATION
 
 
@@ -43,8 +43,8 @@ class NoisyKD(DerivativeObjective):
             check_option(self.name, option, value, is_number(value) and value > 0, "a number greater than 0")
         self.temperature, self.noise = temperature, noise
 
-    def ways(self) -> tuple[Way, ...]:
-        return (Way("noise"),)
+    def choices(self) -> tuple[EstimatorChoice, ...]:
+        return (EstimatorChoice("noise"),)
 
     def needs(self, plan) -> tuple[Needs, Needs]:
         shifts = frozenset(Direction("normal", self.noise, k) for k in range(self.probes))
@@ -55,7 +55,7 @@ class NoisyKD(DerivativeObjective):
         values, draws = [], batch["draws"]
         for k in range(self.probes):
             place = Direction("normal", self.noise, k)
-            shifted = (model.at(place, draws, precise=False) for model in (student, teacher))
+            shifted = (model.logits_at(place, draws, precise=False) for model in (student, teacher))
             log_s, log_t = (log_probabilities(logits, self.temperature) for logits in shifted)
             values.append(self.temperature**2 * kl(log_t.detach(), log_s))
         return torch.stack(values).mean(0)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.functional.divergences import labelled
-from hf_kdtl.functional.random import Draws, chosen
+from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
-from hf_kdtl.models.forward.partial_batch import in_parts
+from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import Setting
 from hf_kdtl.models.teachers.start import Start
@@ -186,7 +186,11 @@ class Distiller(nn.Module):
         geometry = known.student if known is not None else None
         pixels = inputs["pixel_values"]
         fraction = max(self.student_needs.fraction, self.teacher_needs.fraction)
-        rows = chosen(draws, fraction, pixels).nonzero()[:, 0] if fraction else pixels.new_zeros(0, dtype=torch.long)
+        rows = (
+            select_images(draws, fraction, pixels).nonzero()[:, 0]
+            if fraction
+            else pixels.new_zeros(0, dtype=torch.long)
+        )
         extra = measured.needs if measured else (Needs(), Needs())
         student_needs, teacher_needs = self.student_needs | extra[0], self.teacher_needs | extra[1]
         if measured and not any(extra):
@@ -196,7 +200,7 @@ class Distiller(nn.Module):
             # First, while no graph of the student holds memory: measured 4 % of the step faster on a CPU.
             with torch.no_grad():
                 run = partial(self.teacher, geometry=self.plan.teacher if self.plan else None)
-                teacher = in_parts(run, self.teacher.model, pixels, teacher_needs, rows)
+                teacher = capture_subset(run, self.teacher.model, pixels, teacher_needs, rows)
         start = self._start(pixels)
         batch: Batch = {"draws": draws}
         if labels is not None:
@@ -205,7 +209,7 @@ class Distiller(nn.Module):
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
             run = partial(capture, self.student, geometry=geometry)
-            student = in_parts(run, self.student, pixels, student_needs, rows, **rest)
+            student = capture_subset(run, self.student, pixels, student_needs, rows, **rest)
             sources = {"teacher": teacher or Capture(logits=student.logits), "start": start}
             if measured and any(extra):
                 measured.add(self.student, self.teacher, pixels, draws, (student, sources["teacher"]))

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_kdtl.functional.random import Draws, chosen
+from hf_kdtl.functional.random import Draws, select_images
 
 LIKE = torch.zeros(())
 
@@ -22,7 +22,7 @@ def test_no_two_images_share_a_direction():
 def test_neighbours_are_not_correlated():
     a = Draws(3, 7, tuple(range(4096))).uniform((), "fraction", LIKE)
     assert abs(torch.corrcoef(torch.stack([a[:-1], a[1:]]))[0, 1]) < 4 / 64
-    assert abs(chosen(Draws(3, 7, tuple(range(4096))), 0.25, LIKE).float().mean() - 0.25) < 4 * 0.433 / 64
+    assert abs(select_images(Draws(3, 7, tuple(range(4096))), 0.25, LIKE).float().mean() - 0.25) < 4 * 0.433 / 64
 
 
 def test_the_split_changes_nothing():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hf_kdtl.functional.random import Draws, chosen
+from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models import Needs, Teacher, capture, plan
-from hf_kdtl.models.forward.modes import Direction, Masks
-from hf_kdtl.models.forward.partial_batch import in_parts
+from hf_kdtl.models.forward.partial_batch import capture_subset
+from hf_kdtl.models.forward.perturbations import Direction, RNGState
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
 from tests.support.tiny import build
@@ -29,7 +29,7 @@ def run_of(model):
 def test_the_parts_joined_are_the_whole(name, rows):
     model, x = build(name), pixels()
     whole = capture(model, x, WANTED)
-    got = in_parts(run_of(model), model, x, DERIVED, torch.tensor(rows, dtype=torch.long))
+    got = capture_subset(run_of(model), model, x, DERIVED, torch.tensor(rows, dtype=torch.long))
     for field in ("logits", "pixel_values", "pooled"):
         torch.testing.assert_close(getattr(got, field), getattr(whole, field), atol=1e-5, rtol=1e-4)
     for layer in (0, 1):
@@ -44,14 +44,14 @@ def test_the_parts_joined_are_the_whole(name, rows):
     if rows:
         gradient = part.input_gradient(part.logits[:, 0], create_graph=False)
         assert gradient.shape == (len(rows), 3, 32, 32)
-        inside = rows if got.rows is not None else list(range(6))
+        inside = rows if got.differentiated_rows is not None else list(range(6))
         torch.testing.assert_close(part.logits, whole.logits[inside], atol=1e-5, rtol=1e-4)
 
 
 def test_batch_norm_in_train_mode_keeps_the_whole_batch_together():
     model, twin, x = build("resnet").train(), build("resnet").train(), pixels()
     rows = torch.tensor([0, 3])
-    got = in_parts(run_of(model), model, x, Needs(logits=True, input_gradient=True, order=2, fraction=0.5), rows)
+    got = capture_subset(run_of(model), model, x, Needs(logits=True, input_gradient=True, order=2, fraction=0.5), rows)
     torch.testing.assert_close(got.logits, twin(pixel_values=x).logits)
     for name, buffer in model.named_buffers():  # the second pass left no mark
         torch.testing.assert_close(buffer, twin.get_buffer(name), rtol=0, atol=0)
@@ -68,13 +68,13 @@ def test_passes_see_the_same_masks_and_leave_the_random_stream_alone():
     torch.manual_seed(1)
     got = capture(model, x, Needs(directions=frozenset({Direction("normal", 1e-9)}), fraction=1.0))
     after = torch.get_rng_state()
-    again = got.at(Direction("normal", 1e-9), DRAWS)
-    torch.testing.assert_close(again, got.at(here, DRAWS), atol=1e-5, rtol=0)
+    again = got.logits_at(Direction("normal", 1e-9), DRAWS)
+    torch.testing.assert_close(again, got.logits_at(here, DRAWS), atol=1e-5, rtol=0)
     assert torch.equal(torch.get_rng_state(), after)
     assert (model(pixel_values=x).logits - got.logits).abs().max() > 1e-2  # other masks do show
-    masks = Masks(torch.device("cpu"))
+    masks = RNGState(torch.device("cpu"))
     first = torch.rand(3)
-    with masks.replayed():
+    with masks.replay():
         assert torch.equal(torch.rand(3), first)
 
 
@@ -118,7 +118,7 @@ def test_a_part_of_the_batch_costs_a_part_and_no_image_runs_twice():
     student, teacher = build("vit"), build("vit", seed=1, layers=3)
     made = distiller(student, teacher, [("logit_kd", {}), ("jacobian", {"fraction": 0.5})])
     counts = forwards(student), forwards(teacher)
-    taking = int(chosen(DRAWS, 0.5, pixels()).sum())
+    taking = int(select_images(DRAWS, 0.5, pixels()).sum())
     assert 0 < taking < 6
     _, terms = made.terms({"pixel_values": pixels()}, DRAWS)
     assert counts == ([taking, 6 - taking], [taking, 6 - taking])
@@ -139,8 +139,8 @@ def test_a_fraction_keeps_the_mean():
 
 def test_a_smaller_fraction_is_inside_a_larger_one():
     x = pixels()
-    small, large = chosen(DRAWS, 0.3, x), chosen(DRAWS, 0.8, x)
-    assert (small <= large).all() and chosen(DRAWS, 1.0, x).all()
+    small, large = select_images(DRAWS, 0.3, x), select_images(DRAWS, 0.8, x)
+    assert (small <= large).all() and select_images(DRAWS, 1.0, x).all()
     made = distiller(build("vit"), build("vit", seed=1), [("jacobian", {"fraction": f}) for f in (0.3, 0.8)])
     first, second = made.terms({"pixel_values": x}, DRAWS)[1].values()
     assert torch.equal(first != 0, small) and torch.equal(second != 0, large)

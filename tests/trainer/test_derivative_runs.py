@@ -225,13 +225,13 @@ SETTINGS = [
     (
         "jacobian",
         {"output": "all", "distance": "fisher"},
-        {"coarse": ("the teacher has half-precision weights",)},
+        {"low_precision": ("the teacher has half-precision weights",)},
         "the teacher has half-precision.*float32.*use estimator='vjp'",
     ),
     (
         "jacobian",
         {"output": "all", "distance": "fisher"},
-        {"kinks": ("the student has ReLU",)},
+        {"nonsmooth_layers": ("the student has ReLU",)},
         "the student has ReLU",
     ),
     ("hessian", {}, {"checkpointing": True}, "not recomputed under gradient checkpointing.*curvature"),
@@ -242,13 +242,13 @@ SETTINGS = [
     (
         "jacobian",
         {"estimator": "vjp"},
-        {"compiled": True, "kinks": ("the student has ReLU",)},
+        {"compiled": True, "nonsmooth_layers": ("the student has ReLU",)},
         "do without torch.comp",
     ),
     ("hessian", {"what": "curvature"}, {"compiled": True}, "use estimator='finite_difference'"),
     ("jacobian", {"fraction": 0.5}, {"sharded": True}, "same forwards.*fraction=1"),
     ("jacobian", {}, {"trainable": False}, "no trainable parameter, so no gradient path"),
-    ("hessian", {}, {"kinks": ("the student has ReLU",)}, "piecewise linear.*Use jacobian"),
+    ("hessian", {}, {"nonsmooth_layers": ("the student has ReLU",)}, "piecewise linear.*Use jacobian"),
 ]
 
 

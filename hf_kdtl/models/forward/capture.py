@@ -15,7 +15,8 @@ from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions, pooled_features
-from hf_kdtl.models.forward.modes import Direction, Masks, running_statistics, shown_pixels
+from hf_kdtl.models.forward.modes import running_statistics
+from hf_kdtl.models.forward.perturbations import Direction, RNGState, input_leaf
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ class Capture:
         attention: {layer: query, key, value (B, H, N, d), scale, bias}.
         geometry: prefix tokens and grid of each block.
         x: the student's pixels, by which is differentiated; its leaf of the graph where a gradient is needed.
-        differentiated: the capture that serves derivatives, of the images `rows` alone; None where it is this one, or
-            where no image was chosen.
-        rows: (b,) the images of this batch that are differentiated; None means all.
+        differentiated: the capture that serves derivatives, of the images `differentiated_rows` alone; None where it
+            is this one, or where no image was chosen.
+        differentiated_rows: (b,) the images of this batch that are differentiated; None means all.
         weights: the student's trainable tensors and what they were at the start; of a start model alone.
     """
 
@@ -110,10 +111,10 @@ class Capture:
     geometry: ModelGeometry | None = None
     x: Tensor | None = None
     differentiated: Capture | None = None
-    rows: Tensor | None = None
+    differentiated_rows: Tensor | None = None
     weights: list[WeightPair] = field(default_factory=list)
-    _again: Callable[..., Capture] | None = field(default=None, repr=False)
-    _inside: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
+    _rerun: Callable[..., Capture] | None = field(default=None, repr=False)
+    _context: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def input_gradient(self, scalar: Tensor, create_graph: bool = True) -> Tensor:
@@ -122,11 +123,11 @@ class Capture:
         Raises:
             ValueError: when nothing leads from it to the pixels.
         """
-        return derivatives.input_gradient(scalar, self.leaf(), create_graph)
+        return derivatives.input_gradient(scalar, self.input_leaf(), create_graph)
 
     def hvp(self, scalar: Tensor, v: Tensor, create_graph: bool = True) -> Tensor:
         """H v of a scalar (B,) made of this capture, with the shape of x. Needs `order` 2; 3 to train by it."""
-        return hessian.hvp_of(scalar, self.leaf(), v, create_graph)
+        return hessian.hvp_of(scalar, self.input_leaf(), v, create_graph)
 
     def directional(
         self, u: Tensor, scalar: Callable[[Capture], Tensor] = lambda c: c.logits, step: float | None = None
@@ -136,30 +137,32 @@ class Capture:
         Another pass of the model under the same masks: in forward mode, or with a `step` as a central difference of
         two passes in full precision.
         """
-        x, again = self.leaf(), self._rerun()
-        with self._inside():
+        x, again = self.input_leaf(), self._rerun
+        assert again is not None
+        with self._context():
             if step is None:
                 return derivatives.directional(lambda z: scalar(again(z, forward_mode=True)), x, u)
             return derivatives.central_difference(lambda z: scalar(again(z, precise=True)), x, u, step)
 
-    def at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
+    def logits_at(self, direction: Direction, draws: Draws, precise: bool = True) -> Tensor:
         """The logits at x + step u, (B, K), under the same masks; run once for all who ask.
 
         Args:
             precise: with autocast off, as a difference of two such logits needs.
         """
-        x = self.leaf().detach()
+        x, again = self.input_leaf().detach(), self._rerun
+        assert again is not None
         rounded = torch.is_autocast_enabled(x.device.type)
         if direction.step == 0 and not (precise and rounded):
             return self.logits
         key = direction, draws, precise or not rounded
         if key not in self._shifted:
             shifted = x + direction.step * direction.draw(draws, x) if direction.step else x
-            with self._inside():
-                self._shifted[key] = self._rerun()(shifted, precise=precise).logits
+            with self._context():
+                self._shifted[key] = again(shifted, precise=precise).logits
         return self._shifted[key]
 
-    def leaf(self) -> Tensor:
+    def input_leaf(self) -> Tensor:
         """The pixels that derivatives are by.
 
         Raises:
@@ -169,10 +172,6 @@ class Capture:
             raise ValueError("this capture cannot be differentiated: its Needs had no input_gradient or directions.")
         return self.x
 
-    def _rerun(self) -> Callable[..., Capture]:
-        assert self._again is not None
-        return self._again
-
 
 def capture(
     model: nn.Module,
@@ -180,7 +179,7 @@ def capture(
     needs: Needs,
     geometry: ModelGeometry | None = None,
     *,
-    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
     shown: Callable[[Tensor], Tensor] | None = None,
     classes: Sequence[int] | None = None,
     **inputs: Any,
@@ -195,7 +194,7 @@ def capture(
         pixel_values: (B, C, h, w).
         needs: what must be captured; an empty `Needs` still runs the model and gives its logits.
         geometry: of this model at this image size; by default looked up with one more small forward, if needed.
-        inside: makes the context that this forward and later passes run in.
+        context: makes the context that this forward and later passes run in.
         shown: what the model is shown for these pixels (a teacher's re-normalisation and size). Derivatives are by
             `pixel_values`, so it is part of the function that is differentiated.
         classes: the order in which the logits are wanted.
@@ -213,21 +212,21 @@ def capture(
         return got
 
     if not needs.derivative:
-        with inside():
+        with context():
             return forward(pixel_values, needs)
-    x, masks = shown_pixels(pixel_values, needs.input_gradient), Masks(pixel_values.device)
+    x, state = input_leaf(pixel_values, needs.input_gradient), RNGState(pixel_values.device)
     kernel = partial(derivatives.differentiable, needs.order)
     trained = torch.is_grad_enabled()  # a teacher's passes leave no graph to its weights
 
     def again(z: Tensor, precise: bool = False, forward_mode: bool = False) -> Capture:
         full = torch.autocast(z.device.type, enabled=False) if precise else nullcontext()
         mine = nullcontext() if forward_mode else kernel()  # forward mode sets its own
-        with torch.set_grad_enabled(trained), running_statistics(model), masks.replayed(), mine, full:
+        with torch.set_grad_enabled(trained), running_statistics(model), state.replay(), mine, full:
             return forward(z, Needs(hidden_states=needs.hidden_states))
 
-    with torch.set_grad_enabled(trained or needs.input_gradient), inside(), running_statistics(model), kernel():
+    with torch.set_grad_enabled(trained or needs.input_gradient), context(), running_statistics(model), kernel():
         got = forward(x, needs.plain())
-    got.x, got._again, got._inside = x, again, inside
+    got.x, got._rerun, got._context = x, again, context
     return got
 
 

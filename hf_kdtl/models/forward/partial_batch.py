@@ -13,7 +13,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.modes import batch_norms
 
 
-def in_parts(
+def capture_subset(
     run: Callable[..., Capture], model: nn.Module, pixel_values: Tensor, needs: Needs, rows: Tensor, **inputs: Any
 ) -> Capture:
     """One capture of the batch, whose images `rows` can be differentiated.
@@ -30,10 +30,10 @@ def in_parts(
     if not needs.derivative or not len(rows):
         return run(pixel_values, needs.plain(), **inputs)
     if batch_norms(model):
-        whole = run(pixel_values, needs.plain(), **inputs)
-        whole.differentiated = run(pixel_values[rows], needs, **_of_images(inputs, rows, number))
-        whole.rows = rows
-        return whole
+        full = run(pixel_values, needs.plain(), **inputs)
+        full.differentiated = run(pixel_values[rows], needs, **_of_images(inputs, rows, number))
+        full.differentiated_rows = rows
+        return full
     if len(rows) == number:
         return run(pixel_values, needs, **inputs)
     others = torch.ones(number, dtype=torch.bool, device=rows.device).index_fill(0, rows, False).nonzero()[:, 0]
@@ -60,4 +60,4 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
         name: tree_map(join, getattr(part, name), getattr(rest, name))
         for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention")
     }
-    return Capture(**values, geometry=part.geometry, differentiated=part, rows=rows)
+    return Capture(**values, geometry=part.geometry, differentiated=part, differentiated_rows=rows)

@@ -169,7 +169,7 @@ class Teacher:
     def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
         """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
         return capture(
-            self.model, pixel_values, needs, geometry, inside=self.ready, shown=self.pixels, classes=self._order
+            self.model, pixel_values, needs, geometry, context=self.ready, shown=self.pixels, classes=self._order
         )
 
 
