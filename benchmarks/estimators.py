@@ -40,7 +40,7 @@ from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Needs
 from hf_kdtl.models.forward.perturbations import Direction
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.hessian import Hessian
@@ -130,8 +130,8 @@ class Bench:
         student = copy.deepcopy(self.student).to(dtype).eval()
         teacher = Teacher(copy.deepcopy(self.teacher).to(dtype))
         name = str(objective.name)
-        # A Setting of nothing: here wrong steps are wanted.
-        distiller = Distiller(student, {name: objective}, {name: 1.0}, teacher, setting=Setting())
+        # A RunContext of nothing: here wrong steps are wanted.
+        distiller = Distiller(student, {name: objective}, {name: 1.0}, teacher, context=RunContext())
         inputs = {"pixel_values": self.images.to(dtype)}
         draws = Draws(0, draw, tuple(range(len(self.images))))
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -20,7 +20,7 @@ from hf_kdtl.objectives.base import is_number
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
-from hf_kdtl.optim.multipliers import RateOptions
+from hf_kdtl.optim.options import RateOptions
 
 logger = logging.get_logger(__name__)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.pairing import blank_pixels, plan
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers import as_source
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
@@ -87,7 +87,7 @@ def preflight(
     report = Report(pairing="no teacher, no pairs.", warnings=_warnings(objectives, config))
     report.problems += setting_problems(config, student)
     try:
-        source = None if teacher is None else Teacher.of(teacher)
+        source = None if teacher is None else as_source(teacher)
         if source is not None:
             source.match(student, processing_class, any(o.compares_classes for o in objectives.values()))
             seen = {"student": pixels, "teacher": source.pixels(pixels)}
@@ -114,18 +114,18 @@ def preflight(
     except ValueError as error:
         report.problems.append(str(error))
     compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
-    setting = Setting.of(student, source, compiled, checkpointing, asked_for())
+    context = RunContext.of(student, source, compiled, checkpointing, asked_for())
     start = beside = None
     try:
         if any(objective.source == "start" for objective in objectives.values()):
-            start = Start(student)
+            start = StartingPoint(student)
             if config.start is not None:
-                start = Start.from_path(config.start, student, processing_class)
+                start = StartingPoint.from_path(config.start, student, processing_class)
             beside = plan(student, start, pixel_values=pixels)
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
         return report
-    make = partial(Distiller, teacher=source, plan=pairing, setting=setting, start=start, start_plan=beside)
+    make = partial(Distiller, teacher=source, plan=pairing, context=context, start=start, start_plan=beside)
     _measure(report, student, make, objectives, pixels)
     return report
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import TwoGradients
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.trainer.build import kept_start
 from hf_kdtl.utils.distributed import load_whole, plain_type
@@ -33,7 +33,7 @@ def save_distillation_state(
     entries: list[dict[str, Any]],
     rates: LayerRates | None = None,
     gradients: TwoGradients | None = None,
-    start: Start | None = None,
+    start: StartingPoint | None = None,
 ) -> None:
     """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
     rule met (JSON)."""
@@ -74,7 +74,7 @@ def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
         )
 
 
-def load_start(trainer: Any, folder: str | Path) -> Start:
+def load_start(trainer: Any, folder: str | Path) -> StartingPoint:
     """What the student of a checkpoint's run started from, as the run kept it beside its checkpoints.
 
     Raises:

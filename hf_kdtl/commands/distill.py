@@ -28,7 +28,7 @@ from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.preflight import preflight
 from hf_kdtl.reports.run_report import difference, note, table, write_report

@@ -23,7 +23,7 @@ from hf_kdtl.commands.common.runs import say
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
-from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.reports.evaluation_sections import PICTURES
 from hf_kdtl.reports.evaluation_summary import verdict_table
 from hf_kdtl.reports.run_report import SPLITS, write_report

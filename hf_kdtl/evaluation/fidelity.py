@@ -22,7 +22,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan, plan
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers import Teacher, as_source
 
 
 def jacobian_cosine(student: nn.Module, teacher: Teacher, pixel_values: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class _Fidelity:
     """What `fidelity` has found in the batches so far."""
 
     def __init__(self, student: Any, teacher: Any, processing_class: Any, layers: Layers):
-        given = Teacher.of(teacher)
+        given = as_source(teacher)
         self.student, self.layers = student, layers
         # A new one, so that what a trainer made of the given one stays.
         self.teacher = Teacher(given.model, given.processing_class)

@@ -26,7 +26,7 @@ from hf_kdtl.hub.card_tables import (
 )
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
 from hf_kdtl.objectives import OBJECTIVES
-from hf_kdtl.optim.multipliers import RateOptions
+from hf_kdtl.optim.options import RateOptions
 from hf_kdtl.reports.evaluation_values import class_accuracies, degraded_mean, overconfidence, worst_degradation
 from hf_kdtl.reports.run_report import conflict_note, rates_note, shown_conflicts, shown_rates
 from hf_kdtl.utils.redaction import without_paths

@@ -19,7 +19,7 @@ from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.hub import license as licence
 from hf_kdtl.models.adapters import plain_state
 from hf_kdtl.models.blocks import vision_config
-from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.utils.text import one_line
 
 _INNER = ("model", "student")  # how recipes call the folder of a run's model

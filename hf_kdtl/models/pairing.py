@@ -97,8 +97,8 @@ def plan(
     if pixel_values is None:
         pixel_values = blank_pixels(student)
     if isinstance(teacher, Teacher):
-        with teacher.ready():
-            its = teacher.in_order(describe(teacher.model, teacher.pixels(pixel_values)))
+        with teacher.eval_context():
+            its = teacher.reorder_classifier(describe(teacher.model, teacher.pixels(pixel_values)))
     else:
         its = describe(teacher, pixel_values)
     made = PairingPlan(describe(student, pixel_values), its, layers)

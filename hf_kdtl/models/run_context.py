@@ -20,7 +20,7 @@ NONSMOOTH = (
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """Facts that objectives choose by.
 
     Args:
@@ -55,7 +55,7 @@ class Setting:
         compiled: bool = False,
         checkpointing: bool = False,
         sharded: bool = False,
-    ) -> Setting:
+    ) -> RunContext:
         """Look at the models; `compiled`, `checkpointing` and `sharded` are what the run will do with them."""
         models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
         return cls(

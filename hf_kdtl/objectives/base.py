@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 
 
 class Batch(TypedDict):
@@ -56,7 +56,7 @@ class Objective(nn.Module):
     citation: str = ""
     """BibTeX of the paper, for the model card."""
 
-    def prepare(self, setting: Setting) -> list[str]:
+    def prepare(self, context: RunContext) -> list[str]:
         """Choose what fits how the models are run, before `build`; says what was chosen and why, for preflight.
 
         Raises:

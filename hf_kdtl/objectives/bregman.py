@@ -11,7 +11,7 @@ from hf_kdtl.models.bregman.layer import BregmanLayer
 from hf_kdtl.models.bregman.outputs import needs_of, outputs_of
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 from hf_kdtl.objectives.paired import as_tokens, check_grids, class_columns
 
@@ -74,11 +74,11 @@ class Bregman(Objective):
         self.pair: Pair | None = None
         self.head: nn.Module = nn.Identity()
 
-    def prepare(self, setting: Setting) -> list[str]:
-        if setting.teacher is not None:  # without one `build` refuses
-            self.layer.check_teacher(setting.teacher.model)
+    def prepare(self, context: RunContext) -> list[str]:
+        if context.teacher is not None:  # without one `build` refuses
+            self.layer.check_teacher(context.teacher.model)
             if self.of == "probabilities":
-                self.layer = self.layer.reordered(setting.teacher.order)
+                self.layer = self.layer.reordered(context.teacher.order)
         share = f"{100 * self.layer.representation.explained:.1f} %"
         return [f"{self.layer.k} coefficients explain {share} of the {self.layer.provenance}."]
 

@@ -14,7 +14,7 @@ from hf_kdtl.functional.random import select_images
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 from hf_kdtl.objectives.estimators import EstimatorChoice, choose_estimator
 
@@ -57,28 +57,28 @@ class DerivativeObjective(Objective):
         """All estimators of the same quantity, for the error message when none of the choices is right."""
         return self.choices()
 
-    def prepare(self, setting: Setting) -> list[str]:
-        if not setting.trainable:
+    def prepare(self, context: RunContext) -> list[str]:
+        if not context.trainable:
             raise ValueError("the student has no trainable parameter, so no gradient path. Unfreeze some of it.")
-        if setting.sharded and self.fraction < 1:
+        if context.sharded and self.fraction < 1:
             raise ValueError(
                 "under FSDP2 all processes must run the same forwards, and a fraction may be none on one of them; use "
                 "fraction=1."
             )
-        if setting.coupled:
+        if context.coupled:
             raise ValueError(
-                f"the student's {setting.coupled} takes statistics of the batch or of the image in training and has "
+                f"the student's {context.coupled} takes statistics of the batch or of the image in training and has "
                 "none of its own, so no derivative of an image is right. Use a model with running statistics, or with "
                 "group or layer norm."
             )
-        if setting.batch_norm and setting.checkpointing:
+        if context.batch_norm and context.checkpointing:
             raise ValueError(
                 "BatchNorm would be recomputed by batch statistics where the derivative pass took the running ones. "
                 "Switch gradient checkpointing off."
             )
-        self._choice, why = choose_estimator(self.choices(), self.alternatives(), setting)
+        self._choice, why = choose_estimator(self.choices(), self.alternatives(), context)
         found = [f"estimator {self._choice}: {why}"]
-        if setting.batch_norm:
+        if context.batch_norm:
             found.append(
                 "BatchNorm: derivative passes use the running statistics, since batch statistics tie images to each "
                 "other; in training the chosen images therefore run once more."

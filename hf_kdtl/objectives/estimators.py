@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import check_option
 
 Estimator = Literal["auto", "vjp", "split", "finite_difference", "hvp"]
@@ -67,52 +67,52 @@ def wanted_choices(
 
 
 def choose_estimator(
-    wanted: Sequence[EstimatorChoice], alternatives: Sequence[EstimatorChoice], setting: Setting
+    wanted: Sequence[EstimatorChoice], alternatives: Sequence[EstimatorChoice], context: RunContext
 ) -> tuple[EstimatorChoice, str]:
     """The first of the wanted choices that is right in a setting, and why it was taken.
 
     Raises:
         ValueError: when none is, with the first of the alternatives that is right, and what to type for it.
     """
-    wrong = problem(wanted[0], setting)
+    wrong = problem(wanted[0], context)
     for choice in wanted:
-        if not problem(choice, setting):
+        if not problem(choice, context):
             return choice, WHY[choice.estimator] + (f" Not {wanted[0]}: {wrong}." if wrong else "")
-    instead = next((f"use {choice.typed}" for choice in alternatives if not problem(choice, setting)), None)
+    instead = next((f"use {choice.typed}" for choice in alternatives if not problem(choice, context)), None)
     off = {
-        "torch.compile": setting.compiled,
-        "gradient checkpointing": setting.checkpointing,
-        "FSDP2": setting.sharded,
+        "torch.compile": context.compiled,
+        "gradient checkpointing": context.checkpointing,
+        "FSDP2": context.sharded,
     }
     without = " and ".join(what for what, on in off.items() if on) or "it"
     raise ValueError(f"{wrong}; {instead or f'no estimator is right here: do without {without}'}.")
 
 
-def problem(choice: EstimatorChoice, setting: Setting) -> str:
+def problem(choice: EstimatorChoice, context: RunContext) -> str:
     """Why an estimator gives wrong numbers in a setting; empty where it is right."""
     if choice.estimator == "noise":
         return ""
     if choice.estimator in ("vjp", "hvp"):
-        if setting.sharded:
+        if context.sharded:
             return "under FSDP2 a double backward gives zero gradients, silently"
-        if setting.compiled:
+        if context.compiled:
             return "torch.compile has no double backward"
-        if setting.checkpointing and choice.estimator == "hvp":
+        if context.checkpointing and choice.estimator == "hvp":
             return "composed layer norms are not recomputed under gradient checkpointing"
         return ""
     if choice.step == 0:
-        what = "torch.compile" if setting.compiled else "gradient checkpointing" if setting.checkpointing else ""
+        what = "torch.compile" if context.compiled else "gradient checkpointing" if context.checkpointing else ""
         return f"forward mode does not run under {what}" if what else ""
-    if setting.low_precision:
+    if context.low_precision:
         return (
-            f"{' and '.join(setting.low_precision)} (less than 32 bits), whose rounding a difference would take "
+            f"{' and '.join(context.low_precision)} (less than 32 bits), whose rounding a difference would take "
             "for a slope (load it in float32; bf16=True keeps float32 weights)"
         )
-    if setting.tf32:
+    if context.tf32:
         return "CUDA's TF32 is on, whose rounding a difference would take for a slope (set tf32=False)"
-    if setting.nonsmooth_layers:
+    if context.nonsmooth_layers:
         return (
-            f"{' and '.join(setting.nonsmooth_layers)}: a difference crosses the kinks and is no derivative (its "
+            f"{' and '.join(context.nonsmooth_layers)}: a difference crosses the kinks and is no derivative (its "
             "gradient is off by 10 to 100 times)"
         )
     return ""

@@ -91,10 +91,10 @@ class Hessian(DerivativeObjective):
         beside = "" if self.what == "curvature" else "what='curvature', "
         return EstimatorChoice("hvp"), EstimatorChoice("finite_difference", True, self.step or STEP, beside)
 
-    def prepare(self, setting):
-        if setting.nonsmooth_layers:
+    def prepare(self, context):
+        if context.nonsmooth_layers:
             raise ValueError(
-                f"{' and '.join(setting.nonsmooth_layers)}: such a net is piecewise linear, so its Hessian is 0 "
+                f"{' and '.join(context.nonsmooth_layers)}: such a net is piecewise linear, so its Hessian is 0 "
                 "almost everywhere or blind to its bends. Use jacobian, or models with smooth activations (GELU, "
                 "SiLU)."
             )

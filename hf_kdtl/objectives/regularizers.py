@@ -13,7 +13,7 @@ from hf_kdtl.functional.resample import precise
 from hf_kdtl.functional.start import channel_distance, channel_importance, l2_sp, smallest_singular
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
 from hf_kdtl.objectives.paired import PairedObjective, as_tokens
 
@@ -63,8 +63,8 @@ class L2SP(Objective):
         self.head_weight = head_weight
         self.divergence = head_weight == 0
 
-    def prepare(self, setting: Setting) -> list[str]:
-        if setting.sharded:
+    def prepare(self, context: RunContext) -> list[str]:
+        if context.sharded:
             raise ValueError(
                 "under FSDP2 each process holds a part of every weight, and l2_sp compares whole ones. Use DDP, or "
                 "'delta', which compares features."

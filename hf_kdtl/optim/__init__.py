@@ -3,7 +3,7 @@
 from hf_kdtl.optim.factory import LayerwiseOptimizer, create_layerwise_optimizer
 from hf_kdtl.optim.groups import group_table, layer_groups
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.optim.multipliers import RateOptions
+from hf_kdtl.optim.options import RateOptions
 
 __all__ = [
     "LayerRates",

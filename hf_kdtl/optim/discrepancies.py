@@ -31,7 +31,7 @@ from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.teachers.teacher import Teacher
-from hf_kdtl.optim.multipliers import RateOptions
+from hf_kdtl.optim.options import RateOptions
 
 
 class Call(NamedTuple):
@@ -144,7 +144,7 @@ def input_discrepancies(
                 captured = teacher(z, wanted, plan.teacher)
             return [output_energy(captured.hidden_states[layer]) for layer in layers]
 
-        answers = teacher.ready() if who == "teacher_layer" else nullcontext()
+        answers = teacher.eval_context() if who == "teacher_layer" else nullcontext()
         with torch.enable_grad(), evaluating(model), answers:
             found = _input_energies(options, energies, x, [_grid(pair.student) for pair in pairs], draws)
         sides.append([distribution(e) for e in found])
@@ -172,7 +172,7 @@ def parameter_energies(
     sides = []
     for who, model, pixels in (("student_layer", student, x), ("teacher_layer", teacher.model, teacher.pixels(x))):
         layers = [getattr(pair, who) for pair in pairs]
-        answers = teacher.ready() if who == "teacher_layer" else nullcontext()
+        answers = teacher.eval_context() if who == "teacher_layer" else nullcontext()
         with evaluating(model), answers, _block_inputs(model, layers) as calls:
             with torch.no_grad():
                 run(model, pixels)

@@ -26,7 +26,8 @@ from hf_kdtl.optim.discrepancies import (
 )
 from hf_kdtl.optim.groups import layer_groups, named_blocks
 from hf_kdtl.optim.layerwise import is_layerwise
-from hf_kdtl.optim.multipliers import RateOptions, Rates
+from hf_kdtl.optim.multipliers import Rates
+from hf_kdtl.optim.options import RateOptions
 
 logger = logging.get_logger(__name__)
 

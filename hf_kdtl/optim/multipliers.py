@@ -2,122 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers.utils import logging
 
-from hf_kdtl.models.pairing import Layers
+from hf_kdtl.optim.options import RateOptions
 
 logger = logging.get_logger(__name__)
-
-MODES = ("discrepancy", "llrd", "uniform", "permuted", "frozen", "loss_weight")
-SOURCES = ("attention", "jacobian", "hessian")
-# Optimizer steps between measurements: what keeps the cost under 3 % (attention) and 5 % of training. At 100 steps,
-# the first design, jacobian by parameters costs 1.06 (benchmarks/RESULTS.md).
-EVERY = {"attention": 20, "jacobian": 150, "hessian": 200}
-EPS = 1e-6 * math.log(2)
-_MEASURED = ("source", "layers", "eps", "r_min", "r_max")
-
-
-@dataclass(frozen=True)
-class RateOptions:
-    """The settings of `layer_rates`, checked.
-
-    Args:
-        mode: "discrepancy"; "llrd" (a decay per layer, ELECTRA and BEiT); "uniform"; and for studies the controls
-            "permuted" (the ratios shuffled over the blocks), "frozen" (measured once, at the first step),
-            "loss_weight" (the multiplier weighs the pair's loss, and every rate stays 1).
-        source: what is compared: "attention", "jacobian" or "hessian".
-        map: of attention: "energy" (mean_d h^2 of each patch) or "class" (the class token's attention).
-        wrt: of jacobian and hessian: derivatives by the block's "parameters" or by the "inputs" (pixels).
-        layers: which blocks are paired: uniform | last | [[student, teacher], ...]. Two pairs at least.
-        every: optimizer steps between measurements; 20 for attention, 150 for jacobian, 200 for hessian.
-        momentum: of the ratio, in [0, 1).
-        eps: added to each discrepancy, in nats.
-        r_min, r_max: bounds of a multiplier, 0 < r_min < 1 < r_max.
-        probes: directions of hessian that are averaged.
-        decay: of llrd, in (0, 1]: from one block to the one before.
-        blocks: of llrd and uniform: names of the student's blocks in order, where they cannot be found.
-    """
-
-    mode: str = "discrepancy"
-    source: str = "attention"
-    wrt: str = "parameters"
-    map: str = "energy"
-    layers: Layers = "uniform"
-    every: int | None = None
-    momentum: float = 0.9
-    eps: float = EPS
-    r_min: float = 0.25
-    r_max: float = 4.0
-    probes: int = 1
-    decay: float = 0.75
-    blocks: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    @classmethod
-    def of(cls, options: Any) -> RateOptions:
-        """The options of a config's mapping; None is mode "uniform", and options are returned as they are.
-
-        Raises:
-            ValueError: for an unknown key or value (with the closest match), one out of its range, or one that the
-                mode and source do not read.
-        """
-        if isinstance(options, RateOptions):
-            return options
-        if not isinstance(options, Mapping | None):
-            raise ValueError(
-                f"layer_rates is {options!r}; expected a mapping such as "
-                '{"mode": "discrepancy", "source": "attention"}, or nothing.'
-            )
-        given = dict({"mode": "uniform"} if options is None else options)
-        for key in given:
-            _check_word("key", key, [f.name for f in fields(cls)])
-        made = cls(**given)
-        if unread := [key for key in given if key not in ("mode", *made._reads())]:
-            raise ValueError(
-                f"layer_rates: {unread[0]} has no effect with mode {made.mode!r}"
-                f"{f' and source {made.source!r}' if made.measured else ''}; leave it out."
-            )
-        return made
-
-    @property
-    def measured(self) -> bool:
-        """Whether the discrepancy between student and teacher is measured."""
-        return self.mode not in ("llrd", "uniform")
-
-    @property
-    def interval(self) -> int:
-        """Optimizer steps between measurements."""
-        return EVERY[self.source] if self.every is None else self.every
-
-    def _reads(self) -> tuple[str, ...]:
-        if not self.measured:
-            return ("decay", "blocks") if self.mode == "llrd" else ("blocks",)
-        of_mode = () if self.mode == "frozen" else ("every", "momentum")
-        of_source = {"attention": ("map",), "jacobian": ("wrt",), "hessian": ("wrt", "probes")}[self.source]
-        return (*_MEASURED, *of_mode, *of_source)
-
-    def _check(self) -> None:
-        _check_word("mode", self.mode, MODES)
-        _check_word("source", self.source, SOURCES)
-        _check_word("wrt", self.wrt, ("parameters", "inputs"))
-        _check_word("map", self.map, ("energy", "class"))
-        _check("every", self.every, self.every is None or _whole(self.every), "a whole number of at least 1")
-        _check("probes", self.probes, _whole(self.probes), "a whole number of at least 1")
-        _check("momentum", self.momentum, _number(self.momentum) and 0 <= self.momentum < 1, "a number in [0, 1)")
-        _check("eps", self.eps, _number(self.eps) and self.eps > 0, "a number above 0, in nats")
-        _check("decay", self.decay, _number(self.decay) and 0 < self.decay <= 1, "a number in (0, 1]")
-        bounds = self.r_min, self.r_max
-        inside = _number(self.r_min) and _number(self.r_max) and 0 < self.r_min < 1 < self.r_max
-        _check("[r_min, r_max]", list(bounds), inside, "0 < r_min < 1 < r_max, such as 0.25 and 4, for a mean of 1")
 
 
 class Rates:
@@ -280,23 +174,3 @@ def _derangement(depth: int, seed: int) -> list[int]:
     while depth > 1 and any(i == j for i, j in enumerate(order)):
         draw.shuffle(order)
     return order
-
-
-def _check_word(what: str, value: Any, valid: Sequence[str]) -> None:
-    if value not in valid:
-        close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"layer_rates: unknown {what} {value!r}.{hint} Valid: {', '.join(valid)}.")
-
-
-def _check(option: str, value: Any, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"layer_rates: {option} is {value!r}; expected {expected}.")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.pairing import plan
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.distiller import Distiller
 
@@ -48,12 +48,12 @@ def assemble(trainer: Any) -> Distiller:
         beside = plan(student, start, pixel_values=_pixels(trainer))
     rates = None if options is None else LayerRates(options, student, pairing, seed=args.seed)
     compiled, checkpointing = bool(args.torch_compile), bool(args.activation_checkpointing)
-    setting = Setting.of(student, teacher, compiled, checkpointing, trainer.sharded)
+    context = RunContext.of(student, teacher, compiled, checkpointing, trainer.sharded)
     rule = args.build_rule()
-    parts: Any = None if rule is None else "pairs" if rule.local else "terms"
+    split_terms: Any = None if rule is None else "pairs" if rule.local else "terms"
     distiller = Distiller(
-        student, objectives, args.weights(), teacher, pairing, trainer.compute_loss_func, setting, rates,
-        start, beside, parts,
+        student, objectives, args.weights(), teacher, pairing, trainer.compute_loss_func, context, rates,
+        start, beside, split_terms,
     )  # fmt: skip
     for note in distiller.notes:
         logger.info(note)
@@ -90,11 +90,11 @@ def _pixels(trainer: Any) -> Tensor | None:
     return None if images is None else images["pixel_values"]
 
 
-def _start(trainer: Any) -> Start:
+def _start(trainer: Any) -> StartingPoint:
     """What the student started from, as the config says."""
     student, path = trainer.model, trainer.args.start
     if path is not None:
-        start = Start.from_path(path, student, trainer.processing_class)
+        start = StartingPoint.from_path(path, student, trainer.processing_class)
         for note in start.notes:
             logger.info(note.replace("the teacher", "the start"))
         return start
@@ -104,10 +104,10 @@ def _start(trainer: Any) -> Start:
             student.to(trainer.accelerator.device)
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, 0)
-    return Start(student)
+    return StartingPoint(student)
 
 
-def kept_start(trainer: Any, folder: Path) -> Start:
+def kept_start(trainer: Any, folder: Path) -> StartingPoint:
     """What the student of a run that is resumed started from, as the run kept it.
 
     Raises:
@@ -115,14 +115,14 @@ def kept_start(trainer: Any, folder: Path) -> Start:
     """
     student = trainer.model
     if adapted(student):
-        return Start(student)
+        return StartingPoint(student)
     if not folder.is_dir():
         raise ValueError(
             f"{folder} is missing: the run kept there what its student started from, and its objectives hold the "
             "student to it. Put the folder back beside the checkpoints, or start a new run from the checkpoint's "
             "weights."
         )
-    start = Start.from_path(folder, student, trainer.processing_class)
+    start = StartingPoint.from_path(folder, student, trainer.processing_class)
     start.kept = folder
     return start.to(trainer.accelerator.device)
 

@@ -17,8 +17,8 @@ from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
@@ -43,11 +43,11 @@ class Distiller(nn.Module):
         teacher: where teacher signals come from; None when no objective needs one.
         plan: what student and teacher give, for objectives that pair layers.
         task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
-        setting: how the models are run, where it is known; by default what can be seen of them.
+        context: how the models are run, where it is known; by default what can be seen of them.
         rates: of the student's layers; measured in `forward` while its `measuring` is set.
         start: what the student started from; None when no objective compares with it.
         start_plan: what student and start give.
-        parts: how a gradient rule wants the terms apart: "terms", or "pairs" of layers too. None: their sum alone.
+        split_terms: what a gradient rule reads: each of the "terms", or each of their "pairs" of layers. None: the sum.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Distiller(nn.Module):
         teacher: Teacher | None = None,
         plan: PairingPlan | None = None,
         task_loss: Callable[..., Tensor] | None = None,
-        setting: Setting | None = None,
+        context: RunContext | None = None,
         rates: LayerRates | None = None,
-        start: Start | None = None,
+        start: StartingPoint | None = None,
         start_plan: PairingPlan | None = None,
-        parts: Literal["terms", "pairs"] | None = None,
+        split_terms: Literal["terms", "pairs"] | None = None,
     ):
         super().__init__()
         self.student = student
@@ -72,14 +72,14 @@ class Distiller(nn.Module):
         self.plan = plan
         self.task_loss = task_loss
         self.rates = rates
-        self.start, self.parts = start, parts
+        self.start, self.split_terms = start, split_terms
         self.plans = {"teacher": plan, "start": start_plan}
         self.student_needs, self.teacher_needs, self.start_needs = Needs(), Needs(), Needs()
         self.notes: list[str] = []
-        setting = setting or Setting.of(student, teacher)
+        context = context or RunContext.of(student, teacher)
         for key, objective in objectives.items():
             try:
-                self.notes += [f"{key}: {note}" for note in objective.prepare(setting)]
+                self.notes += [f"{key}: {note}" for note in objective.prepare(context)]
             except ValueError as error:
                 raise ValueError(f"objective {key!r}: {error}") from error
             own = self.plans[objective.source]
@@ -101,7 +101,7 @@ class Distiller(nn.Module):
         once per image of its micro-batch.
 
         Returns:
-            loss (scalar); `parts` {key: its part of the loss, or a list of the pairs' where these are wanted}; and
+            loss (scalar); `terms` {key: its part of the loss, or a list of the pairs' where these are wanted}; and
             detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted` {key: their number}.
 
         Raises:
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
         measured = self.rates if self.rates and self.rates.measuring else None
         student, values, entries = self._values(inputs, draws, measured)
         here = micro_batch_counts(inputs)
-        parts: dict[str, Tensor | list[Tensor]] = {}
+        terms: dict[str, Tensor | list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         loss = student.logits.new_zeros((), dtype=torch.float32)
@@ -137,14 +137,14 @@ class Distiller(nn.Module):
             share = self.weights[key] / counts[objective.counts].clamp(min=1)
             loss = loss + self.weights[key] * (total / counts[objective.counts].clamp(min=1))
             if key in entries:
-                parts[key] = [share * world_size * entry.sum() / len(entries[key]) for entry in entries[key]]
-            elif self.parts:
-                parts[key] = share * world_size * total
+                terms[key] = [share * world_size * entry.sum() / len(entries[key]) for entry in entries[key]]
+            elif self.split_terms:
+                terms[key] = share * world_size * total
             sums[key], counted[key] = total.detach(), here[objective.counts]
         if not self.student_needs.logits:
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
             loss = loss + 0.0 * student.logits.sum()
-        return {"loss": loss * world_size, "parts": parts, "sums": sums, "counted": counted}
+        return {"loss": loss * world_size, "terms": terms, "sums": sums, "counted": counted}
 
     def terms(self, inputs: dict[str, Any], draws: Draws) -> tuple[Capture, dict[str, Tensor]]:
         """The student's capture, and {key: unweighted value}: (B,) per image, or a scalar for a batch statistic.
@@ -219,7 +219,7 @@ class Distiller(nn.Module):
                     continue
                 source = sources[objective.source]
                 factors = self._factors(objective)
-                if self.parts == "pairs" and isinstance(objective, PairedObjective):
+                if self.split_terms == "pairs" and isinstance(objective, PairedObjective):
                     both = zip(
                         factors or [1.0] * len(objective.pairs), objective.entries(student, source), strict=True
                     )

@@ -59,7 +59,7 @@ def two_backwards(trainer: Any, model: nn.Module, gradients: TwoGradients | None
 
     def backward(loss: Tensor, **kwargs: Any) -> None:
         # Taken away, so that the graph does not live until the next forward.
-        parts, trainer._parts = trainer._parts, {}
+        parts, trainer._term_losses = trainer._term_losses, {}
         gradients.add(*_sides(parts, trainer.distiller))
         called.append(True)
 

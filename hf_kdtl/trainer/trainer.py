@@ -32,7 +32,7 @@ from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import TwoGradients
 from hf_kdtl.models.adapters import adapted, load_adapters
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer.build import assemble
 from hf_kdtl.trainer.callbacks import EpochToDataset, StopOnSignal, TaskStep
@@ -92,12 +92,12 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
                 "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
             )
         check_teacher_is_used(teacher, args)
-        self.teacher = None if teacher is None else Teacher.of(teacher)
+        self.teacher = None if teacher is None else as_source(teacher)
         self._distiller: Distiller | None = None
         self._built_from: tuple[Any, ...] = ()
         self._gradients: TwoGradients | None = None
         self._micro_step = 0
-        self._parts: Parts = {}
+        self._term_losses: Parts = {}
         self._meter = TermMeter()
         self._eval_terms: dict[str, list[Tensor]] | None = None
         self._stop = StopOnSignal()
@@ -205,7 +205,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
             model = model.module  # it is not to synchronise here, and would tie all terms together
         result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
         self._micro_step += 1
-        self._parts = result.pop("parts")
+        self._term_losses = result.pop("terms")
         self._check_finite(result)
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result) if return_outputs else result["loss"]

@@ -25,8 +25,8 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
     """Put every block, what is around them and every objective with parameters into a unit of FSDP2; the teacher too.
 
     DistillationTrainer calls it where `accelerate launch` asks for FSDP2. In a loop of your own build the container
-    with `setting=Setting.of(student, teacher, sharded=True)`, by which objectives choose what is exact here or refuse;
-    then shard it; then make the optimizer. Every process calls it, for equal weights.
+    with `context=RunContext.of(student, teacher, sharded=True)`, by which objectives choose what is exact here or
+    refuse; then shard it; then make the optimizer. Every process calls it, for equal weights.
 
     The student is a unit of its own within the container: a derivative's inner backward pass ends with the weights of
     the outermost unit given back, and the student runs again after it.
@@ -40,7 +40,7 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
     Raises:
         ValueError: for a container that a gradient rule wants apart; when the blocks of a model cannot be found.
     """
-    if distiller.parts is not None:
+    if distiller.split_terms is not None:
         raise ValueError(
             "a gradient_rule compares whole gradients, and FSDP2 leaves each process a part of them. Use DDP, or no "
             "gradient_rule."

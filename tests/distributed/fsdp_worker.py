@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, plan
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.utils.distributed import shard
@@ -40,9 +40,9 @@ def container(way, sharded=False, parts=None):
     teacher.match(student, None, True)
     torch.manual_seed(0)
     objectives = {name: OBJECTIVES[name](**options) for name, options in way}
-    setting, start = Setting.of(student, teacher, sharded=sharded), Start(student)
+    context, start = RunContext.of(student, teacher, sharded=sharded), StartingPoint(student)
     weights, pairing = dict.fromkeys(objectives, 1.0), plan(student, teacher)
-    made = Distiller(student, objectives, weights, teacher, pairing, setting=setting, start=start, parts=parts)
+    made = Distiller(student, objectives, weights, teacher, pairing, context=context, start=start, split_terms=parts)
     return made.double()
 
 

@@ -20,8 +20,8 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.functional.surgery import inner_products
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.models import Teacher, plan
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.utils.distributed import shard
@@ -136,15 +136,15 @@ def sharded(row, mesh):
     name = entry["name"]
     objective = OBJECTIVES[name](**{k: v for k, v in entry.items() if k not in ("name", "weight")})
     own = objective.source == "start"
-    source = Start.from_path(made.folder, student, None) if own else Teacher(teacher)
+    source = StartingPoint.from_path(made.folder, student, None) if own else Teacher(teacher)
     if not own:
         source.match(student, None, objective.compares_classes)
     pairing = plan(student, source) if objective.needs_plan else None
     sides = {"start": source, "start_plan": pairing} if own else {"teacher": source, "plan": pairing}
-    setting = Setting.of(student, None if own else source, sharded=True)
+    context = RunContext.of(student, None if own else source, sharded=True)
     torch.manual_seed(3)
     parts = "terms" if rule else None
-    distiller = Distiller(student, {name: objective}, {name: 1.0}, **sides, setting=setting, parts=parts)
+    distiller = Distiller(student, {name: objective}, {name: 1.0}, **sides, context=context, split_terms=parts)
     if objective.sample:
         distiller.measure({"pixel_values": images.pixels, "labels": images.labels})
     shard(distiller, mesh=mesh)

@@ -14,7 +14,7 @@ from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.hub.provenance import saved_hash
 from hf_kdtl.hub.staging import refuse_secrets, stage
 from hf_kdtl.hub.upload import HubError, check_access, publish
-from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.utils.redaction import anonymous
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault, User

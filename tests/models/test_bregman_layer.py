@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.functional.links import leaky_relu
 from hf_kdtl.models import capture
-from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance, fingerprint
+from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF, check_of, needs_of, outputs_of, width_of
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.geometry import describe
 from tests.reference import paired
 from tests.support.representations import made_up

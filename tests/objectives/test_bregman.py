@@ -10,7 +10,7 @@ from hf_kdtl.functional.bregman import fit
 from hf_kdtl.models import Teacher, capture, plan
 from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.bregman import Bregman
 from tests.reference import bregman as slow
 from tests.support.representations import complete, made_up
@@ -37,7 +37,7 @@ def made(student, teacher, objective, pixels=PIXELS):
     source.match(student, None, objective.compares_classes)
     pairing = plan(student, source, pixel_values=pixels)
     torch.manual_seed(0)
-    objective.prepare(Setting.of(student, source))
+    objective.prepare(RunContext.of(student, source))
     objective.build(pairing)
     objective.to(student.dtype)
     mine, its = objective.needs(pairing)
@@ -204,7 +204,7 @@ def test_what_is_saved_and_what_learns():
     assert set(objective.state_dict()) == {"head.weight", "head.bias", "layer.directions", "layer.mean"}
     assert {name for name, _ in objective.named_parameters()} == {"head.weight", "head.bias"}
     assert objective.head.weight.shape == (2, 32)
-    (note,) = bregman("probabilities", teacher).prepare(Setting())
+    (note,) = bregman("probabilities", teacher).prepare(RunContext())
     assert note.startswith("2 coefficients explain 80.0 % of the probabilities of ViTForImageClassification")
 
 

@@ -8,7 +8,7 @@ import torch
 from hf_kdtl import DistillationConfig
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, capture, plan
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
 from tests.objectives.derivative_variants import takes_differences
@@ -39,7 +39,7 @@ def _models(dtype=torch.float64):
 def _distiller(name, options, student, teacher):
     """With the teacher in the start's place, where an objective compares with that."""
     objective, dtype = OBJECTIVES[name](**complete(name, options, teacher)), next(student.parameters()).dtype
-    source = Start(teacher) if objective.source == "start" else Teacher(teacher)
+    source = StartingPoint(teacher) if objective.source == "start" else Teacher(teacher)
     if objective.source == "teacher":
         source.match(student, None, objective.compares_classes)
     pairing = plan(student, source) if objective.needs_plan else None

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from hf_kdtl.functional.divergences import cross_entropy
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, capture, plan
-from hf_kdtl.models.teachers.start import Start
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives.lwf import LwF
 from hf_kdtl.objectives.regularizers import BSS, L2SP, PROBE_C, Delta, linear_probe
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
@@ -34,7 +34,7 @@ def _inputs(number=IMAGES, dtype=torch.float64):
 
 
 def _distiller(objective, student, start=None, teacher=None):
-    source, held = teacher and Teacher(teacher), start and Start(start)
+    source, held = teacher and Teacher(teacher), start and StartingPoint(start)
     if source:
         source.match(student, None, objective.compares_classes)
     plans = {"plan": source and plan(student, source), "start_plan": held and plan(student, held)}

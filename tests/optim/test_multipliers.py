@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from hf_kdtl.optim import multipliers as fast
-from hf_kdtl.optim.multipliers import RateOptions, Rates, bounded, interpolate, weighted_mean
+from hf_kdtl.optim.multipliers import Rates, bounded, interpolate, weighted_mean
+from hf_kdtl.optim.options import RateOptions
 from tests.reference import rates as slow
 
 

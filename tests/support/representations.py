@@ -13,8 +13,9 @@ import torch
 
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import conjugate, find
-from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance, fingerprint
+from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF, OF_BLOCK, width_of
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.geometry import describe
 from hf_kdtl.models.pairing import blank_pixels
 

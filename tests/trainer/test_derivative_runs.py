@@ -9,7 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, plan
-from hf_kdtl.models.run_context import Setting
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.preflight import preflight
 from hf_kdtl.trainer.distiller import Distiller
@@ -29,12 +29,12 @@ def inputs(seed=3):
     return {"pixel_values": pixels, "labels": torch.tensor([0, 1, -100, 2])}
 
 
-def terms(student, teacher, name, setting=None, **options):
+def terms(student, teacher, name, context=None, **options):
     source = Teacher(teacher)
     source.match(student, None, True)
     objective = OBJECTIVES[name](**options)
     pairing = plan(student, source) if objective.needs_plan else None
-    made = Distiller(student, {name: objective}, {name: 1.0}, source, pairing, setting=setting)
+    made = Distiller(student, {name: objective}, {name: 1.0}, source, pairing, context=context)
     return made.terms(inputs(), DRAWS)[1][name]
 
 
@@ -256,7 +256,7 @@ SETTINGS = [
 def test_an_estimator_that_is_wrong_in_a_setting_names_the_right_one(name, options, setting, says):
     student, teacher = pair()
     with pytest.raises(ValueError, match=f"objective '{name}'.*{says}"):
-        terms(student, teacher, name, Setting(**setting), **options)
+        terms(student, teacher, name, RunContext(**setting), **options)
 
 
 AUTO = [
@@ -271,13 +271,13 @@ AUTO = [
 @pytest.mark.parametrize(("setting", "expected"), AUTO)
 def test_auto_takes_what_is_exact_and_says_so(setting, expected):
     objective = OBJECTIVES["jacobian"]()
-    (note,) = objective.prepare(Setting(**setting))
+    (note,) = objective.prepare(RunContext(**setting))
     assert note.startswith(f"estimator {expected}")
     assert ("Not vjp" in note) == (expected != "vjp")
 
 
 def test_auto_for_all_classes_is_finite_differences():
-    (note,) = OBJECTIVES["jacobian"](output="all", distance="fisher").prepare(Setting())
+    (note,) = OBJECTIVES["jacobian"](output="all", distance="fisher").prepare(RunContext())
     assert note.startswith("estimator finite_difference, step")
 
 

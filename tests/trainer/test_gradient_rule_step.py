@@ -201,7 +201,7 @@ def test_no_gradients_are_left_and_the_backward_of_accelerate_is_back(tmp_path):
 def test_the_graph_is_gone_after_the_step(tmp_path, rule):
     class Alive(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            held.append(runner._parts)
+            held.append(runner._term_losses)
 
     student, teacher = pair()
     held = []

@@ -13,10 +13,11 @@ from hf_kdtl import DistillationTrainer
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, plan
 from hf_kdtl.models.adapters import load_adapters, plain_state
-from hf_kdtl.models.bregman.layer import fingerprint
-from hf_kdtl.models.run_context import Setting
-from hf_kdtl.models.teachers.start import Start
-from hf_kdtl.models.teachers.teacher import SelfTeacher
+from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers import as_source
+from hf_kdtl.models.teachers.self_teacher import SelfTeacher
+from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.preflight import preflight
 from hf_kdtl.trainer.distiller import Distiller
@@ -46,13 +47,13 @@ def batch(number=4):
 
 
 def value_and_gradient(name, student, teacher):
-    teacher = Teacher.of(teacher)
+    teacher = as_source(teacher)
     teacher.match(student, None, False)
     options = complete(name, {}, build("vit", **DROPOUT))
     torch.manual_seed(0)  # projectors
     made = Distiller(
         student.train(), {name: OBJECTIVES[name](**options)}, {name: 1.0}, teacher,
-        plan(student, teacher), setting=Setting.of(student, teacher),
+        plan(student, teacher), context=RunContext.of(student, teacher),
     )  # fmt: skip
     torch.manual_seed(1)  # dropout
     terms = made.terms(batch(), Draws(0, 0, (0, 1, 2, 3)))[1]
@@ -142,7 +143,7 @@ def test_modes_and_frozen_adapters_are_put_back():
     frozen = [p for n, p in student.named_parameters() if "lora_A" in n]
     for p in frozen:
         p.requires_grad_(False)
-    teacher = Teacher.of("self")
+    teacher = as_source("self")
     teacher.match(student, None, False)
     modes = [m.training for m in student.modules()]
     trained = [p.requires_grad for p in student.parameters()]
@@ -153,13 +154,13 @@ def test_modes_and_frozen_adapters_are_put_back():
 
 def test_further_passes_of_the_teacher_have_the_adapters_off_too():
     student, base = adapted()
-    teacher = Teacher.of("self")
+    teacher = as_source("self")
     teacher.match(student, None, False)
     x = batch()["pixel_values"]
     needs = Needs(logits=True, input_gradient=True)
     mine, its = (t(x, needs).directional(torch.ones_like(x)) for t in (teacher, Teacher(copy.deepcopy(base))))
     assert torch.allclose(mine, its, atol=1e-6)
-    start = Start(student)(x, needs).directional(torch.ones_like(x))
+    start = StartingPoint(student)(x, needs).directional(torch.ones_like(x))
     assert torch.allclose(start, its, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessor
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.models import Needs
-from hf_kdtl.models.teachers.start import Start, weight_pairs
+from hf_kdtl.models.teachers.start import StartingPoint, weight_pairs
 from hf_kdtl.preflight import preflight
 from tests.support.helpers import Images, config, forked, largest_difference, leave, trainer, weights
 from tests.support.tiny import build
@@ -128,7 +128,7 @@ def _lora(seed=0):
 
 def test_l2_sp_of_adapters_is_the_product_they_make():
     student = _lora()
-    start = Start(student)
+    start = StartingPoint(student)
     pairs = start.weights(student)
     held = [w for w in pairs if not w.head]
     assert held and all(w.then.abs().sum() == 0 for w in held)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -12,41 +11,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import LINKS, Link, find, leaky_relu
 from hf_kdtl.functional.resample import matmul, precise
-from hf_kdtl.models.adapters import adapted, plain_state
 from hf_kdtl.models.bregman.outputs import width_of
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import class_names
 
 TENSORS, JSON = "representation.safetensors", "representation.json"
 SAVED = ("mean", "directions", "spectrum")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights: of the names, shapes, dtypes and bytes of all tensors of its state_dict.
-
-    Equal after saving and loading, another one after any training, and in another dtype. Of a model with adapters it
-    is that of the model without them.
-
-    Cost: reads every weight once, about 1 s a GB.
-
-    Raises:
-        ValueError: for a model in parts (FSDP2), of which a process has only its own.
-    """
-    found = hashlib.blake2b(digest_size=16)
-    state = plain_state(model) if adapted(model) else model.state_dict()
-    for name, value in sorted(state.items()):
-        if isinstance(value, DTensor):
-            raise ValueError("the model is in parts (FSDP2). Save it with trainer.save_model, and take that one.")
-        if isinstance(value, Tensor):
-            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            # Byte for byte: numpy knows no bfloat16.
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_kdtl.models.adapters import adapted, adapters_off
-from hf_kdtl.models.bregman.layer import fingerprint
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import WeightPair
 from hf_kdtl.models.forward.geometry import classifiers
 from hf_kdtl.models.teachers.teacher import Teacher
@@ -22,7 +22,7 @@ from hf_kdtl.models.teachers.teacher import Teacher
 logger = logging.get_logger(__name__)
 
 
-class Start(Teacher):
+class StartingPoint(Teacher):
     """The student as it was when training began, or a model of its architecture that was saved earlier.
 
     A frozen copy, one more set of weights in memory. Of a student with adapters it is the student itself with its
@@ -40,7 +40,7 @@ class Start(Teacher):
             super().__init__(copy.deepcopy(student))
 
     @classmethod
-    def from_path(cls, path: str | Path, student: Any, processing_class: Any) -> Start:
+    def from_path(cls, path: str | Path, student: Any, processing_class: Any) -> StartingPoint:
         """A folder or Hub name, of the student's architecture; its head may be for other classes.
 
         Raises:
@@ -70,9 +70,9 @@ class Start(Teacher):
         weight_pairs(student, start.model)  # refuses another architecture now
         return start
 
-    def ready(self) -> Any:
+    def eval_context(self) -> Any:
         """A context in which the model answers as it did at the start."""
-        return adapters_off(self.model) if self.adapted else super().ready()
+        return adapters_off(self.model) if self.adapted else super().eval_context()
 
     def save(self, folder: Path) -> None:
         """Keep it with the run, whole or not at all. There is nothing to keep of a student with adapters.
@@ -100,7 +100,7 @@ class Start(Teacher):
         shutil.rmtree(old, ignore_errors=True)
         self.kept = folder
 
-    def to(self, device: torch.device) -> Start:
+    def to(self, device: torch.device) -> StartingPoint:
         """Move to a device."""
         super().to(device)
         return self
