@@ -98,7 +98,7 @@ class Hessian(DerivativeObjective):
                 "almost everywhere or blind to its bends. Use jacobian, or models with smooth activations (GELU, "
                 "SiLU)."
             )
-        return super().prepare(setting)
+        return super().prepare(context)
 
     def needs(self, plan):
         if self.choice.estimator == "finite_difference":

@@ -47,7 +47,7 @@ class Distiller(nn.Module):
         rates: of the student's layers; measured in `forward` while its `measuring` is set.
         start: what the student started from; None when no objective compares with it.
         start_plan: what student and start give.
-        split_terms: what a gradient rule reads: each of the "terms", or each of their "pairs" of layers. None: the sum.
+        split_terms: what a gradient rule reads: each of the "terms", or of their "pairs" of layers. None: the sum.
     """
 
     def __init__(
