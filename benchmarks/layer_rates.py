@@ -32,7 +32,7 @@ from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.models import Teacher
-from hf_kdtl.reports.figures.layer_rates import layer_rates_picture
+from hf_kdtl.reports.figures.layer_rates import layer_rates_figure
 
 # A term for each pair of layers, so that loss_weight has something to weigh; the same in every arm.
 OBJECTIVES = [
@@ -128,7 +128,7 @@ def main() -> None:
         measured = trainer.layer_rates
         if measured.history:
             name = f"{rates['layer_rates']['mode']}-{rates['layer_rates']['source']}-{rates['learning_rate']:g}-{seed}"
-            layer_rates_picture(measured.history, options.file.with_name(f"{options.file.stem}-{name}.png"))
+            layer_rates_figure(measured.history, options.file.with_name(f"{options.file.stem}-{name}.png"))
         found = {split: trainer.evaluate(images)["eval_accuracy"] for split, images in held_out.items()}
         last = measured.history[-1:] or [{"multipliers": measured.rates.multipliers}]
         return found | {"last": last[0]}

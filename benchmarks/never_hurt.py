@@ -33,7 +33,7 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
-from hf_kdtl.reports.figures.gradient_rule import gradient_rule_picture
+from hf_kdtl.reports.figures.gradient_rule import gradient_rule_figure
 
 RATES = (3e-4, 1e-3)
 REGULARISERS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
@@ -119,7 +119,7 @@ class NeverHurt:
         }
         if (gradients := trainer.gradient_rule) is not None:
             name = f"{source}-{objectives[-1]['name']}-{'-'.join(map(str, rule.values()))}-{seed}.png"
-            gradient_rule_picture(gradients.history, self.options.file.with_name(f"never_hurt-{name}"))
+            gradient_rule_figure(gradients.history, self.options.file.with_name(f"never_hurt-{name}"))
             found["conflict"] = summary(gradients.history)
         return found
 

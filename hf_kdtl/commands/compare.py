@@ -13,7 +13,8 @@ from pathlib import Path
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation.comparison import check_comparable, read_arms
-from hf_kdtl.reports.comparison_report import COMPARISON, comparison_picture, markdown
+from hf_kdtl.reports.comparison_report import markdown
+from hf_kdtl.reports.figures.comparison import COMPARISON, comparison_figure
 from hf_kdtl.reports.run_report import SPLITS
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = markdown(arms, options.split, metrics)
     folder = Path(options.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    comparison_picture(arms, options.split, metrics, folder / COMPARISON)
+    comparison_figure(arms, options.split, metrics, folder / COMPARISON)
     (folder / "comparison.md").write_text(f"{text}\n![differences by seed]({COMPARISON})\n", encoding="utf-8")
     print(f"{text}\nThis is {folder / 'comparison.md'}, with the picture {folder / COMPARISON}.")
 

@@ -28,13 +28,14 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.runs import interpreter
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.loading import ImageDataset
-from hf_kdtl.evaluation.representation import PICTURE, explained_by, extremes, representation_picture
+from hf_kdtl.evaluation.representation import explained_by, extremes
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.functional.bregman import Representation, fit
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.bregman.layer import JSON, TENSORS, BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import check_of, needs_of, outputs_of, width_of
 from hf_kdtl.models.forward.geometry import describe
+from hf_kdtl.reports.figures.representation import PICTURE, representation_figure
 
 ROWS, SHOWN, BEGUN = "rows.npy", "shown.txt", "directions.safetensors"
 FREE = ("output_dir", "resume", "overwrite_output_dir", "batch_size", "tolerance", "passes")
@@ -204,12 +205,12 @@ def report(found: Representation, provenance: Provenance, rows: Rows, images: Im
     update_results(folder, "representation", value | {"provenance": asdict(provenance)})
     if provenance.of == "probabilities":
         names = provenance.classes or [f"class {i}" for i in range(provenance.width)]
-        return representation_picture(folder / PICTURE, found, shares, names=names)
+        return representation_figure(folder / PICTURE, found, shares, names=names)
     per_image = len(rows.rows) // provenance.images
     owners = [i * stride // per_image for i in range(len(sample))]
     ends = extremes(found.encode(sample), owners)
     sheets = [([_image(images, i) for i in low], [_image(images, i) for i in high]) for low, high in ends]
-    representation_picture(folder / PICTURE, found, shares, sheets=sheets)
+    representation_figure(folder / PICTURE, found, shares, sheets=sheets)
 
 
 def _image(images: ImageDataset, index: int) -> Any:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
-CKA_PICTURE = "cka.png"
 FEWEST = 4  # images of a batch: the estimator divides by n - 3
 
 
@@ -59,7 +53,7 @@ class CKA:
                 "every block: unbiased CKA divides by n - 3. Use a larger batch, and leave a smaller last one out."
             )
         (n,) = numbers
-        s, t = (torch.stack([centred_gram(x).flatten() for x in features]) for features in (student, teacher))
+        s, t = (torch.stack([centered_gram(x).flatten() for x in features]) for features in (student, teacher))
         weight = 1 / (n - 3)  # n times 1 / (n (n - 3))
         self.images += n
         self._cross = self._cross + weight * t @ s.T
@@ -77,13 +71,13 @@ class CKA:
         return found.clamp(-1, 1)  # leaves nan
 
 
-def centred_gram(features: Tensor) -> Tensor:
+def centered_gram(features: Tensor) -> Tensor:
     """X X' with zero diagonal, U-centred: every row and column sums to 0. (n, D) -> (n, n) float64, n >= 3.
 
     K_ij - sum_k K_ik / (n - 2) - sum_k K_kj / (n - 2) + sum_kl K_kl / ((n - 1)(n - 2)). The sum of the products of two
     such matrices is n (n - 3) times the unbiased HSIC. A shift of all features does not change it.
 
-    >>> centred_gram(torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
+    >>> centered_gram(torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
     tensor([[ 0.0000, -0.1667,  0.3333, -0.1667],
             [-0.1667,  0.0000, -0.1667,  0.3333],
             [ 0.3333, -0.1667,  0.0000, -0.1667],
@@ -95,21 +89,3 @@ def centred_gram(features: Tensor) -> Tensor:
     n, rows = len(gram), gram.sum(1)
     centred = gram - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
     return centred.fill_diagonal_(0)
-
-
-def cka_picture(matrix: Sequence[Sequence[float | None]], path: str | Path) -> None:
-    """CKA as a heat map: a row a teacher block (the first at the bottom), a column a student block."""
-    values = np.array(matrix, dtype=float)
-    rows, columns = values.shape
-    figure = Figure(figsize=(2.2 + 0.5 * columns, 1.4 + 0.42 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_facecolor("#dddddd")  # a block whose feature is constant
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
-    axes.set(xlabel="student block", ylabel="teacher block", xticks=range(columns), yticks=range(rows))
-    for (row, column), value in np.ndenumerate(values):
-        if not math.isnan(value):
-            colour = "black" if value > 0.6 else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=axes, label="CKA")
-    figure.savefig(path, dpi=130)

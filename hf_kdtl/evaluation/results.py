@@ -61,7 +61,7 @@ def update_results(folder: str | Path, section: str, value: Any) -> dict[str, An
         raise ValueError(f"unknown section {section!r} of {FILE}; expected one of {', '.join(SECTIONS)}.")
     path = Path(folder, FILE)
     results = read_results(folder) if path.exists() else {"schema": SCHEMA}
-    results[section] = _plain(value)
+    results[section] = to_json(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -69,18 +69,18 @@ def update_results(folder: str | Path, section: str, value: Any) -> dict[str, An
     return results
 
 
-def _plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """As JSON knows it: numpy's and torch's numbers as numbers, what is not finite as null, tuples as lists."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [to_json(item) for item in value]
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return to_json(value.tolist())
     return _anonymous(str(value))
 
 

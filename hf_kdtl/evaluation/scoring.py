@@ -12,7 +12,7 @@ from scipy.stats import binom
 from hf_kdtl.evaluation.metrics import METRICS, reliability, scores
 
 
-def compared(
+def paired_scores(
     logits: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None = None, baseline: np.ndarray | None = None
 ) -> dict[str, float]:
     """`scores` of a model, and what the teacher's and the baseline's logits on the same images add to them.
@@ -32,7 +32,7 @@ def compared(
     return found
 
 
-def findings(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def diagnostics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
     """What tables and pictures of one model are made from.
 
     Returns:
@@ -41,7 +41,7 @@ def findings(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> di
     """
     confusion = METRICS["confusion"]().compute(predictions=logits, references=labels)["confusion"]
     return {
-        "accuracy_interval": accuracy_interval(is_right(logits, labels)),
+        "accuracy_interval": accuracy_interval(correct(logits, labels)),
         "reliability": reliability(logits, labels),
         "confusion": {
             names[i]: {names[j]: int(row[j]) for j in np.flatnonzero(row).tolist()} for i, row in enumerate(confusion)
@@ -49,7 +49,7 @@ def findings(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> di
     }
 
 
-def is_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether each labelled image has its largest logit at its class, (n,)."""
     return (logits.argmax(1) == labels)[labels != -100]
 
@@ -69,7 +69,7 @@ def accuracy_interval(right: Sequence[bool] | np.ndarray, level: float = 0.95) -
     return [float(binom.ppf(q, n, k / n)) / n for q in ((1 - level) / 2, (1 + level) / 2)]
 
 
-def most_apart(student: np.ndarray, teacher: np.ndarray, count: int = 12) -> list[int]:
+def largest_disagreements(student: np.ndarray, teacher: np.ndarray, count: int = 12) -> list[int]:
     """The images on which two models' probabilities lie furthest apart, by Jensen-Shannon divergence, furthest first.
 
     Args:

@@ -10,10 +10,10 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap, t
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """(mean, standard deviation over n - 1); None for one value.
 
-    >>> spread([1.0, 2.0, 3.0])
+    >>> mean_and_std([1.0, 2.0, 3.0])
     (2.0, 1.0)
     """
     return fmean(values), stdev(values) if len(values) > 1 else None
@@ -36,7 +36,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"found {len(a)} and {len(b)} values, expected one of each for every seed, at least one.")
-    n, (mean, sd) = len(a), spread([x - y for x, y in zip(a, b, strict=True)])
+    n, (mean, sd) = len(a), mean_and_std([x - y for x, y in zip(a, b, strict=True)])
     none = {"number": n, "mean": mean, "sd": sd, "interval": None, "p_value": None}
     if sd is None:
         return none | {"note": "one seed: no interval"}

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from hf_kdtl.evaluation.metrics import METRICS
-from hf_kdtl.evaluation.results import FILE, SCHEMA, _plain, read_results
+from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json
 from hf_kdtl.hub.card_tables import ARM, judged_student, split_scores
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.reports.evaluation_values import of_role
+from hf_kdtl.reports.evaluation_values import models_with_role
 from hf_kdtl.utils.text import percent
 
 Results = dict[str, Any]
@@ -45,7 +45,7 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
         raise ValueError(f"the evaluation is of the {evaluation.get('split')} split; expected --split test.")
     _check_data(results.get("data", {}), evaluation_results.get("data", {}))
     kept: dict[str, Any] = {"student": _same(results, evaluation)}
-    if teacher := of_role(evaluation, "teacher"):
+    if teacher := models_with_role(evaluation, "teacher"):
         its, model = results.get("models", {}).get("teacher", {}).get("fingerprint"), teacher["teacher"]
         if its is None or model.get("fingerprint") != its:
             raise ValueError(
@@ -121,7 +121,7 @@ def _from_trainer(trainer: Any) -> Results:
         results["layer_rates"] = {"run": {"options": asdict(rates.options), "history": rates.history}}
     if (rule := trainer.gradient_rule) is not None:
         results["gradient_rule"] = {"run": rule.state_dict()}
-    return _plain(results)
+    return to_json(results)
 
 
 def _last_scores(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -207,7 +207,10 @@ def _check_data(mine: dict[str, Any], its: dict[str, Any]) -> None:
 
 def _same(results: Results, evaluation: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's model that has the weights of the run's student."""
-    wanted, students = results.get("models", {}).get("student", {}).get("fingerprint"), of_role(evaluation, "student")
+    wanted, students = (
+        results.get("models", {}).get("student", {}).get("fingerprint"),
+        models_with_role(evaluation, "student"),
+    )
     for model in students.values():
         if wanted is not None and model.get("fingerprint") == wanted:
             return model

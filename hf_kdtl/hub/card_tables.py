@@ -12,9 +12,9 @@ from hf_kdtl.hub.markdown import Markdown
 from hf_kdtl.reports.evaluation_findings import sentences
 from hf_kdtl.reports.evaluation_sections import SCORES_NOTE, degraded_table, fidelity_note, scores_table
 from hf_kdtl.reports.evaluation_summary import verdict_table
-from hf_kdtl.reports.evaluation_values import mean_of_bins, of_role, over_text, scores_of
+from hf_kdtl.reports.evaluation_values import calibration_text, mean_of_bins, models_with_role, scores_of
 from hf_kdtl.reports.run_report import ARMS, SPLITS, note, table
-from hf_kdtl.utils.text import percent, plain
+from hf_kdtl.utils.text import escape_markdown, percent
 
 Results = dict[str, Any]
 ARM = "distilled"
@@ -50,7 +50,7 @@ def source_name(data: dict[str, Any]) -> str | None:
 def judged_student(results: Results) -> dict[str, Any] | None:
     """What evaluate_student.py found of the student; None where it was not run."""
     evaluation = results.get("judged", {}).get("evaluation")
-    return None if evaluation is None else next(iter(of_role(evaluation, "student").values()))
+    return None if evaluation is None else next(iter(models_with_role(evaluation, "student").values()))
 
 
 def first_seed(results: Results) -> str | None:
@@ -121,7 +121,9 @@ def _figures(results: Results) -> dict[str, Markdown]:
     if judged is not None:
         evaluation = judged["evaluation"]
         said = [f"On {evaluation['images']:,} {evaluation['split']} images.", *_baseline(results)]
-        said.append(f"Images/s and memory: batch size {evaluation['batch_size']}, {plain(judged['device'])}.")
+        said.append(
+            f"Images/s and memory: batch size {evaluation['batch_size']}, {escape_markdown(judged['device'])}."
+        )
         return {"figures": Markdown(verdict_table(evaluation)), "figures_note": Markdown(" ".join(said))}
     models = results.get("evaluation", {}).get("models", {})
     if models and all(_tabled(model) for model in models.values()):
@@ -153,7 +155,7 @@ def _baseline(results: Results) -> list[str]:
         return []  # not to be told apart
     for seed, value in alone.items():
         if math.isclose(value, nll, rel_tol=1e-4):
-            return [f"The baseline is the same student trained without the teacher, seed {plain(seed)}."]
+            return [f"The baseline is the same student trained without the teacher, seed {escape_markdown(seed)}."]
     return ["The baseline is another model, which this student would replace."]
 
 
@@ -165,7 +167,7 @@ def _measured(results: Results) -> dict[str, str]:
         known = {} if ece is None else {"Calibration": f"expected calibration error {percent(ece)}."}
         return dict.fromkeys(("Likeness inside", "Calibration", "Degraded images", "Cost"), NOT) | known
     fidelity = next(iter(evaluation.get("fidelity", {}).values()), None)
-    name = next(iter(of_role(evaluation, "student")))
+    name = next(iter(models_with_role(evaluation, "student")))
     ece = scores_of(evaluation, name).get("ece")
     claimed, held = (percent(mean_of_bins(student, key)) for key in ("confidence", "accuracy"))
     degraded = evaluation.get("degraded")
@@ -173,7 +175,7 @@ def _measured(results: Results) -> dict[str, str]:
     return {
         "Likeness inside": Markdown(fidelity_note(fidelity)) if fidelity else NOT,
         "Calibration": f"expected calibration error {percent(ece)}; it claims {claimed} in the mean and is right in "
-        f"{held}: {over_text(student)}.",
+        f"{held}: {calibration_text(student)}.",
         "Degraded images": f"accuracy on {degraded['images']:,} of the images, mean over the severities "
         f"{', '.join(map(str, degraded['severities']))}, in the table below."
         if degraded

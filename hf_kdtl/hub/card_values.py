@@ -12,7 +12,7 @@ import yaml
 
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
 from hf_kdtl.evaluation.metrics import METRICS
-from hf_kdtl.evaluation.statistics import spread
+from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.hub.card_tables import (
     ARM,
@@ -160,7 +160,7 @@ def _seeds(results: Results) -> dict[str, Any]:
     values = [value for value in found if value is not None]
     if len(values) < 2:
         return {"number": len(values)}
-    mean, sd = spread(values)
+    mean, sd = mean_and_std(values)
     return {"number": len(values), "spread": f"{100 * mean:.1f} ± {100 * sd:.1f} %", "shown": first_seed(results)}  # type: ignore[operator]
 
 

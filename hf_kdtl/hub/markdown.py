@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_kdtl.utils.text import aligned, plain
+from hf_kdtl.utils.text import escape_markdown, markdown_table
 
 # What would open a list, a heading or a rule at the beginning of a line.
 _OPENS = re.compile(r"^(\d+(?=[.)](\s|$))|(?=[-+=]+(\s|$)))")
@@ -30,13 +30,13 @@ def inline(text: Any, most: int = 1000) -> Markdown:
     if isinstance(text, Markdown):
         return text
     line = " ".join(str(text).split())
-    shown = plain(line if len(line) <= most else f"{line[: most - 1]}…")
+    shown = escape_markdown(line if len(line) <= most else f"{line[: most - 1]}…")
     return Markdown(_OPENS.sub(lambda found: f"{found[1]}\\", shown))
 
 
 def table(rows: Sequence[Sequence[Any]]) -> Markdown:
     """A table of cells, the first row its header; what is not Markdown is escaped."""
-    return Markdown(aligned([[inline(cell) for cell in row] for row in rows]))
+    return Markdown(markdown_table([[inline(cell) for cell in row] for row in rows]))
 
 
 def fenced(text: str, language: str = "") -> Markdown:

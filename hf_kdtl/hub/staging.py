@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, get_token
 
-from hf_kdtl.evaluation.results import FILE, _plain
+from hf_kdtl.evaluation.results import FILE, to_json
 from hf_kdtl.hub.card_tables import saved_adapters
 from hf_kdtl.utils.redaction import anonymous, own_folders
 
@@ -58,7 +58,7 @@ def stage(
         elif is_students(path.name):
             shutil.copyfile(path, target / path.name)
     _check_whole(student, {path.name for path in target.iterdir()})
-    _write(target / FILE, _plain(anonymous(results)))
+    _write(target / FILE, to_json(anonymous(results)))
     (target / CARD).write_text(str(card), encoding="utf-8")
     for name in _PICTURE.findall(str(card)):
         if pictures is not None and Path(pictures, name).is_file():

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from hf_kdtl.evaluation.comparison import Arm, compare, compare_images
-from hf_kdtl.evaluation.statistics import spread
-from hf_kdtl.utils.text import aligned, drawn, plain
+from hf_kdtl.evaluation.statistics import mean_and_std
+from hf_kdtl.utils.text import escape_markdown, markdown_table
 
-COMPARISON = "comparison.png"
 SHARES = ("accuracy", "top5", "mean_class_accuracy")  # printed in per cent
 ERRORS = ("nll", "brier", "ece")
 
@@ -22,11 +16,14 @@ ERRORS = ("nll", "brier", "ece")
 def markdown(arms: Sequence[Arm], split: str, metrics: Sequence[str], level: float = 0.05) -> str:
     """The comparison as text: a table for each metric, what was shown, and the images of each seed."""
     first, found = arms[0], compare(arms, split, metrics)
-    lines = [f"# {len(arms)} models on the {split} images of {plain(first.data.get('source', 'unknown data'))}", ""]
-    lines += [f"Each is compared with {plain(first.name)}, paired by seed ({', '.join(first.seeds)}).", ""]
+    lines = [
+        f"# {len(arms)} models on the {split} images of {escape_markdown(first.data.get('source', 'unknown data'))}",
+        "",
+    ]
+    lines += [f"Each is compared with {escape_markdown(first.name)}, paired by seed ({', '.join(first.seeds)}).", ""]
     for metric, differences in found.items():
         unit = " (%)" if metric in SHARES else " (lower is better)" if metric in ERRORS else ""
-        lines += [f"## {plain(metric)}{unit}", "", _table(arms, split, metric, differences), ""]
+        lines += [f"## {escape_markdown(metric)}{unit}", "", _table(arms, split, metric, differences), ""]
     lines += [_verdict(arms, found, level), ""]
     return "\n".join([*lines, *_images(compare_images(arms, split), first, split)])
 
@@ -34,10 +31,10 @@ def markdown(arms: Sequence[Arm], split: str, metrics: Sequence[str], level: flo
 def _table(arms: Sequence[Arm], split: str, metric: str, differences: list[dict[str, Any]]) -> str:
     rows = [["", "mean ± sd", "difference", "95% t interval", "p", "p (Holm)"]]
     for arm, found in zip(arms, [None, *differences], strict=True):
-        mean, sd = spread(arm.values(split, metric))
+        mean, sd = mean_and_std(arm.values(split, metric))
         shown = _number(mean, metric) if sd is None else f"{_number(mean, metric)} ± {_number(sd, metric)}"
-        rows.append([plain(arm.name), shown, *(["-"] * 4 if found is None else _cells(found, metric))])
-    return aligned(rows)
+        rows.append([escape_markdown(arm.name), shown, *(["-"] * 4 if found is None else _cells(found, metric))])
+    return markdown_table(rows)
 
 
 def _cells(found: dict[str, Any], metric: str) -> list[str]:
@@ -53,7 +50,11 @@ def _verdict(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], level:
     made = [one for _, _, one in tests if one["p_value"] is not None]
     if not made:
         return "No difference can be tested: that takes several seeds that do not all differ by the same amount."
-    shown = [f"{plain(arm.name)} ({plain(metric)})" for metric, arm, one in tests if one.get("p_holm", 1.0) <= level]
+    shown = [
+        f"{escape_markdown(arm.name)} ({escape_markdown(metric)})"
+        for metric, arm, one in tests
+        if one.get("p_holm", 1.0) <= level
+    ]
     tested = f"{len(made)} differences were tested" if len(made) > 1 else "One difference was tested"
     return (
         f"{tested}, corrected by Holm: the chance of seeing any where there is none is at most {level:.0%}. "
@@ -80,12 +81,21 @@ def _images(found: list[dict[str, Any]] | None, first: Arm, split: str) -> list[
         interval = " to ".join(_number(bound, "accuracy", "+") for bound in bounds) or "no image differs"
         counts = [str(one["only_a"]), str(one["only_b"])]
         tests = [_p(one["p_value"]), _p(one["p_holm"])]
-        rows.append([plain(one["arm"]), one["seed"], _number(one["mean"], "accuracy", "+"), interval, *counts, *tests])
+        rows.append(
+            [
+                escape_markdown(one["arm"]),
+                one["seed"],
+                _number(one["mean"], "accuracy", "+"),
+                interval,
+                *counts,
+                *tests,
+            ]
+        )
     about = (
-        f"Accuracy against {plain(first.name)} of the same seed. It says whether these two trained models differ on "
-        "images of this kind, not whether the way of training does: that is the table over seeds."
+        f"Accuracy against {escape_markdown(first.name)} of the same seed. It says whether these two trained models "
+        "differ on images of this kind, not whether the way of training does: that is the table over seeds."
     )
-    return [*title, aligned(rows), "", about, ""]
+    return [*title, markdown_table(rows), "", about, ""]
 
 
 def _number(value: float, metric: str, sign: str = "") -> str:
@@ -94,27 +104,3 @@ def _number(value: float, metric: str, sign: str = "") -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def comparison_picture(arms: Sequence[Arm], split: str, metrics: Sequence[str], path: str | Path) -> None:
-    """The differences from the first arm: a ring for each seed, their mean, and its t interval where there is one."""
-    found, first, names = compare(arms, split, metrics), arms[0], [drawn(arm.name, 40) for arm in arms[1:]]
-    figure = Figure(figsize=(2.2 + 3.6 * len(metrics), 1.6 + 0.45 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (metric, differences) in zip(
-        np.atleast_1d(figure.subplots(1, len(metrics))), found.items(), strict=True
-    ):
-        scale = 100 if metric in SHARES else 1
-        for place, (arm, one) in enumerate(zip(arms[1:], differences, strict=True)):
-            pairs = zip(arm.values(split, metric), first.values(split, metric), strict=True)
-            seeds = [scale * (a - b) for a, b in pairs]
-            axes.plot(seeds, [place - 0.15] * len(seeds), "o", mfc="none", color="#7f7f7f", markersize=5)
-            axes.plot(scale * one["mean"], place, "D", color="#0072B2", markersize=6)
-            if one["interval"] is not None:
-                axes.plot([scale * bound for bound in one["interval"]], [place] * 2, color="#0072B2", linewidth=2)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), names if axes is figure.axes[0] else [""] * len(names))
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(f"{metric}, difference from\n{drawn(first.name, 40)}{' (points)' if scale == 100 else ''}")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)

@@ -11,17 +11,17 @@ from typing import Any
 from hf_kdtl.data.degradations import SEVERITIES
 from hf_kdtl.reports.evaluation_values import (
     Model,
+    calibration_text,
     class_accuracies,
-    kept,
-    left_text,
+    interval_verdict,
     mean_of_bins,
-    of_role,
-    over_text,
+    models_with_role,
     references,
-    shown_text,
+    relative_robustness,
+    robustness_text,
     worst_degradation,
 )
-from hf_kdtl.utils.text import percent, plain
+from hf_kdtl.utils.text import escape_markdown, percent
 
 
 def sentences(evaluation: dict[str, Any], model: Model) -> list[str]:
@@ -33,7 +33,7 @@ def sentences(evaluation: dict[str, Any], model: Model) -> list[str]:
     lines += [_classes(role, model, other) for role, other in models.items()]
     lines.append(_few_images(model))
     lines.append(_confidence(model, models))
-    if kept(model):
+    if relative_robustness(model):
         lines.append(_under_degradation(evaluation, model))
         lines += [_behind(evaluation, role, model, other) for role, other in models.items()]
     return lines
@@ -47,7 +47,7 @@ def _against(role: str, found: dict[str, Any]) -> str:
     low, high = (100 * bound for bound in interval)
     return (
         f"**Accuracy against the {role}**: {points:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}: "
-        f"{shown_text(found)} ({counts})."
+        f"{interval_verdict(found)} ({counts})."
     )
 
 
@@ -65,8 +65,9 @@ def _classes(role: str, model: Model, other: Model) -> str:
     (low, worst), (high, best) = change[0], change[-1]
     lost = sum(value < 0 for value, _ in change)
     return (
-        f"**Classes against the {role}**: {lost} of {len(change)} lose. From {plain(worst)}, {100 * low:+.1f} points "
-        f"({percent(its[worst][0])} to {percent(mine[worst][0])}), to {plain(best)}, {100 * high:+.1f} points."
+        f"**Classes against the {role}**: {lost} of {len(change)} lose. From {escape_markdown(worst)}, "
+        f"{100 * low:+.1f} points ({percent(its[worst][0])} to {percent(mine[worst][0])}), to "
+        f"{escape_markdown(best)}, {100 * high:+.1f} points."
     )
 
 
@@ -84,7 +85,7 @@ def _few_images(model: Model) -> str:
 
 def _confidence(model: Model, models: dict[str, Model]) -> str:
     others = "".join(f"; the {role} {_claim(other)}" for role, other in models.items())
-    return f"**Confidence**: it {_claim(model)}, so it is {over_text(model)}{others}."
+    return f"**Confidence**: it {_claim(model)}, so it is {calibration_text(model)}{others}."
 
 
 def _claim(model: Model) -> str:
@@ -98,21 +99,21 @@ def _under_degradation(evaluation: dict[str, Any], model: Model) -> str:
     name, severity, value = found
     clean = model["degraded"]["clean"]
     return (
-        f"**Degraded images**: it is right in {left_text(model)} in the mean. Worst under {name} at severity "
+        f"**Degraded images**: it is right in {robustness_text(model)} in the mean. Worst under {name} at severity "
         f"{severity}: {percent(clean)} falls to {percent(value)}."
     )
 
 
 def _behind(evaluation: dict[str, Any], role: str, model: Model, other: Model) -> str:
     """Where the accuracy that is left, mean over severities, lies furthest below another model's."""
-    mine, its = ({name: fmean(row) for name, row in kept(one).items()} for one in (model, other))
+    mine, its = ({name: fmean(row) for name, row in relative_robustness(one).items()} for one in (model, other))
     if not its:
         return f"**Degraded images against the {role}**: not compared, it is never right."
     name = min(mine, key=lambda key: mine[key] - its[key])
     verb = "keeps least" if mine[name] < its[name] else "keeps no less under any; closest"
     return (
-        f"**Degraded images against the {role}**, which is right in {left_text(other)}: in comparison it {verb} under "
-        f"{name}, {percent(mine[name])} of its own accuracy, the {role} {percent(its[name])}."
+        f"**Degraded images against the {role}**, which is right in {robustness_text(other)}: in comparison it {verb} "
+        f"under {name}, {percent(mine[name])} of its own accuracy, the {role} {percent(its[name])}."
     )
 
 
@@ -120,7 +121,7 @@ def not_measured(evaluation: dict[str, Any], device: str) -> list[str]:
     """What this evaluation cannot say."""
     lines = []
     for role, what in (("teacher", "what distilling costs"), ("baseline", "what a change from today's model breaks")):
-        if not of_role(evaluation, role):
+        if not models_with_role(evaluation, role):
             lines.append(f"No --{role} was given, so {what} is not known.")
     if (degraded := evaluation.get("degraded")) is None:
         lines.append("No degraded images (--degradations all).")
@@ -132,7 +133,8 @@ def not_measured(evaluation: dict[str, Any], device: str) -> list[str]:
         lines += [f"{what} left out: {', '.join(map(str, names))}." for what, names in without.items() if names]
     for student, found in evaluation.get("fidelity", {}).items():
         lines += [
-            f"{plain(student)}, {what.replace('_', ' ')}: {plain(why)}" for what, why in found["reasons"].items()
+            f"{escape_markdown(student)}, {what.replace('_', ' ')}: {escape_markdown(why)}"
+            for what, why in found["reasons"].items()
         ]
     return [
         *lines,

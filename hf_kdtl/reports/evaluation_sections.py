@@ -10,16 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_kdtl.evaluation.cka import cka_picture
-from hf_kdtl.evaluation.statistics import spread
-from hf_kdtl.reports.evaluation_values import of_role, references, scores_of
-from hf_kdtl.reports.figures.evaluation import (
-    classes_picture,
-    confusion_picture,
-    degradations_picture,
-    reliability_picture,
-)
-from hf_kdtl.utils.text import aligned, percent, plain
+from hf_kdtl.evaluation.statistics import mean_and_std
+from hf_kdtl.reports.evaluation_values import models_with_role, references, scores_of
+from hf_kdtl.reports.figures.calibration import reliability_figure
+from hf_kdtl.reports.figures.cka import cka_figure
+from hf_kdtl.reports.figures.classes import classes_figure
+from hf_kdtl.reports.figures.confusion import confusion_figure
+from hf_kdtl.reports.figures.degraded import degradations_figure
+from hf_kdtl.utils.text import escape_markdown, markdown_table, percent
 
 RELIABILITY, DEGRADED = "reliability.png", "degradations.png"
 PICTURES = ("reliability", "degradations", "classes", "confusion", "cka", "disagreement")
@@ -27,22 +25,22 @@ PICTURES = ("reliability", "degradations", "classes", "confusion", "cka", "disag
 
 def picture_name(evaluation: dict[str, Any], student: str, what: str) -> str:
     """The file of a student's picture of one of PICTURES."""
-    students = list(of_role(evaluation, "student"))
+    students = list(models_with_role(evaluation, "student"))
     return f"{what}.png" if len(students) == 1 else f"{what}-{students.index(student) + 1}.png"
 
 
 def sections(evaluation: dict[str, Any], folder: Path) -> list[str]:
     """Draw the pictures into `folder`; return the lines that show them, with what there is to know about each."""
     models = evaluation["models"]
-    reliability_picture(models, folder / RELIABILITY)
+    reliability_figure(models, folder / RELIABILITY)
     scores = scores_table({name: [scores_of(evaluation, name)] for name in models})
     lines = ["## All scores", "", scores, "", SCORES_NOTE, ""]
     lines += [*_shown("Confidence", RELIABILITY, "accuracy by confidence"), RELIABILITY_NOTE, ""]
     if (degraded := evaluation.get("degraded")) is not None:
-        degradations_picture(models, degraded["severities"], folder / DEGRADED)
+        degradations_figure(models, degraded["severities"], folder / DEGRADED)
         lines += _shown("Degraded images", DEGRADED, "accuracy against severity")
         lines += [_degraded_note(evaluation), "", degraded_table(evaluation), ""]
-    for student in of_role(evaluation, "student"):
+    for student in models_with_role(evaluation, "student"):
         lines += _of_student(evaluation, student, folder)
     return lines
 
@@ -51,20 +49,20 @@ def _of_student(evaluation: dict[str, Any], student: str, folder: Path) -> list[
     others, model, lines = references(evaluation), evaluation["models"][student], []
     if others:
         file, role = picture_name(evaluation, student, "classes"), next(iter(others))
-        which = classes_picture(model, others, folder / file)
-        lines += [*_shown(f"Classes: {plain(student)}", file, "gain and loss of each class"), which, ""]
+        which = classes_figure(model, others, folder / file)
+        lines += [*_shown(f"Classes: {escape_markdown(student)}", file, "gain and loss of each class"), which, ""]
         file = picture_name(evaluation, student, "confusion")
-        which = confusion_picture(model, others[role], role, folder / file)
+        which = confusion_figure(model, others[role], role, folder / file)
         lines += [*_shown(None, file, "difference of the confusions"), f"{CONFUSION_NOTE} {which}".strip(), ""]
     if (found := evaluation.get("fidelity", {}).get(student)) is not None:
-        lines += [f"## Like the teacher inside? {plain(student)}", "", fidelity_note(found), ""]
+        lines += [f"## Like the teacher inside? {escape_markdown(student)}", "", fidelity_note(found), ""]
         if found["cka"] is not None:
             file = picture_name(evaluation, student, "cka")
-            cka_picture(found["cka"]["matrix"], folder / file)
+            cka_figure(found["cka"]["matrix"], folder / file)
             lines += [*_shown(None, file, "CKA of the blocks"), CKA_NOTE, ""]
     if (caption := evaluation.get("disagreement", {}).get(student)) is not None:
         file = picture_name(evaluation, student, "disagreement")
-        lines += [*_shown(f"Where they disagree most: {plain(student)}", file, "images"), caption, ""]
+        lines += [*_shown(f"Where they disagree most: {escape_markdown(student)}", file, "images"), caption, ""]
     return lines
 
 
@@ -76,7 +74,7 @@ def scores_table(runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> st
     """Every metric, from {model: the scores of each of its runs}: mean and standard deviation, shares in per cent."""
     metrics = dict.fromkeys(metric for found in runs.values() for scores in found for metric in scores)
     rows = [[f"`{metric}`", *(_over_runs(metric, found) for found in runs.values())] for metric in metrics]
-    return aligned([["", *map(plain, runs)], *rows])
+    return markdown_table([["", *map(escape_markdown, runs)], *rows])
 
 
 def _over_runs(metric: str, runs: Sequence[Mapping[str, float | None]]) -> str:
@@ -84,7 +82,7 @@ def _over_runs(metric: str, runs: Sequence[Mapping[str, float | None]]) -> str:
     if len(values) < len(runs):
         return "-"
     scale, digits, unit = (1, 4, "") if metric in ("nll", "brier", "teacher_kl") else (100, 1, " %")
-    mean, sd = spread([scale * value for value in values])
+    mean, sd = mean_and_std([scale * value for value in values])
     return f"{mean:.{digits}f}{unit}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}"
 
 
@@ -126,10 +124,10 @@ def degraded_table(evaluation: dict[str, Any]) -> str:
     """Accuracy of each model under each degradation, mean over severities, and the share that is left of the clean."""
     models = {name: model["degraded"] for name, model in evaluation["models"].items()}
     names = ["clean", *(name for name in next(iter(models.values())) if name != "clean")]
-    rows = [["mean over severities", *map(plain, models)]]
+    rows = [["mean over severities", *map(escape_markdown, models)]]
     for name in names:
         rows.append([f"`{name}`", *(_left(found, name) for found in models.values())])
-    return aligned(rows)
+    return markdown_table(rows)
 
 
 def _left(found: dict[str, Any], name: str) -> str:
@@ -153,5 +151,5 @@ def fidelity_note(found: dict[str, Any]) -> str:
             f"Do they look at the same places? Agreement of the class tokens' attention {agreement['mean']:.2f} in "
             "the mean over paired blocks (1: the same places)."
         )
-    lines += [f"No {what.replace('_', ' ')}: {plain(why)}" for what, why in found["reasons"].items()]
+    lines += [f"No {what.replace('_', ' ')}: {escape_markdown(why)}" for what, why in found["reasons"].items()]
     return " ".join(lines)

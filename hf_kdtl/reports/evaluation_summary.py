@@ -8,38 +8,38 @@ from typing import Any
 from hf_kdtl.reports.evaluation_findings import not_measured, sentences
 from hf_kdtl.reports.evaluation_values import (
     Model,
+    calibration_text,
     class_accuracies,
     degraded_mean,
-    kept,
-    left_text,
-    of_role,
-    over_text,
+    interval_verdict,
+    models_with_role,
     references,
+    relative_robustness,
+    robustness_text,
     scores_of,
-    shown_text,
     worst_degradation,
 )
-from hf_kdtl.utils.text import aligned, percent, plain
+from hf_kdtl.utils.text import escape_markdown, markdown_table, percent
 
 
 def first_screen(evaluation: dict[str, Any], device: str) -> list[str]:
     """The lines that answer whether it may ship: table, sentences, what was not measured."""
-    students = of_role(evaluation, "student")
+    students = models_with_role(evaluation, "student")
     lines = [line for name, model in students.items() for line in (in_short(evaluation, name, model), "")]
     lines += [verdict_table(evaluation), "", _how_to_read(evaluation, device), ""]
     for name, model in students.items():
-        lines += [f"### {plain(name)}: what is lost and gained", ""]
+        lines += [f"### {escape_markdown(name)}: what is lost and gained", ""]
         lines += [f"- {sentence}" for sentence in sentences(evaluation, model)] + [""]
     return [*lines, "### Not measured", "", *(f"- {one}" for one in not_measured(evaluation, device)), ""]
 
 
 def in_short(evaluation: dict[str, Any], name: str, model: Model) -> str:
     """One sentence: accuracy, accuracy on degraded images and cost, beside the teacher and the baseline."""
-    told = [f"{plain(name)} is right in {percent(scores_of(evaluation, name)['accuracy'])} of the images"]
+    told = [f"{escape_markdown(name)} is right in {percent(scores_of(evaluation, name)['accuracy'])} of the images"]
     for role in references(evaluation):
         found = model["differences"][role]
-        told.append(f"{100 * found['mean']:+.1f} points against the {role} ({shown_text(found)})")
-    if kept(model):
+        told.append(f"{100 * found['mean']:+.1f} points against the {role} ({interval_verdict(found)})")
+    if relative_robustness(model):
         told.append(f"on degraded ones in {percent(degraded_mean(model))}")
     for role, its in references(evaluation).items():
         ratios = [f"{value(model) / value(its):.2f} x the {what}" for what, value in RATIOS.items()]
@@ -58,13 +58,13 @@ def verdict_table(evaluation: dict[str, Any]) -> str:
         "worst class": lambda name, model: _worst_class(model),
         "calibration error (ECE)": lambda name, model: _calibration(evaluation, name, model),
         "worst degradation": lambda name, model: _worst_degradation(evaluation, model),
-        "degraded images, mean accuracy": lambda name, model: left_text(model),
+        "degraded images, mean accuracy": lambda name, model: robustness_text(model),
         "right in the baseline, wrong here": lambda name, model: _score(evaluation, name, model, "negative_flip_rate"),
         "same answer as the teacher": lambda name, model: _score(evaluation, name, model, "agreement"),
     }
     cells |= {what: _cost_cell(evaluation, *cost) for what, cost in COSTS.items()}
     rows = [[what, *(cell(name, model) for name, model in models.items())] for what, cell in cells.items()]
-    return aligned([["", *map(plain, models)], *(row for row in rows if set(row[1:]) != {"-"})])
+    return markdown_table([["", *map(escape_markdown, models)], *(row for row in rows if set(row[1:]) != {"-"})])
 
 
 RATIOS: dict[str, Callable[[Model], float]] = {
@@ -93,11 +93,11 @@ def _accuracy(evaluation: dict[str, Any], name: str, model: Model) -> str:
 
 def _worst_class(model: Model) -> str:
     name, (value, _) = min(class_accuracies(model).items(), key=lambda item: item[1])
-    return f"{plain(name)} {percent(value)}"
+    return f"{escape_markdown(name)} {percent(value)}"
 
 
 def _calibration(evaluation: dict[str, Any], name: str, model: Model) -> str:
-    return f"{percent(scores_of(evaluation, name)['ece'])}, {over_text(model)}"
+    return f"{percent(scores_of(evaluation, name)['ece'])}, {calibration_text(model)}"
 
 
 def _worst_degradation(evaluation: dict[str, Any], model: Model) -> str:

@@ -11,7 +11,7 @@ Model = dict[str, Any]
 REFERENCES = ("teacher", "baseline")
 
 
-def of_role(evaluation: dict[str, Any], role: str) -> dict[str, Model]:
+def models_with_role(evaluation: dict[str, Any], role: str) -> dict[str, Model]:
     """{name: model} of the students, the teacher or the baseline."""
     return {name: model for name, model in evaluation["models"].items() if model["role"] == role}
 
@@ -33,7 +33,7 @@ def mean_of_bins(model: Model, key: str) -> float:
     return sum(one["images"] * one[key] for one in bins) / sum(one["images"] for one in bins)
 
 
-def kept(model: Model) -> dict[str, list[float]]:
+def relative_robustness(model: Model) -> dict[str, list[float]]:
     """{degradation: share of the clean accuracy that is left at each severity}; empty where none was measured."""
     degraded = model.get("degraded", {})
     clean = degraded.get("clean")
@@ -45,7 +45,7 @@ def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float | None]:
     return evaluation["models"][name]["runs"][name][evaluation["split"]]
 
 
-def over_text(model: Model) -> str:
+def calibration_text(model: Model) -> str:
     """Which way its confidence is off."""
     return "over-confident" if overconfidence(model) > 0 else "under-confident"
 
@@ -70,18 +70,18 @@ def degraded_mean(model: Model) -> float | None:
     return fmean(value for row in rows for value in row) if rows else None
 
 
-def left_text(model: Model) -> str:
+def robustness_text(model: Model) -> str:
     """Mean accuracy over degradations and severities, and the share of the clean accuracy that this is."""
-    mean, shares = percent(degraded_mean(model)), kept(model).values()
+    mean, shares = percent(degraded_mean(model)), relative_robustness(model).values()
     return f"{mean} ({percent(fmean(v for row in shares for v in row))} left)" if shares else mean
 
 
 def references(evaluation: dict[str, Any]) -> dict[str, Model]:
     """{"teacher": model, "baseline": model}, those that there are."""
-    return {role: found for role in REFERENCES for found in of_role(evaluation, role).values()}
+    return {role: found for role in REFERENCES for found in models_with_role(evaluation, role).values()}
 
 
-def shown_text(found: dict[str, Any]) -> str:
+def interval_verdict(found: dict[str, Any]) -> str:
     """What a difference's interval shows."""
     low, high = found["interval"] or [found["mean"]] * 2
     return "lost" if high < 0 else "gained" if low > 0 else "no difference was shown"

@@ -10,14 +10,15 @@ from typing import Any
 import yaml
 
 from hf_kdtl.evaluation.results import read_results
-from hf_kdtl.evaluation.saliency import ATTENTION_SHEET, GRADIENT_SHEET
-from hf_kdtl.evaluation.statistics import spread
+from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.evaluation_sections import SCORES_NOTE, scores_table, sections
 from hf_kdtl.reports.evaluation_summary import first_screen
-from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_picture
-from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_picture
-from hf_kdtl.reports.figures.run import CURVES, SHEET, curves_picture
-from hf_kdtl.utils.text import aligned, plain
+from hf_kdtl.reports.figures.curves import CURVES, curves_figure
+from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_figure
+from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_figure
+from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET
+from hf_kdtl.reports.figures.samples import SHEET
+from hf_kdtl.utils.text import escape_markdown, markdown_table
 
 ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
 
@@ -31,20 +32,20 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     results = read_results(folder)
     if results.get("curves"):
-        curves_picture(results["curves"], folder / CURVES)
+        curves_figure(results["curves"], folder / CURVES)
     if (shown := shown_rates(results)) is not None:
         options = shown[1]["options"]
-        layer_rates_picture(shown[1]["history"], folder / LAYER_RATES, (options["r_min"], options["r_max"]))
+        layer_rates_figure(shown[1]["history"], folder / LAYER_RATES, (options["r_min"], options["r_max"]))
     if (met := shown_conflicts(results)) is not None:
-        gradient_rule_picture(met[1]["history"], folder / GRADIENT_RULE)
+        gradient_rule_figure(met[1]["history"], folder / GRADIENT_RULE)
     report = folder / "report.md"
     pictures = [p for p in (CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / p).exists()]
-    details = sections(results["evaluation"], folder) if judged(results) else []
+    details = sections(results["evaluation"], folder) if is_evaluation(results) else []
     report.write_text(markdown(results, pictures, details), "utf-8")
     return report
 
 
-def judged(results: dict[str, Any]) -> bool:
+def is_evaluation(results: dict[str, Any]) -> bool:
     """Whether these are the results of evaluate_student.py, and not of a training."""
     return "split" in results.get("evaluation", {})
 
@@ -53,8 +54,8 @@ def markdown(results: dict[str, Any], pictures: Sequence[str] = (), details: Seq
     """The report as text. A section that the results do not have is left out; `details` are lines of an evaluation."""
     data, run = results.get("data", {}), results.get("run", {})
     evaluation, pairing = results.get("evaluation", {}), results.get("pairing", {})
-    source = plain(data.get("source", "unknown data"))
-    if judged(results):
+    source = escape_markdown(data.get("source", "unknown data"))
+    if is_evaluation(results):
         lines = [f"# May it ship? Evaluated on {source}", "", *first_screen(evaluation, run["device"]), *details]
     else:
         lines = [f"# {run.get('recipe', 'run')} on {source}", ""]
@@ -96,7 +97,7 @@ def table(results: dict[str, Any]) -> str:
         seeds = str(len(model["runs"])) if arm in ("alone", "distilled") else "-"
         speed = f"{model['images_per_second']:,.0f}"
         rows.append([ARMS.get(arm, arm), *accuracy, seeds, f"{model['parameters']:,}", speed])
-    return aligned([header, *rows])
+    return markdown_table([header, *rows])
 
 
 SPLITS = ("validation", "test")
@@ -169,13 +170,13 @@ def objectives_table(objectives: list[dict[str, Any]]) -> str:
     rows = [["name", "weight", "options"]]
     for entry in objectives:
         options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        text = plain(", ".join(f"{key} {value}" for key, value in options.items())) or "-"
+        text = escape_markdown(", ".join(f"{key} {value}" for key, value in options.items())) or "-"
         rows.append([entry["name"], str(entry.get("weight", 1.0)), text])
-    return aligned(rows)
+    return markdown_table(rows)
 
 
 def _percent(values: list[float]) -> str:
-    mean, sd = spread(values)
+    mean, sd = mean_and_std(values)
     return f"{100 * mean:.1f} %" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f} %"
 
 
@@ -190,4 +191,4 @@ def _more_scores(evaluation: dict[str, Any]) -> list[str]:
 def _list(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    return [f"## {title}", "", *(f"- {item}" for item in map(plain, items)), ""]
+    return [f"## {title}", "", *(f"- {item}" for item in map(escape_markdown, items)), ""]

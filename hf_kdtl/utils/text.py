@@ -7,7 +7,7 @@ import re
 _MARKUP = re.compile(r"[\\`*\[\]<>#|~&$@!]|(?<!\w)_|_(?!\w)|(?<=www)\.|:(?=//)")
 
 
-def aligned(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     """A markdown table that can be read as text too: the first column to the left, the others to the right."""
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(_pad(i, cell, widths[i]) for i, cell in enumerate(row)) + " |" for row in rows]
@@ -27,19 +27,19 @@ def one_line(text: str) -> str:
     return "".join(c for c in spaced if c.isprintable())
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """A text from outside as Markdown that shows it as it is: nothing in it is a link, a tag, a cell or a heading.
 
-    >>> print(plain("a|b <script> my_file"))
+    >>> print(escape_markdown("a|b <script> my_file"))
     a\\|b \\<script\\> my_file
     """
     return _MARKUP.sub(lambda found: f"\\{found[0]}", one_line(text))
 
 
-def drawn(text: str, most: int = 14) -> str:
+def figure_label(text: str, most: int = 14) -> str:
     """A text from outside for a picture: on one line, not longer than `most`, a dollar sign is one (and no formula).
 
-    >>> drawn("a name that is too long", 8)
+    >>> figure_label("a name that is too long", 8)
     'a name …'
     """
     line = one_line(text)

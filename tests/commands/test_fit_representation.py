@@ -9,11 +9,12 @@ import torch
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation import read_results
-from hf_kdtl.evaluation.representation import explained_by, extremes, representation_picture
+from hf_kdtl.evaluation.representation import explained_by, extremes
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.bregman.layer import BregmanLayer
 from hf_kdtl.objectives.bregman import Bregman
+from hf_kdtl.reports.figures.representation import representation_figure
 
 FILES = {"representation.json", "representation.safetensors", "representation.png", "results.json"}
 
@@ -196,11 +197,11 @@ def test_picture_of_loadings_and_of_images():
     y = rows()
     found = fit(y, 3, "softmax")
     shares = explained_by(found, y)
-    representation_picture("loadings.png", found, shares, names=list("abcdef"))
+    representation_figure("loadings.png", found, shares, names=list("abcdef"))
     tile = Image.fromarray(np.zeros((8, 8), np.uint8))
-    representation_picture("sheets.png", found, shares, sheets=[([tile] * 2, [tile] * 2)] * 3)
+    representation_figure("sheets.png", found, shares, sheets=[([tile] * 2, [tile] * 2)] * 3)
     for name in ("loadings.png", "sheets.png"):
         assert Image.open(name).size[0] == 1300
     with pytest.raises(ValueError, match="found 2 names and no sheets of images; expected 6 names, or sheets"):
-        representation_picture("x.png", found, shares, names=["a", "b"])
+        representation_figure("x.png", found, shares, names=["a", "b"])
     assert json.dumps(shares)

@@ -14,6 +14,7 @@ from transformers import ViTImageProcessor
 from hf_kdtl.data import degradations as d
 from hf_kdtl.data.degraded import degraded
 from hf_kdtl.functional.random import Draws
+from hf_kdtl.reports.figures.degradation_gallery import degradation_gallery, example_image
 from tests.reference import degradations as reference
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ severities = pytest.mark.parametrize("severity", d.SEVERITIES)
 
 def images(number=3, height=32, width=40, dtype=torch.float32):
     """The drawing at another size, mirrored, turned: smooth parts, edges, and both ends of the range."""
-    drawn = np.array(d.drawing(96).resize((width, height))) / 255.0
+    drawn = np.array(example_image(96).resize((width, height))) / 255.0
     drawn[0, 0], drawn[-1, -1] = 0.0, 1.0
     changes = [drawn, drawn[:, ::-1], drawn[::-1], 1 - drawn][:number]
     return torch.stack([torch.tensor(c.copy()).permute(2, 0, 1) for c in changes]).to(dtype)
@@ -347,6 +348,6 @@ def test_the_document_has_the_table_and_the_picture():
 
 @pytest.mark.slow
 def test_a_picture_is_drawn(tmp_path):
-    d.picture(tmp_path / "degradations.png", d.drawing(24))
+    degradation_gallery(tmp_path / "degradations.png", example_image(24))
     pixels = np.array(PIL.Image.open(tmp_path / "degradations.png"))
     assert pixels.shape[0] > 1000 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 1000

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import softmax
 
 from hf_kdtl.evaluation import scoring
-from hf_kdtl.evaluation.scoring import accuracy_interval, compared, findings, is_right, most_apart
+from hf_kdtl.evaluation.scoring import accuracy_interval, correct, diagnostics, largest_disagreements, paired_scores
 from hf_kdtl.utils import text
 
 NAMES = ["cat", "dog", "emu"]
@@ -41,27 +41,27 @@ def test_no_interval_where_no_image_differs():
 
 
 def test_unlabelled_images_are_neither_right_nor_wrong():
-    assert is_right(np.eye(3), np.array([0, -100, 1])).tolist() == [True, False]
+    assert correct(np.eye(3), np.array([0, -100, 1])).tolist() == [True, False]
 
 
 def test_compared_adds_what_it_is_given():
     (logits, labels), (teacher, _), (baseline, _) = random(0), random(1), random(2)
-    alone = compared(logits, labels)
-    both = compared(logits, labels, teacher, baseline)
+    alone = paired_scores(logits, labels)
+    both = paired_scores(logits, labels, teacher, baseline)
     assert "agreement" not in alone and "negative_flip_rate" not in alone
     assert alone.items() <= both.items()
     assert set(both) - set(alone) == {"agreement", "teacher_kl", "agreement_teacher_wrong", "negative_flip_rate"}
     assert both["agreement"] == np.mean(logits.argmax(1) == teacher.argmax(1))
     flips = sum(b == y != s for s, b, y in zip(logits.argmax(1), baseline.argmax(1), labels, strict=True))
     assert both["negative_flip_rate"] == flips / 40 > 0
-    assert compared(logits, labels, logits, logits)["negative_flip_rate"] == 0
+    assert paired_scores(logits, labels, logits, logits)["negative_flip_rate"] == 0
 
 
 def test_findings_count_every_labelled_image_once():
     logits, labels = random(3)
     labels[labels == 2] = 1  # a class without images
     labels[:4] = -100
-    found = findings(logits, labels, NAMES)
+    found = diagnostics(logits, labels, NAMES)
     slow = {name: {} for name in NAMES}
     for row, label in zip(logits.argmax(1), labels, strict=True):
         if label >= 0:
@@ -82,10 +82,10 @@ def test_most_apart(scale):
         terms = ((a, (a + b) / 2) for one, other in ((p, q), (q, p)) for a, b in zip(one, other, strict=True))
         return sum(a * math.log(a / m) for a, m in terms if a > 0) / 2
 
-    found = most_apart(student, teacher, 40)
+    found = largest_disagreements(student, teacher, 40)
     values = [divergence(i) for i in found]
     assert sorted(found) == list(range(40))
     assert all(a >= b - 1e-9 for a, b in pairwise(values))
-    assert most_apart(student, teacher, 3) == found[:3]
+    assert largest_disagreements(student, teacher, 3) == found[:3]
     if scale == 1:
         assert found[-1] == 7 and values[0] > 0.1

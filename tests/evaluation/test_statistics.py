@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from hf_kdtl.evaluation import statistics
-from hf_kdtl.evaluation.statistics import holm, images_difference, paired_difference, spread
+from hf_kdtl.evaluation.statistics import holm, images_difference, mean_and_std, paired_difference
 
 
 def test_doctests():
@@ -36,7 +36,7 @@ def test_one_seed_has_no_interval():
     found = paired_difference([0.9], [0.8])
     assert found["mean"] == pytest.approx(0.1)
     assert (found["sd"], found["interval"], found["note"]) == (None, None, "one seed: no interval")
-    assert found["p_value"] is None and spread([0.5]) == (0.5, None)
+    assert found["p_value"] is None and mean_and_std([0.5]) == (0.5, None)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.01])

@@ -12,19 +12,17 @@ from PIL import Image
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.evaluation import update_results
 from hf_kdtl.evaluation.results import FILE
-from hf_kdtl.evaluation.scoring import compared, findings, is_right
+from hf_kdtl.evaluation.scoring import correct, diagnostics, paired_scores
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.reports.evaluation_findings import sentences
 from hf_kdtl.reports.evaluation_summary import verdict_table
-from hf_kdtl.reports.evaluation_values import class_accuracies, overconfidence, shown_text
-from hf_kdtl.reports.figures.evaluation import (
-    classes_picture,
-    confusion_picture,
-    degradations_picture,
-    reliability_picture,
-)
+from hf_kdtl.reports.evaluation_values import class_accuracies, interval_verdict, overconfidence
+from hf_kdtl.reports.figures.calibration import reliability_figure
+from hf_kdtl.reports.figures.classes import classes_figure
+from hf_kdtl.reports.figures.confusion import confusion_figure
+from hf_kdtl.reports.figures.degraded import degradations_figure
 from hf_kdtl.reports.run_report import write_report
-from hf_kdtl.utils.text import drawn, plain
+from hf_kdtl.utils.text import escape_markdown, figure_label
 
 NAMES = ["cat", "dog", "emu"]
 LABELS = np.repeat([0, 1, 2], 20)
@@ -59,10 +57,10 @@ def evaluation(models=ALL, names=NAMES, degraded=True):
     found = {}
     for name, (role, cost, mine) in models.items():
         others = {other: its for other, its in references.items() if other != role}
-        scores = compared(mine, LABELS, **others)
-        found[name] = {"role": role, "runs": {name: {"test": scores}}, **cost, **findings(mine, LABELS, names)}
+        scores = paired_scores(mine, LABELS, **others)
+        found[name] = {"role": role, "runs": {name: {"test": scores}}, **cost, **diagnostics(mine, LABELS, names)}
         found[name]["differences"] = {
-            other: images_difference(is_right(mine, LABELS), is_right(its, LABELS)) for other, its in others.items()
+            other: images_difference(correct(mine, LABELS), correct(its, LABELS)) for other, its in others.items()
         }
         if degraded:
             clean, jpeg = DEGRADED[role]
@@ -167,7 +165,7 @@ def test_an_improvement_and_no_difference():
     told = " ".join(sentences(value, value["models"]["student"]))
     assert "teacher**: +0.0 points, 95% interval -5.0 to +5.0: no difference was shown (1 images only" in told
     assert "baseline**: +30.0 points" in told and ": gained (" in told
-    assert shown_text(images_difference([True] * 5, [False] * 5)) == "gained"
+    assert interval_verdict(images_difference([True] * 5, [False] * 5)) == "gained"
     same = evaluation(ALL | {"student": ("student", HALF, ALL["teacher"][2])})
     assert "teacher**: +0.0 points (0 images" in " ".join(sentences(same, same["models"]["student"]))
 
@@ -215,15 +213,15 @@ def test_overconfidence_is_mean_confidence_minus_accuracy():
     draw = np.random.default_rng(0)
     mine = draw.normal(size=(60, 3))
     confidence = (np.exp(mine).max(1) / np.exp(mine).sum(1)).mean()
-    assert overconfidence(findings(mine, LABELS, NAMES)) == pytest.approx(
+    assert overconfidence(diagnostics(mine, LABELS, NAMES)) == pytest.approx(
         confidence - (mine.argmax(1) == LABELS).mean()
     )
 
 
 def test_plain_and_drawn():
-    assert plain("a\tb\n c\x1b[0m") == "a b c\\[0m"
-    assert plain("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
-    assert drawn("two\nlines of $a$", 30) == r"two lines of \$a\$"
+    assert escape_markdown("a\tb\n c\x1b[0m") == "a b c\\[0m"
+    assert escape_markdown("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
+    assert figure_label("two\nlines of $a$", 30) == r"two lines of \$a\$"
 
 
 HOSTILE = ["a|b\n\n# not a heading", "<script>alert(1)</script>", "$\\frac{$ [x](http://evil.example) ![y](z.png) `"]
@@ -261,7 +259,7 @@ def test_pictures_of_few_and_of_many_classes(classes):
     names = [f"class {i}" for i in range(classes)]
     value = evaluation(degraded=False)
     for name, its_logits in (("student", mine), ("teacher", its), ("baseline", its)):
-        value["models"][name] |= findings(its_logits, labels, names)
+        value["models"][name] |= diagnostics(its_logits, labels, names)
     text = report(value)
     if classes == 60:
         assert "The 12 classes that lose most and the 12 that gain most, of 60." in text
@@ -274,10 +272,10 @@ def test_what_is_drawn(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     value = evaluation()
     models = value["models"]
-    assert classes_picture(models["student"], {"teacher": models["teacher"]}, "x") == "All classes that have images."
-    confusion_picture(models["student"], models["teacher"], "teacher", "x")
-    degradations_picture(models, [1, 5], "x")
-    reliability_picture(models, "x")
+    assert classes_figure(models["student"], {"teacher": models["teacher"]}, "x") == "All classes that have images."
+    confusion_figure(models["student"], models["teacher"], "teacher", "x")
+    degradations_figure(models, [1, 5], "x")
+    reliability_figure(models, "x")
     classes, confusion, degradations, reliability_ = ([axes for axes in figure.axes] for figure in figures)
     assert [tick.get_text() for tick in classes[0].get_yticklabels()] == ["dog", "cat", "emu"]
     assert [bar.get_width() for bar in classes[0].patches] == pytest.approx([-60, 0, 0])

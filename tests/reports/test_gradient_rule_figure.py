@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_kdtl.reports.figures.gradient_rule import gradient_rule_picture
+from hf_kdtl.reports.figures.gradient_rule import gradient_rule_figure
 
 
 def history(entries=12, scale=0.4, layers=("embeddings", "0", "1", "norm", "head", "objectives")):
@@ -38,7 +38,7 @@ RED, BLUE, GREY = (103, 0, 31), (5, 48, 97), (0xDD, 0xDD, 0xDD)
 
 @pytest.mark.parametrize("entries, scale, deepest", [(1, 0.4, BLUE), (12, -0.02, RED)])
 def test_a_picture_is_drawn(tmp_path, entries, scale, deepest):
-    gradient_rule_picture(json.loads(json.dumps(history(entries, scale))), tmp_path / "rule.png")
+    gradient_rule_figure(json.loads(json.dumps(history(entries, scale))), tmp_path / "rule.png")
     assert Image.open(tmp_path / "rule.png").width > 1000
     found = colours(tmp_path / "rule.png")
     # The farthest from 0 is the deepest, red where they conflict; grey is the row that has not both.
@@ -48,7 +48,7 @@ def test_a_picture_is_drawn(tmp_path, entries, scale, deepest):
 
 def test_nothing_in_common_and_nothing_at_all(tmp_path):
     only = [entry | {"cosine": {"objectives": None}} for entry in history(3, scale=0)]
-    gradient_rule_picture(only, tmp_path / "rule.png")
+    gradient_rule_figure(only, tmp_path / "rule.png")
     assert colours(tmp_path / "rule.png")[GREY] > 0.04
     with pytest.raises(ValueError, match="no history of a gradient rule"):
-        gradient_rule_picture([], tmp_path / "rule.png")
+        gradient_rule_figure([], tmp_path / "rule.png")

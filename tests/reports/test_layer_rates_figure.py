@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_kdtl.reports.figures.layer_rates import layer_rates_picture
+from hf_kdtl.reports.figures.layer_rates import layer_rates_figure
 
 
 def history(measurements=12, depth=4):
@@ -22,11 +22,11 @@ def history(measurements=12, depth=4):
 
 @pytest.mark.parametrize("measurements", [1, 12])
 def test_a_picture_is_drawn(tmp_path, measurements):
-    layer_rates_picture(json.loads(json.dumps(history(measurements))), tmp_path / "rates.png")
+    layer_rates_figure(json.loads(json.dumps(history(measurements))), tmp_path / "rates.png")
     pixels = np.array(Image.open(tmp_path / "rates.png"))
     assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
 
 def test_nothing_measured(tmp_path):
     with pytest.raises(ValueError, match="no history of layer rates"):
-        layer_rates_picture([], tmp_path / "rates.png")
+        layer_rates_figure([], tmp_path / "rates.png")

@@ -6,8 +6,9 @@ from PIL import Image
 
 from hf_kdtl.evaluation import update_results
 from hf_kdtl.evaluation.statistics import paired_difference
-from hf_kdtl.reports.figures.run import sheet_choice, sheet_picture
-from hf_kdtl.reports.run_report import aligned, difference, write_report
+from hf_kdtl.reports.figures.samples import choose_samples, sample_figure
+from hf_kdtl.reports.run_report import difference, write_report
+from hf_kdtl.utils.text import markdown_table
 
 
 def score(validation, test):
@@ -74,15 +75,19 @@ def test_half_a_run_has_a_report():
 
 
 def test_aligned():
-    assert aligned([["", "b"], ["aaaa", "1"]]).splitlines() == ["|      |   b |", "|------|----:|", "| aaaa |   1 |"]
+    assert markdown_table([["", "b"], ["aaaa", "1"]]).splitlines() == [
+        "|      |   b |",
+        "|------|----:|",
+        "| aaaa |   1 |",
+    ]
 
 
 def test_sheet_choice():
     teacher = np.eye(2)[[0, 0, 0, 0, 0, 0]]
     student = np.eye(2)[[0, 1, 0, 1, 1, 0]]
-    assert sheet_choice(teacher, student, 4) == [1, 3, 0, 2]
-    assert sheet_choice(teacher, teacher, 4) == [0, 1, 2, 3]
-    assert sheet_choice(teacher, student, 100) == [1, 3, 4, 0, 2, 5]
+    assert choose_samples(teacher, student, 4) == [1, 3, 0, 2]
+    assert choose_samples(teacher, teacher, 4) == [0, 1, 2, 3]
+    assert choose_samples(teacher, student, 100) == [1, 3, 4, 0, 2, 5]
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -90,5 +95,5 @@ def test_sheet_with_two_classes(number):
     chances = np.tile([[0.25, 0.75]], (number, 1))
     images = [Image.new("RGB", (12, 8), "red")] * number
     names = ["a class of a very long name", "dog"]
-    caption = sheet_picture("sheet.png", images, [0] * number, names, chances, chances)
+    caption = sample_figure("sheet.png", images, [0] * number, names, chances, chances)
     assert Path("sheet.png").stat().st_size > 5_000 and "first images that the two classify differently" in caption

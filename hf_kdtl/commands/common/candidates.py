@@ -12,11 +12,12 @@ from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.evaluation.predictions import save_predictions
 from hf_kdtl.evaluation.results import update_results
-from hf_kdtl.evaluation.saliency import ATTENTION_SHEET, GRADIENT_SHEET, looked_at, map_sheet, moved_by, unnormalised
-from hf_kdtl.evaluation.scoring import compared
+from hf_kdtl.evaluation.saliency import attention_map, input_saliency
+from hf_kdtl.evaluation.scoring import paired_scores
 from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.models.labels import match_labels
-from hf_kdtl.reports.figures.run import SHEET, sheet_choice, sheet_picture
+from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET, saliency_figure, unnormalized
+from hf_kdtl.reports.figures.samples import SHEET, choose_samples, sample_figure
 from hf_kdtl.reports.run_report import SPLITS
 
 
@@ -32,7 +33,7 @@ def evaluate(study: Any) -> None:
     by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
     cost = runs.measured(measured, study.config)
     if study.scored:
-        teacher_runs = {"teacher": {split: compared(*pair) for split, pair in taught.items()}}
+        teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in taught.items()}}
         models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
     models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
     value = {"models": models, "batch_size": study.config.per_device_eval_batch_size}
@@ -62,7 +63,7 @@ def _runs(
         for split, data in datasets.items():
             logits[arm, seed, split], labels = runs.predict(model, data, study.config)
             before = logits.get(("alone", seed, split)) if arm == "distilled" else None
-            found[split] = compared(logits[arm, seed, split], labels, taught.get(split), before)
+            found[split] = paired_scores(logits[arm, seed, split], labels, taught.get(split), before)
             if study.config.process_index == 0:
                 save_predictions(folder, split, logits[arm, seed, split], labels)
         by_arm[arm][str(seed)] = found
@@ -97,33 +98,33 @@ def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
     data = builders.pixels(study.data.test, study.processor)
     rows = data.__getitems__(list(range(min(count, len(data)))))
     pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
-    teacher, images = study.teacher, unnormalised(pixels, study.processor)
+    teacher, images = study.teacher, unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
     shown = teacher.pixels(pixels.to(teacher.model.device)) if teacher else None
     try:
-        seen = {"teacher": looked_at(teacher.model, shown)} if teacher else {}
-        seen |= {name: looked_at(model, pixels.to(model.device)) for name, model in students.items()}
+        seen = {"teacher": attention_map(teacher.model, shown)} if teacher else {}
+        seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
         about = "Where the last block looks"
-        captions["attention"] = map_sheet(study.folder / ATTENTION_SHEET, images, seen, about)
+        captions["attention"] = saliency_figure(study.folder / ATTENTION_SHEET, images, seen, about)
     except ValueError as error:  # a model without any map; the run must not end for want of a picture
         runs.say(study.config, f"no attention sheet: {error}")
     moved = {}
     if study.scored:  # in its own order of classes
         order, _ = match_labels(student.config, teacher.model.config)
         its = labels if order is None else torch.tensor(order)[labels]
-        moved = {"teacher": moved_by(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
-    moved |= {name: moved_by(model, pixels.to(model.device), labels) for name, model in students.items()}
+        moved = {"teacher": input_saliency(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
+    moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
     about = "Which pixels move the log-probability of the image's class"
-    return captions | {"gradients": map_sheet(study.folder / GRADIENT_SHEET, images, moved, about)}
+    return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}
 
 
 def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
-    rows = sheet_choice(teacher, student)
+    rows = choose_samples(teacher, student)
     test = study.data.test[rows]
     images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
     _example(study, rows[-1])
     chances = [torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student)]
-    return sheet_picture(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)
+    return sample_figure(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)
 
 
 def _example(study: Any, row: int) -> None:

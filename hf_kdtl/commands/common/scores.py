@@ -20,13 +20,13 @@ from hf_kdtl.data.degraded import degraded
 from hf_kdtl.data.loading import ImageData
 from hf_kdtl.evaluation.cost import cost
 from hf_kdtl.evaluation.fidelity import fidelity
-from hf_kdtl.evaluation.scoring import compared, findings, is_right, most_apart
+from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements, paired_scores
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.reports.evaluation_sections import picture_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
-from hf_kdtl.reports.figures.run import sheet_picture
+from hf_kdtl.reports.figures.samples import sample_figure
 
 
 @dataclass
@@ -138,14 +138,14 @@ class Evaluation:
         models = {}
         for one in self.candidates:
             others = {role: logits[role] for role in self.references if role != one.role}
-            found = compared(logits[one.name], labels, **others)
+            found = paired_scores(logits[one.name], labels, **others)
             models[one.name] = {
                 "role": one.role,
                 "path": one.path,
                 "runs": {one.name: {self.split_name: found}},
-                **findings(logits[one.name], labels, self.names),
+                **diagnostics(logits[one.name], labels, self.names),
                 "differences": {
-                    role: images_difference(is_right(logits[one.name], labels), is_right(its, labels))
+                    role: images_difference(correct(logits[one.name], labels), correct(its, labels))
                     for role, its in others.items()
                 },
             }
@@ -171,14 +171,14 @@ class Evaluation:
         return fidelity(student.model.to(self.config.device), teacher, batches, student.processor)
 
     def _sheet(self, student: str, logits: dict[str, np.ndarray], value: dict[str, Any]) -> str:
-        rows = most_apart(logits[student], logits["teacher"])
+        rows = largest_disagreements(logits[student], logits["teacher"])
         found = self.split[rows]
         images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
         chances = [torch.tensor(logits[who][rows]).float().softmax(-1).numpy() for who in ("teacher", student)]
         Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
         path = Path(self.config.output_dir, picture_name(value, student, "disagreement"))
         which = "Shown are the images on which the probabilities lie furthest apart (Jensen-Shannon divergence)."
-        return sheet_picture(path, images, found["label"], self.names, *chances, which)
+        return sample_figure(path, images, found["label"], self.names, *chances, which)
 
     def _degraded(
         self, names: Sequence[str], severities: Sequence[int], models: dict[str, dict[str, Any]]
@@ -192,7 +192,7 @@ class Evaluation:
 
                 def accuracy(dataset: Any, one: Candidate = one) -> float:
                     bar.update()
-                    return float(is_right(*one.answers(dataset, self.config)).mean())
+                    return float(correct(*one.answers(dataset, self.config)).mean())
 
                 clean = accuracy(builders.pixels(self.rows, one.processor))
                 models[one.name]["degraded"] = {"clean": clean} | {

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm
-from matplotlib.figure import Figure
+
+from hf_kdtl.reports.figures.style import new_figure
 
 GRADIENT_RULE = "gradient_rule.png"
 
 
-def gradient_rule_picture(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     """A heat map, optimizer steps by layers, of the cosine between task and transfer gradient; under it, by step, the
     share of the transfer gradient that was removed and the share of the steps in which the whole gradients conflict.
 
@@ -31,8 +31,7 @@ def gradient_rule_picture(history: Sequence[dict[str, Any]], path: str | Path) -
     steps = [entry["step"] for entry in history]
     layers = list(history[0]["cosine"])
     cosines = np.array([[_number(entry["cosine"][layer]) for entry in history] for layer in layers])
-    figure = Figure(figsize=(9, 3.2 + 0.3 * len(layers)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.2 + 0.3 * len(layers))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1 + 0.3 * len(layers), 2.2])
     above.set_facecolor("#dddddd")  # a layer without one of the two
     # Red and blue are told apart by colour-blind eyes too; white is where the two do not meet. The scale is that of

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+
+from hf_kdtl.reports.figures.style import new_figure
 
 LAYER_RATES = "layer_rates.png"
 
 
-def layer_rates_picture(
-    history: Sequence[dict[str, Any]], path: str | Path, bounds: tuple[float, float] = (0.25, 4.0)
-):
+def layer_rates_figure(history: Sequence[dict[str, Any]], path: str | Path, bounds: tuple[float, float] = (0.25, 4.0)):
     """Two heat maps, optimizer steps by blocks: the multipliers, and under them the discrepancies.
 
     Args:
@@ -36,8 +35,7 @@ def layer_rates_picture(
     for column, entry in enumerate(history):
         for layer, value in entry["discrepancies"].items():
             found[int(layer), column] = np.nan if value is None else value
-    figure = Figure(figsize=(9, 2.6 + 0.3 * len(multipliers)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 2.6 + 0.3 * len(multipliers))
     above, below = figure.subplots(2, 1, sharex=True)
     # Around 1 on a logarithmic scale: half and double the rate are equally far from white.
     farthest = max(*bounds, *(1 / b for b in bounds))

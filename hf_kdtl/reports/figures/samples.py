@@ -1,0 +1,90 @@
+"""Images with the probabilities that teacher and student give to their likeliest classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from hf_kdtl.reports.figures.style import COLORS, new_figure
+from hf_kdtl.utils.text import figure_label
+
+SHEET = "sheet.png"
+FIRST = (
+    "Shown are the first images that the two classify differently, up to half of the sheet, and then the first of the "
+    "others."
+)
+
+
+def choose_samples(teacher: np.ndarray, student: np.ndarray, count: int = 12) -> list[int]:
+    """Which images to show: the first that the two classify differently, up to half; then the first of the others.
+
+    Args:
+        teacher, student: logits or probabilities (n, K) in one class order.
+    """
+    differ = teacher.argmax(1) != student.argmax(1)
+    chosen = np.flatnonzero(differ)[: count // 2].tolist()
+    return chosen + np.flatnonzero(~differ)[: count - len(chosen)].tolist()
+
+
+def sample_figure(
+    path: str | Path,
+    images: Sequence[Any],
+    labels: Sequence[int],
+    names: Sequence[str],
+    teacher: np.ndarray,
+    student: np.ndarray,
+    which: str = FIRST,
+) -> str:
+    """A grid of images, each beside the probabilities of its three likeliest classes; returns the caption.
+
+    Args:
+        images: PIL images.
+        labels: their classes.
+        teacher, student: probabilities (n, K), row i for image i.
+        which: a sentence on how the images were chosen; by default as by `choose_samples`.
+    """
+    columns = min(3, len(images))
+    rows = -(-len(images) // columns)
+    figure = new_figure(4.1 * columns, 1.75 * rows + 0.5)
+    grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.15] * columns)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        _image(figure.add_subplot(grid[row, 2 * column]), image, f"true: {figure_label(names[labels[i]])}")
+        bars = figure.add_subplot(grid[row, 2 * column + 1])
+        _bars(bars, names, teacher[i], student[i], labels[i])
+        if i + columns >= len(images):
+            bars.set_xlabel("probability", fontsize=8)
+    handles = [Patch(color=COLORS[who]) for who in ("teacher", "distilled")]
+    figure.legend(handles, ["teacher", "student"], loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=130)
+    return (
+        "Images with the probabilities of the three classes that teacher and student together find likeliest (the "
+        f"true class in bold). {which}"
+    )
+
+
+def _image(axes: Axes, image: Any, title: str) -> None:
+    axes.imshow(image, interpolation="nearest", cmap="gray" if getattr(image, "mode", "") == "L" else None)
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def _bars(axes: Axes, names: Sequence[str], teacher: np.ndarray, student: np.ndarray, label: int) -> None:
+    top = np.argsort(-(teacher + student), kind="stable")[:3]
+    places = np.arange(len(top))
+    for who, values, shift in (("teacher", teacher, -0.2), ("distilled", student, 0.2)):
+        axes.barh(places + shift, values[top], height=0.38, color=COLORS[who])
+        for place, value in zip(places, values[top], strict=True):
+            axes.text(value + 0.03, place + shift, f"{value:.2f}", va="center", fontsize=6.5)
+    axes.set_yticks(places, [figure_label(names[index]) for index in top], fontsize=8)
+    for tick, index in zip(axes.get_yticklabels(), top, strict=True):
+        tick.set_fontweight("bold" if index == label else "normal")
+    axes.set_ylim(len(top) - 0.5, -0.5)
+    axes.set_xlim(0, 1.25)
+    axes.set_xticks([0, 0.5, 1], ["0", "", "1"], fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
