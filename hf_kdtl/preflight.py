@@ -24,7 +24,7 @@ from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.checks import setting_problems
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
-from hf_kdtl.utils.distributed import asked_for
+from hf_kdtl.utils.distributed import fsdp_requested
 
 
 @dataclass
@@ -114,7 +114,7 @@ def preflight(
     except ValueError as error:
         report.problems.append(str(error))
     compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
-    context = RunContext.of(student, source, compiled, checkpointing, asked_for())
+    context = RunContext.of(student, source, compiled, checkpointing, fsdp_requested())
     start = beside = None
     try:
         if any(objective.source == "start" for objective in objectives.values()):

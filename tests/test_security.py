@@ -19,7 +19,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
 from hf_kdtl import DistillationConfig
-from hf_kdtl.checkpoints.manifest import seal
+from hf_kdtl.checkpoints.manifest import write_manifest
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.loading import load_images
@@ -89,7 +89,7 @@ def test_a_checkpoint_with_a_pickle_that_acts_does_not_act():
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         whole = (folder / name).read_bytes()
         torch.save(Evil(), folder / name)
-        seal(folder, 1, [])  # whoever altered it, altered the checksums too
+        write_manifest(folder, 1, [])  # whoever altered it, altered the checksums too
         again = trainer("out", build("vit"), max_steps=2)
         try:
             again.train(resume_from_checkpoint=str(folder))

@@ -11,13 +11,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
-import shutil
 import time
 import zlib
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -29,13 +27,7 @@ UNLISTED = f"{TRAINER_STATE_NAME}.part"
 _FIELDS = {"run": str, "time": int, "written_with": dict, "files": dict}
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder, whole or not, by step."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=_step)
-
-
-def problems(folder: str | Path, contents: bool = True) -> list[str]:
+def verify(folder: str | Path, contents: bool = True) -> list[str]:
     """What is wrong with a checkpoint: one text for each file, naming it. Empty where the checkpoint is whole.
 
     Args:
@@ -48,7 +40,7 @@ def problems(folder: str | Path, contents: bool = True) -> list[str]:
     if not (folder / TRAINER_STATE_NAME).exists():
         return [f"{TRAINER_STATE_NAME} is missing: its save was not finished"]
     try:
-        files, state = listed(folder)["files"].items(), _read(folder / TRAINER_STATE_NAME)
+        files, state = read_manifest(folder)["files"].items(), _read(folder / TRAINER_STATE_NAME)
     except (OSError, ValueError) as error:
         return [str(error)]
     checked = [_problem(folder / name, size, checksum, contents) for name, (size, checksum) in files]
@@ -57,7 +49,7 @@ def problems(folder: str | Path, contents: bool = True) -> list[str]:
     return [problem for problem in checked if problem]
 
 
-def listed(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """What a checkpoint's list says: its `files`, its `run`, its `time`, what it was `written_with`.
 
     Raises:
@@ -74,48 +66,7 @@ def listed(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def last_whole(folder: str | Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last whole checkpoint of the run that wrote into a folder last, and why each of a later step is not it."""
-    damaged: dict[Path, list[str]] = {}
-    runs = {checkpoint: _written(checkpoint) for checkpoint in checkpoints(folder)}
-    newest = max(runs, key=lambda path: runs[path], default=None)
-    for checkpoint, run in reversed(runs.items()):
-        if not (wrong := problems(checkpoint)) and newest is not None and run[1] != runs[newest][1]:
-            wrong = [f"it is of another run, and {newest.name} was written after it"]
-        if not wrong:
-            return checkpoint, damaged
-        damaged[checkpoint] = wrong
-    return None, damaged
-
-
-def choose(asked: str | Path | Literal[True], folder: str | Path) -> tuple[Path, dict[Path, list[str]]]:
-    """The checkpoint to continue from, and what is wrong with those that are skipped for it.
-
-    Args:
-        asked: True for the last whole one, or the path of one.
-        folder: where True looks.
-
-    Raises:
-        ValueError: when the one asked for is not whole, or none is: naming the files, and what else there is.
-    """
-    run = Path(folder) if asked is True else Path(asked).parent
-    put_back(run)
-    if asked is not True and not (wrong := problems(asked)):
-        return Path(asked), {}
-    last, damaged = last_whole(run)
-    if asked is not True:
-        instead = f"The last whole one is {last}." if last else f"No other one in {run} is whole."
-        raise ValueError(f"{asked} is not a whole checkpoint: {'; '.join(wrong)}. {instead}")
-    if last is None:
-        found = "; ".join(f"{c.name}: {', '.join(wrong)}" for c, wrong in damaged.items()) or "there is none"
-        raise ValueError(
-            f"No whole checkpoint in {run} ({found}). Train without resume_from_checkpoint to begin anew, or name the "
-            "path of one."
-        )
-    return last, damaged
-
-
-def seal(folder: Path, processes: int, needed: list[str], run: str = "", **facts: Any) -> None:
+def write_manifest(folder: Path, processes: int, needed: list[str], run: str = "", **facts: Any) -> None:
     """List the files of a checkpoint, with size and checksum, when all are written, and finish it: `UNLISTED` gets
     its name.
 
@@ -145,27 +96,13 @@ def seal(folder: Path, processes: int, needed: list[str], run: str = "", **facts
 
 def changed_since(folder: Path, **facts: Any) -> str:
     """What is otherwise now than when this checkpoint was written, in words; empty where nothing."""
-    before, now = listed(folder)["written_with"], _software() | facts
+    before, now = read_manifest(folder)["written_with"], _software() | facts
     return ", ".join(
         f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
     )
 
 
-def superfluous(newest: Path, limit: int | None, best: str | None, damaged: frozenset[Path]) -> list[Path]:
-    """The checkpoints to remove so that `limit` are left: the newest and the best always stay.
-
-    Damaged ones go first, then those of later steps (of another run, or of one that was resumed before them), then the
-    oldest. Not by time as in Trainer, where a copied folder, or one written to again, is the newest.
-    """
-    keep = {newest.resolve()} | ({Path(best).resolve()} if best is not None and Path(best).is_dir() else set())
-    others = [path for path in checkpoints(newest.parent) if path.resolve() not in keep]
-    whole = {path: path not in damaged and not problems(path, contents=False) for path in others}
-    others.sort(key=lambda path: (whole[path], _step(path) < _step(newest), _step(path)))
-    spare = len(others) - max(0, limit - len(keep)) if limit is not None and limit > 0 else 0
-    return [*others[: max(0, spare)], *([_old(newest)] if _old(newest).exists() else [])]
-
-
-def to_disk(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Have a checkpoint on the disk itself, where a machine that loses power finds it.
 
     Raises:
@@ -182,41 +119,6 @@ def to_disk(folder: Path) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # else this file system cannot be asked to
                 (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
                 raise
-
-
-def set_aside(folder: Path) -> None:
-    """Make room for a checkpoint: an older one of its step must not mix with it, and is kept until it is whole."""
-    if folder.exists():
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
-
-
-def put_back(run: Path) -> None:
-    """Undo `set_aside` where the new checkpoint did not become whole."""
-    for old in run.glob("checkpoint-*.old"):
-        new = old.with_suffix("")
-        if problems(new):
-            shutil.rmtree(new, ignore_errors=True)
-            old.rename(new)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.old")
-
-
-def _written(folder: Path) -> tuple[int, str]:
-    """When a checkpoint was written, and by which run: by the list, since a copy has other times."""
-    try:
-        content = listed(folder)
-    except (OSError, ValueError):
-        return 0, ""
-    return content["time"], content["run"]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
 
 
 def _read(path: Path) -> dict[str, Any]:

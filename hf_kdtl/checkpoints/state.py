@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_kdtl.gradient_rules import TwoGradients
+from hf_kdtl.gradient_rules import GradientAccumulator
+from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.trainer.build import kept_start
-from hf_kdtl.utils.distributed import load_whole, plain_type
+from hf_kdtl.utils.distributed import load_full_state_dict, unsharded_class
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +32,7 @@ def save_distillation_state(
     tensors: dict[str, Tensor],
     entries: list[dict[str, Any]],
     rates: LayerRates | None = None,
-    gradients: TwoGradients | None = None,
+    gradients: GradientAccumulator | None = None,
     start: StartingPoint | None = None,
 ) -> None:
     """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
@@ -61,7 +61,7 @@ def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entri
         if before != now:
             logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
     tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
-    load_whole(objectives, tensors)
+    load_full_state_dict(objectives, tensors)
 
 
 def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
@@ -82,7 +82,7 @@ def load_start(trainer: Any, folder: str | Path) -> StartingPoint:
     """
     kept = Path(folder).parent / START
     try:
-        start = kept_start(trainer, kept)
+        start = _kept_start(trainer, kept)
         found = start.fingerprint
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -96,6 +96,26 @@ def load_start(trainer: Any, folder: str | Path) -> StartingPoint:
             "its weights."
         )
     return start
+
+
+def _kept_start(trainer: Any, folder: Path) -> StartingPoint:
+    """What the student of a run that is resumed started from, as the run kept it.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    student = trainer.model
+    if adapted(student):
+        return StartingPoint(student)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is missing: the run kept there what its student started from, and its objectives hold the "
+            "student to it. Put the folder back beside the checkpoints, or start a new run from the checkpoint's "
+            "weights."
+        )
+    start = StartingPoint.from_path(folder, student, trainer.processing_class)
+    start.kept = folder
+    return start.to(trainer.accelerator.device)
 
 
 def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
@@ -116,7 +136,7 @@ def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
         rates.load_state_dict(saved)
 
 
-def load_gradient_rule(folder: str | Path, options: Any, gradients: TwoGradients | None) -> None:
+def load_gradient_rule(folder: str | Path, options: Any, gradients: GradientAccumulator | None) -> None:
     """Go on with the history of a checkpoint's gradient rule. Another rule, or none, is said."""
     saved = _state(folder).get("gradient_rule")
     found, now = None if saved is None else saved["options"], None if gradients is None else gradients.options
@@ -137,21 +157,21 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
         ValueError: when the checkpoint is of another architecture, or lacks a tensor.
     """
     _check_architecture(student, Path(folder, "config.json"))
-    loaded: Any = plain_type(student).from_pretrained(folder, output_loading_info=True)
+    loaded: Any = unsharded_class(student).from_pretrained(folder, output_loading_info=True)
     saved, info = loaded
     # Only what is missing or does not fit: from_pretrained would leave it at its random initial value.
     lost = sorted(info["missing_keys"]) + [str(item) for item in info["mismatched_keys"]]
     if lost or info["unexpected_keys"]:
         raise ValueError(
-            f"{folder} does not fit {plain_type(student).__name__}: missing or of another shape {lost[:5]}, "
+            f"{folder} does not fit {unsharded_class(student).__name__}: missing or of another shape {lost[:5]}, "
             f"unexpected {sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made "
             "from."
         )
-    load_whole(student, saved.state_dict())
+    load_full_state_dict(student, saved.state_dict())
 
 
 def _check_architecture(student: PreTrainedModel, path: Path) -> None:
-    saved, now = json.loads(path.read_text()), plain_type(student).__name__
+    saved, now = json.loads(path.read_text()), unsharded_class(student).__name__
     found = (saved.get("architectures") or [now])[0]
     if found != now:
         raise ValueError(

@@ -32,7 +32,7 @@ from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.preflight import preflight
 from hf_kdtl.reports.run_report import difference, note, table, write_report
-from hf_kdtl.trainer.checks import check_teacher_is_used
+from hf_kdtl.trainer.checks import check_teacher_usage
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Study:
         by_itself = options.teacher == "self"
         self.teacher = None if options.teacher is None or by_itself else Teacher.from_pretrained(options.teacher)
         self.source: Any = "self" if by_itself else self.teacher
-        check_teacher_is_used(self.source, config)
+        check_teacher_usage(self.source, config)
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)

@@ -210,7 +210,7 @@ class ImageDataset(torch.utils.data.Dataset):
     A batch is read and augmented as one (`__getitems__`, which torch's DataLoader calls). Its draws depend on seed,
     epoch and the indices in it, and on nothing else: not on the number of workers, and torch's generator is left as it
     was. DistillationTrainer calls `set_epoch`; a plain Trainer needs
-    `hf_kdtl.trainer.callbacks.EpochToDataset`.
+    `hf_kdtl.trainer.callbacks.SetDatasetEpoch`.
 
     Args:
         split: columns `image` and `label`, as in `ImageData`.

@@ -1,8 +1,8 @@
 """How the task gradient and the transfer gradient become one. A new rule is a class and a line in `GRADIENT_RULES`."""
 
+from hf_kdtl.gradient_rules.accumulator import GradientAccumulator
 from hf_kdtl.gradient_rules.base import GradientRule
 from hf_kdtl.gradient_rules.rules import LayerLocal, NeverHurt, PCGrad
-from hf_kdtl.gradient_rules.window import TwoGradients
 
 GRADIENT_RULES: dict[str, type[GradientRule]] = {
     "never_hurt": NeverHurt,
@@ -10,4 +10,4 @@ GRADIENT_RULES: dict[str, type[GradientRule]] = {
     "layer_local": LayerLocal,
 }
 
-__all__ = ["GRADIENT_RULES", "GradientRule", "TwoGradients"]
+__all__ = ["GRADIENT_RULES", "GradientAccumulator", "GradientRule"]

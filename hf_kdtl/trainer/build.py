@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
-from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.start import StartingPoint
@@ -105,26 +103,6 @@ def _start(trainer: Any) -> StartingPoint:
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, 0)
     return StartingPoint(student)
-
-
-def kept_start(trainer: Any, folder: Path) -> StartingPoint:
-    """What the student of a run that is resumed started from, as the run kept it.
-
-    Raises:
-        ValueError: when it is not there.
-    """
-    student = trainer.model
-    if adapted(student):
-        return StartingPoint(student)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is missing: the run kept there what its student started from, and its objectives hold the "
-            "student to it. Put the folder back beside the checkpoints, or start a new run from the checkpoint's "
-            "weights."
-        )
-    start = StartingPoint.from_path(folder, student, trainer.processing_class)
-    start.kept = folder
-    return start.to(trainer.accelerator.device)
 
 
 def _sample(trainer: Any, number: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class EpochToDataset(TrainerCallback):
+class SetDatasetEpoch(TrainerCallback):
     """Call `set_epoch` of the training data at the start of each epoch, on every process.
 
     Accelerate does so by itself only in the plainest case: with several processes, or in the epoch in which a run is
@@ -105,7 +105,7 @@ class StopOnSignal(TrainerCallback):
         return bool(told.item())
 
 
-class TaskStep(TrainerCallback):
+class MeasureTaskStep(TrainerCallback):
     """Have the optimizer's step measured along the task's gradient, where a gradient rule is at work."""
 
     def __init__(self, trainer: Any) -> None:

@@ -15,19 +15,14 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
-from hf_kdtl.checkpoints.manifest import (
-    UNLISTED,
-    changed_since,
+from hf_kdtl.checkpoints.manifest import UNLISTED, changed_since, fsync_tree, read_manifest, verify, write_manifest
+from hf_kdtl.checkpoints.rotation import (
+    back_up,
     checkpoints,
-    choose,
-    last_whole,
-    listed,
-    problems,
-    put_back,
-    seal,
-    set_aside,
-    superfluous,
-    to_disk,
+    latest_complete,
+    resolve_checkpoint,
+    restore_backup,
+    to_prune,
 )
 
 logger = logging.get_logger(__name__)
@@ -36,7 +31,7 @@ CONTINUE = "trainer.train(resume_from_checkpoint=True), or the same command with
 _CANNOT_WRITE = (OSError, SafetensorError, RuntimeError)  # the last is torch.save's, and names its C++ writer
 
 
-class _BrokenOff(Exception):
+class SaveAborted(Exception):
     """Leave a save on every process, because one could not write."""
 
 
@@ -79,10 +74,10 @@ class CheckpointingTrainer(Trainer):
                 f"resume_from_checkpoint is {asked[0]!r} on process 0 and {asked[differs[0]]!r} on {differs[0]}. The "
                 "processes train one model: give all of them the same."
             )
-        self._run, path, self._damaged = self._by_first(lambda: self._begun(resume_from_checkpoint))
+        self._run, path, self._damaged = self._on_rank_zero(lambda: self._resolve_resume(resume_from_checkpoint))
         return super().train(path, *args, **kwargs)
 
-    def _begun(self, asked: Any) -> tuple[str, str | None, frozenset[Path]]:
+    def _resolve_resume(self, asked: Any) -> tuple[str, str | None, frozenset[Path]]:
         """On process 0: the run's name, the checkpoint it continues from, and those that are skipped for it."""
         folder = str(self.args.output_dir)
         if isinstance(asked, str) and asked.lower() in ("true", "false"):  # from a command line or an environment
@@ -96,14 +91,14 @@ class CheckpointingTrainer(Trainer):
             return uuid.uuid4().hex, None, frozenset()
         if asked is not True and (asked == "" or not isinstance(asked, str | Path)):
             raise ValueError(f"resume_from_checkpoint is {asked!r}; expected True, or the path of a checkpoint.")
-        path, damaged = choose(asked, folder)
+        path, damaged = resolve_checkpoint(asked, folder)
         for skipped, wrong in damaged.items():
             logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
         if changed := changed_since(path, processes=self.args.world_size, seed=self.args.seed):
             logger.warning(f"{path} was written with {changed}: it goes on, and not bitwise as if never stopped.")
-        return listed(path)["run"], str(path), frozenset(damaged)
+        return read_manifest(path)["run"], str(path), frozenset(damaged)
 
-    def _by_first(self, decide: Any) -> Any:
+    def _on_rank_zero(self, decide: Any) -> Any:
         """What process 0 decides, or raises, on every process."""
         decided, error = None, None
         if self.args.process_index == 0:
@@ -136,7 +131,7 @@ class CheckpointingTrainer(Trainer):
         return num_train_epochs, 0  # no epoch is left: else the rest of its last one would begin
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        before = listed(checkpoint)["written_with"].get("optimizer") if checkpoint is not None else None
+        before = read_manifest(checkpoint)["written_with"].get("optimizer") if checkpoint is not None else None
         if before not in (None, self._optimizer_name()):
             raise ValueError(
                 f"{checkpoint} was trained with the optimizer {before} and this run has {self._optimizer_name()}: set "
@@ -154,53 +149,53 @@ class CheckpointingTrainer(Trainer):
         limit, doomed = self.args.save_total_limit, []
         self._folder, self._error = folder, None
         try:
-            with self._noting():
+            with self._collect_errors():
                 if self.args.should_save:
-                    set_aside(folder)
-            with self._noting():
-                if not self._reasons():
-                    vars(self.state)["save_to_json"] = self._seal
+                    back_up(folder)
+            with self._collect_errors():
+                if not self._rank_errors():
+                    vars(self.state)["save_to_json"] = self._write_state
                     super()._save_checkpoint(model, trial)
                 if self.args.should_save and self._error is None:
-                    doomed = self._settled(folder, limit)
+                    doomed = self._finalize(folder, limit)
         finally:
             vars(self.state).pop("save_to_json", None)
             self._folder, self.args.save_total_limit = None, limit
-        if reasons := self._reasons():
-            self._give_up(folder, reasons)
+        if reasons := self._rank_errors():
+            self._abort_save(folder, reasons)
         for path in doomed:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _settled(self, folder: Path, limit: int | None) -> list[Path]:
+    def _finalize(self, folder: Path, limit: int | None) -> list[Path]:
         """What can be removed now that this checkpoint is whole."""
-        if wrong := problems(folder, contents=False):
+        if wrong := verify(folder, contents=False):
             raise OSError("; ".join(wrong))
-        if doomed := superfluous(folder, limit, self.state.best_model_checkpoint, self._damaged):
-            to_disk(folder)
+        if doomed := to_prune(folder, limit, self.state.best_model_checkpoint, self._damaged):
+            fsync_tree(folder)
         return doomed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self._noting():
+        with self._collect_errors():
             if _internal_call and output_dir is not None and self.args.should_save:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 self._save_beside(Path(output_dir))
             super().save_model(output_dir, _internal_call)
         if self._folder is not None and self.args.save_only_model:
-            self._together()
+            self._sync_before_state()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._noting():
+        with self._collect_errors():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_scaler(self, output_dir: str) -> None:
-        with self._noting():
+        with self._collect_errors():
             super()._save_scaler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        with self._noting():
+        with self._collect_errors():
             super()._save_rng_state(output_dir)
         if self._folder is not None:
-            self._together()
+            self._sync_before_state()
 
     def _needed(self) -> list[str]:
         """Trainer's own files beside the model."""
@@ -212,48 +207,48 @@ class CheckpointingTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # those have folders
         return random + scaler + ([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])
 
-    def _together(self) -> None:
+    def _sync_before_state(self) -> None:
         """What every process has written is there, and trainer_state.json is next."""
-        if self._reasons():
-            raise _BrokenOff
+        if self._rank_errors():
+            raise SaveAborted
         self.args.save_total_limit = None  # Trainer's own rotation does not know what is whole
 
-    def _seal(self, path: str) -> None:
+    def _write_state(self, path: str) -> None:
         """In the place of `TrainerState.save_to_json`: the file is listed before it has its name."""
         folder = Path(path).parent
         TrainerState.save_to_json(self.state, str(folder / UNLISTED))
         optimizer = None if self.args.save_only_model else self._optimizer_name()
         facts = {"seed": self.args.seed, "optimizer": optimizer}
-        seal(folder, self.args.world_size, self._needed(), self._run, **facts)
+        write_manifest(folder, self.args.world_size, self._needed(), self._run, **facts)
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _collect_errors(self) -> Iterator[None]:
         """Keep an error until the processes compare: one that leaves a save alone leaves the others waiting for it."""
         try:
             yield
-        except _BrokenOff:
+        except SaveAborted:
             pass
         except Exception as error:
             if self._folder is None:
                 raise
             self._error = self._error or error
 
-    def _reasons(self) -> list[str]:
+    def _rank_errors(self) -> list[str]:
         """Why processes could not write; the same on all of them."""
         mine = None if self._error is None else str(self._error) or type(self._error).__name__
         return [reason for reason in gather_object([mine]) if reason is not None]
 
-    def _give_up(self, folder: Path, reasons: list[str]) -> None:
-        error, kept = self._error, self._by_first(lambda: not problems(folder))
+    def _abort_save(self, folder: Path, reasons: list[str]) -> None:
+        error, kept = self._error, self._on_rank_zero(lambda: not verify(folder))
         if self.args.should_save and not kept:
             shutil.rmtree(folder, ignore_errors=True)
-            put_back(folder.parent)
+            restore_backup(folder.parent)
         self.accelerator.wait_for_everyone()
         if error is not None and (kept or not isinstance(error, _CANNOT_WRITE)):
             raise error
         if kept:  # a push failed, say
             raise RuntimeError(f"another process stopped after it had written {folder}: {'; '.join(reasons)}.")
-        last, _ = last_whole(folder.parent)
+        last, _ = latest_complete(folder.parent)
         how = f"The last whole one is {last}: make room and continue with {CONTINUE}" if last else "There is no other"
         free = shutil.disk_usage(folder.parent).free
         raise OSError(
@@ -274,10 +269,10 @@ class CheckpointingTrainer(Trainer):
         """
         best = self.state.best_model_checkpoint
         assert best is not None
-        if not (wrong := self._by_first(lambda: problems(best))):
+        if not (wrong := self._on_rank_zero(lambda: verify(best))):
             return best
         last = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
-        if self._by_first(lambda: problems(last)):
+        if self._on_rank_zero(lambda: verify(last)):
             self._save_checkpoint(self.model, None)
         raise ValueError(
             f"training is finished, and the best checkpoint {best} cannot be loaded: {'; '.join(wrong)}. The model as "

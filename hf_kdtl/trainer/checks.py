@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
 
-from hf_kdtl.checkpoints.manifest import checkpoints, problems
+from hf_kdtl.checkpoints.manifest import verify
+from hf_kdtl.checkpoints.rotation import checkpoints
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import class_names
@@ -21,7 +22,7 @@ DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 FSDP = "accelerate launch --config_file recipes/launch/fsdp2.yaml <script>"
 
 
-def check_teacher_is_used(teacher: Any, config: DistillationConfig) -> None:
+def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
     """Raises ValueError when a teacher or a start is given and unused, or a teacher is missing."""
     objectives = config.build_objectives()
     if config.start is not None and all(objective.source == "teacher" for objective in objectives.values()):
@@ -239,7 +240,9 @@ def check_optimizer(optimizer: Any, objectives: nn.Module, rates: LayerRates | N
         rates.apply(optimizer)
 
 
-def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str | None) -> FloatingPointError:
+def non_finite_loss_error(
+    step: int, loss: float, terms: dict[str, float], output_dir: str | None
+) -> FloatingPointError:
     """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch."""
     broken = [key for key, value in terms.items() if not math.isfinite(value)]
     largest = max(terms, key=lambda key: math.inf if math.isnan(terms[key]) else abs(terms[key]))
@@ -251,7 +254,7 @@ def broken_loss(step: int, loss: float, terms: dict[str, float], output_dir: str
     )
 
 
-def broken_gradient(step: int, norm: float, output_dir: str | None) -> FloatingPointError:
+def non_finite_gradient_error(step: int, norm: float, output_dir: str | None) -> FloatingPointError:
     """The error for a gradient that is nan or infinite where the loss was not."""
     return FloatingPointError(
         f"the gradient's norm is {norm} at step {step}; the weights were left as they were. {_last_good(output_dir)} "
@@ -260,5 +263,5 @@ def broken_gradient(step: int, norm: float, output_dir: str | None) -> FloatingP
 
 
 def _last_good(output_dir: str | None) -> str:
-    whole = [c for c in checkpoints(output_dir or "") if not problems(c, contents=False)]
+    whole = [c for c in checkpoints(output_dir or "") if not verify(c, contents=False)]
     return f"The last good checkpoint is {whole[-1]}." if whole else "No checkpoint was written yet."

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from hf_kdtl.gradient_rules import GradientRule, TwoGradients
+from hf_kdtl.gradient_rules import GradientAccumulator, GradientRule
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.optim import layer_groups
 from hf_kdtl.trainer.distiller import Distiller
 
 
-def two_gradients(rule: GradientRule | None, distiller: Distiller) -> TwoGradients | None:
+def build_accumulator(rule: GradientRule | None, distiller: Distiller) -> GradientAccumulator | None:
     """The buffers of a rule, for everything that the container trains; None without a rule.
 
     Raises:
@@ -39,14 +39,14 @@ def two_gradients(rule: GradientRule | None, distiller: Distiller) -> TwoGradien
             blocks[i] = [names[id(p)] for p in block.parameters() if id(p) in names]
     own = {key: [f"objectives.{key}.{name}" for name, p in objective.named_parameters() if p.requires_grad]
            for key, objective in distiller.objectives.items()}  # fmt: skip
-    return TwoGradients(rule, trained, layers, blocks, own)
+    return GradientAccumulator(rule, trained, layers, blocks, own)
 
 
 Parts = dict[str, Tensor | list[Tensor]]
 
 
 @contextmanager
-def two_backwards(trainer: Any, model: nn.Module, gradients: TwoGradients | None) -> Iterator[None]:
+def separate_backward(trainer: Any, model: nn.Module, gradients: GradientAccumulator | None) -> Iterator[None]:
     """Around Trainer's training_step: its one backward pass becomes the rule's two, and the window's end the rule.
 
     DDP, which knows one gradient, does not synchronise here: each of the two is reduced once, at the window's end.

@@ -11,12 +11,65 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.trainer.distiller import Distiller
-from hf_kdtl.utils.distributed import LAUNCHED, asked_for, in_parts, shard, whole
+from hf_kdtl.utils.distributed import LAUNCHED, fsdp_requested, gather_full, shard_like
+
+
+def shard(distiller: Distiller, **options: Any) -> Distiller:
+    """Put every block, what is around them and every objective with parameters into a unit of FSDP2; the teacher too.
+
+    DistillationTrainer calls it where `accelerate launch` asks for FSDP2. In a loop of your own build the container
+    with `context=RunContext.of(student, teacher, sharded=True)`, by which objectives choose what is exact here or
+    refuse; then shard it; then make the optimizer. Every process calls it, for equal weights.
+
+    The student is a unit of its own within the container: a derivative's inner backward pass ends with the weights of
+    the outermost unit given back, and the student runs again after it.
+
+    Args:
+        options: of `torch.distributed.fsdp.fully_shard`, such as mesh.
+
+    Returns:
+        the container, changed in place.
+
+    Raises:
+        ValueError: for a container that a gradient rule wants apart; when the blocks of a model cannot be found.
+    """
+    if distiller.split_terms is not None:
+        raise ValueError(
+            "a gradient_rule compares whole gradients, and FSDP2 leaves each process a part of them. Use DDP, or no "
+            "gradient_rule."
+        )
+    teacher = None if distiller.teacher is None else distiller.teacher.model
+    models: list[Any] = [distiller.student] + ([] if teacher in (None, distiller.student) else [teacher])
+    for model in models:
+        if isinstance(model, FSDPModule):
+            continue  # a teacher that has served another run
+        for _, block in find_blocks(model):
+            fully_shard(block, **options)
+        # Given back after the backward pass only: one that begins inside the model fetches nothing around the blocks.
+        fully_shard(model, **options, reshard_after_forward=False)
+    for objective in distiller.objectives.values():
+        if any(True for _ in objective.parameters()):
+            fully_shard(objective, **options)
+    if not isinstance(distiller, FSDPModule):
+        fully_shard(distiller, **options)
+        _begin(distiller)
+    return distiller
+
+
+def _begin(distiller: Distiller) -> None:
+    """Run the container without content: FSDP2 takes the first module that runs for the outermost, and the student may
+    run alone before a training step (to be evaluated, to have its layers counted)."""
+    vars(distiller)["forward"] = lambda: None
+    try:
+        distiller()
+    finally:
+        del vars(distiller)["forward"]
 
 
 class ShardingTrainer(Trainer):
@@ -30,14 +83,14 @@ class ShardingTrainer(Trainer):
     sharded = False
     """Whether training shards."""
 
-    _whole: Mapping[str, dict[str, Tensor]] = {}  # what is being saved, of models in parts
+    _full_state: Mapping[str, dict[str, Tensor]] = {}  # what is being saved, of models in parts
 
     @property
     def distiller(self) -> Distiller:
         raise NotImplementedError
 
     def create_accelerator_and_postprocess(self) -> None:
-        self.sharded = asked_for()
+        self.sharded = fsdp_requested()
         with _only_launched():
             super().create_accelerator_and_postprocess()
 
@@ -74,21 +127,23 @@ class ShardingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if isinstance(self.model, FSDPModule):
             parts = {"student": self.model, "objectives": self.distiller.objectives}
-            self._whole = {name: whole(module.state_dict(), self.args.should_save) for name, module in parts.items()}
+            self._full_state = {
+                name: gather_full(module.state_dict(), self.args.should_save) for name, module in parts.items()
+            }
         try:
             super().save_model(output_dir, _internal_call)
         finally:
-            self._whole = {}
+            self._full_state = {}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, self._whole.get("student", state_dict))
+        super()._save(output_dir, self._full_state.get("student", state_dict))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
         inner: Any = self.optimizer.optimizer  # type: ignore[union-attr]
         state = inner.state_dict()
-        state["state"] = {i: whole(values, self.args.should_save) for i, values in state["state"].items()}
+        state["state"] = {i: gather_full(values, self.args.should_save) for i, values in state["state"].items()}
         with inner.register_state_dict_post_hook(lambda optimizer, parts: state):
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -96,14 +151,14 @@ class ShardingTrainer(Trainer):
         if not self.sharded:
             return super()._load_optimizer_and_scheduler(checkpoint)
         inner: Any = self.optimizer.optimizer  # type: ignore[union-attr]
-        with inner.register_load_state_dict_pre_hook(_state_in_parts):
+        with inner.register_load_state_dict_pre_hook(_shard_optimizer_state):
             super()._load_optimizer_and_scheduler(checkpoint)
 
 
-def _state_in_parts(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+def _shard_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's whole state, as its parameters are in parts; the others are per parameter (a step)."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = {i: {k: in_parts(v, own[i]) for k, v in values.items()} for i, values in state["state"].items()}
+    found = {i: {k: shard_like(v, own[i]) for k, v in values.items()} for i, values in state["state"].items()}
     return state | {"state": found}
 
 

@@ -30,16 +30,16 @@ from hf_kdtl.config import DistillationConfig
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.gradient_rules import TwoGradients
+from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
+from hf_kdtl.trainer import checks
 from hf_kdtl.trainer.build import assemble
-from hf_kdtl.trainer.callbacks import EpochToDataset, StopOnSignal, TaskStep
+from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
-from hf_kdtl.trainer.checks import broken_gradient, broken_loss, check_optimizer, check_setting, check_teacher_is_used
 from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
-from hf_kdtl.trainer.gradient_rule_step import Parts, two_backwards, two_gradients
+from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.process_checks import check_ranks
 from hf_kdtl.trainer.publishing import PublishingTrainer
@@ -91,23 +91,23 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
                 f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
                 "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
             )
-        check_teacher_is_used(teacher, args)
+        checks.check_teacher_usage(teacher, args)
         self.teacher = None if teacher is None else as_source(teacher)
         self._distiller: Distiller | None = None
         self._built_from: tuple[Any, ...] = ()
-        self._gradients: TwoGradients | None = None
+        self._gradients: GradientAccumulator | None = None
         self._micro_step = 0
         self._term_losses: Parts = {}
         self._meter = TermMeter()
         self._eval_terms: dict[str, list[Tensor]] | None = None
         self._stop = StopOnSignal()
         super().__init__(model, args, *positional, **keywords)
-        check_setting(self)
+        checks.check_setting(self)
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
-        self.add_callback(EpochToDataset())
+        self.add_callback(SetDatasetEpoch())
         self.add_callback(self._stop)
-        self.add_callback(TaskStep(self))
+        self.add_callback(MeasureTaskStep(self))
         if self.teacher is not None:
             self._match_teacher()
 
@@ -122,7 +122,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         if stale or self._built_from != self._made_of():
             self._built_from = self._made_of()
             self._distiller = assemble(self)
-            self._gradients = two_gradients(self.args.build_rule(), self._distiller)
+            self._gradients = build_accumulator(self.args.build_rule(), self._distiller)
         assert self._distiller is not None
         return self._distiller
 
@@ -132,7 +132,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         return self.distiller.rates
 
     @property
-    def gradient_rule(self) -> TwoGradients | None:
+    def gradient_rule(self) -> GradientAccumulator | None:
         """The gradients of task and transfer and the history of their conflicts; None without a rule."""
         _ = self.distiller
         return self._gradients
@@ -159,7 +159,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         finally:
             self.model = student
         self.callback_handler.model = student
-        check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
+        checks.check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
         return prepared
 
     # ---- The loss ----
@@ -188,7 +188,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
         math = recomputed and self.distiller.student_needs.order >= 2
-        with math_attention() if math else nullcontext(), two_backwards(self, model, self._gradients):
+        with math_attention() if math else nullcontext(), separate_backward(self, model, self._gradients):
             loss = super().training_step(model, *args, **kwargs)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)
@@ -252,13 +252,15 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         if not torch.isfinite(result["loss"]):
             counted, weights = result["counted"], self.distiller.weights
             terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
-            raise broken_loss(self.state.global_step, result["loss"].item(), terms, self.args.output_dir)
+            raise checks.non_finite_loss_error(
+                self.state.global_step, result["loss"].item(), terms, self.args.output_dir
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # With fp16 the scaler meets infinite gradients on purpose, and skips the step.
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise broken_gradient(self.state.global_step, float(norm), self.args.output_dir)
+            raise checks.non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
         return norm
 
     def _match_teacher(self) -> None:
@@ -322,7 +324,7 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
 
     def _save_beside(self, folder: Path) -> None:
         start, rates = self.distiller.start, self.layer_rates
-        tensors = self._whole.get("objectives", self.distiller.objectives.state_dict())
+        tensors = self._full_state.get("objectives", self.distiller.objectives.state_dict())
         save_distillation_state(folder, tensors, self._built_from[0], rates, self.gradient_rule, start)
         if start is not None:
             start.save(folder.parent / START)
@@ -333,14 +335,14 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         if self.distiller.start is not None:
             # As it was when the run began: the student has moved on since.
             self.distiller.start = load_start(self, resume_from_checkpoint)
-        self._load_whole(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
+        self._load_weights(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
         load_layer_rates(resume_from_checkpoint, self.layer_rates)
         load_gradient_rule(resume_from_checkpoint, self.args.gradient_rule, self.gradient_rule)
 
     def _load_best_model(self) -> None:
-        self._load_whole(self._best(), super()._load_best_model)
+        self._load_weights(self._best(), super()._load_best_model)
 
-    def _load_whole(self, folder: str, otherwise: Callable[[], None]) -> None:
+    def _load_weights(self, folder: str, otherwise: Callable[[], None]) -> None:
         if isinstance(self.model, PreTrainedModel):
             load_student(self.model, folder)
         elif adapted(self.model):

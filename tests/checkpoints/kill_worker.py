@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_kdtl.checkpoints.manifest import checkpoints, problems
+from hf_kdtl.checkpoints.manifest import verify
+from hf_kdtl.checkpoints.rotation import checkpoints
 from hf_kdtl.checkpoints.state import STATE_JSON, STATE_TENSORS
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.loading import ImageDataset
@@ -176,7 +177,7 @@ def same(a, b):
 
 def lose_a_block(run, draw):
     """What a disk does to a checkpoint that was whole: zeros in one of its files. Not to the only whole one."""
-    whole = [checkpoint for checkpoint in checkpoints(run) if not problems(checkpoint)]
+    whole = [checkpoint for checkpoint in checkpoints(run) if not verify(checkpoint)]
     if len(whole) < 2:
         return False
     path = draw.choice([path for path in sorted(whole[-1].iterdir()) if path.is_file()])

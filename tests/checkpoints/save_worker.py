@@ -66,7 +66,7 @@ def main(out, folder, resume=False, fails=None, killed=None, breaks=False):
     )
     instrument(runner, fails, killed)
     if breaks:
-        hf_kdtl.trainer.checkpointing.choose = None  # a fault of ours, on whichever process decides
+        hf_kdtl.trainer.checkpointing.resolve_checkpoint = None  # a fault of ours, on whichever process decides
     resume = resume[runner.args.process_index] if isinstance(resume, list) else resume
     try:
         runner.train(resume_from_checkpoint=resume)

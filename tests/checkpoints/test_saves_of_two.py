@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from hf_kdtl.checkpoints.manifest import checkpoints, problems
+from hf_kdtl.checkpoints.manifest import verify
+from hf_kdtl.checkpoints.rotation import checkpoints
 from tests.checkpoints.kill_worker import outcome, same
 from tests.support.helpers import torchrun
 
@@ -30,7 +31,7 @@ def undisturbed(tmp_path_factory):
     met = start(folder / "out", folder / "run")
     assert [m["said"] for m in met] == ["", ""] and met[0]["step"] == 8
     last = folder / "run" / "checkpoint-8"
-    assert problems(last) == [] and (last / "rng_state_0.pth").is_file() and (last / "rng_state_1.pth").is_file()
+    assert verify(last) == [] and (last / "rng_state_0.pth").is_file() and (last / "rng_state_1.pth").is_file()
     return folder
 
 

@@ -20,7 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.loading import ImageDataset
-from hf_kdtl.trainer.callbacks import EpochToDataset
+from hf_kdtl.trainer.callbacks import SetDatasetEpoch
 
 
 def processor(**options) -> ViTImageProcessorPil:
@@ -135,7 +135,7 @@ def recorder(tmp_path: Path, **options) -> Recorder:
         tiny_vit(),
         TrainingArguments(str(tmp_path / "run"), **args),
         train_dataset=augmented(),
-        callbacks=[EpochToDataset],
+        callbacks=[SetDatasetEpoch],
     )
 
 

@@ -18,7 +18,7 @@ from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
-from hf_kdtl.utils.distributed import shard
+from hf_kdtl.trainer.sharding import shard
 from tests.support.helpers import leave
 from tests.support.tiny import build
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from hf_kdtl.checkpoints.manifest import problems
+from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.state import STATE_TENSORS
 from tests.distributed.fsdp_trainer_worker import WAYS, finished
 from tests.support.helpers import Images, largest_difference, launch
@@ -52,7 +52,7 @@ def tensors(checkpoint):
 def test_the_checkpoints_are_those_of_one_process(runs, name):
     one, _, two, _ = runs(name)
     for step in ("checkpoint-2", "checkpoint-4"):
-        assert not problems(two / step)
+        assert not verify(two / step)
         expected, found = tensors(one / step), tensors(two / step)
         for what, values in expected.items():
             assert largest_difference(values, found[what]) < TOLERANCE[name], (step, what)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_kdtl.gradient_rules import GRADIENT_RULES, TwoGradients
+from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientAccumulator
 from hf_kdtl.models import capture
 from hf_kdtl.models.forward.capture import Needs
 from tests.support.tiny import build
@@ -43,7 +43,7 @@ class Small:
             n.split(".layers.")[1][0] if ".layers." in n else "objectives" if n.startswith("features") else "rest"
             for n, _ in self.parameters
         ]
-        return TwoGradients(GRADIENT_RULES[rule](**options), self.parameters, layers, self.blocks, self.own)
+        return GradientAccumulator(GRADIENT_RULES[rule](**options), self.parameters, layers, self.blocks, self.own)
 
     def terms(self, rows=slice(None), wrong=1.0, features=0.0, shift=1, times=1.0, without=None, apart=False):
         """The task's loss, and the transfer terms: labels that are `shift` off, and (pairs,) of features.

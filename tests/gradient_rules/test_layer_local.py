@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kdtl.gradient_rules import GRADIENT_RULES, TwoGradients
+from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientAccumulator
 from tests.gradient_rules.small import Small
 from tests.reference.surgery import layer_local
 
@@ -70,4 +70,4 @@ def test_layer_local_refuses_what_has_no_layers():
     with pytest.raises(ValueError, match="term 'features' has 2 entries and 1 pairs of layers"):
         window.add(task, transfer, {"features": [0]})
     with pytest.raises(ValueError, match="none of the blocks' parameters is trained; expected names such as"):
-        TwoGradients(GRADIENT_RULES["layer_local"](), small.parameters, ["x"] * 41, {0: ["vit.layers.0"]}, {})
+        GradientAccumulator(GRADIENT_RULES["layer_local"](), small.parameters, ["x"] * 41, {0: ["vit.layers.0"]}, {})

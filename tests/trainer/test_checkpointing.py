@@ -18,20 +18,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 import hf_kdtl.checkpoints.state
-from hf_kdtl.checkpoints.manifest import (
-    FILES,
-    UNLISTED,
-    checkpoints,
-    choose,
-    last_whole,
-    listed,
-    problems,
-    seal,
-    set_aside,
-    superfluous,
-)
+from hf_kdtl.checkpoints.manifest import FILES, UNLISTED, read_manifest, verify, write_manifest
+from hf_kdtl.checkpoints.rotation import back_up, checkpoints, latest_complete, resolve_checkpoint, to_prune
 from hf_kdtl.checkpoints.state import STATE_JSON, STATE_TENSORS
-from hf_kdtl.trainer import checkpointing as whole
+from hf_kdtl.trainer import checkpointing
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from tests.support.helpers import Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
@@ -70,7 +60,7 @@ def run_folder(finished, tmp_path):
 
 def test_every_file_is_listed_and_every_damage_to_it_is_found(run_folder):
     folder = run_folder / "checkpoint-6"
-    assert problems(folder) == []
+    assert verify(folder) == []
     names = {"model.safetensors", "config.json", STATE_JSON, STATE_TENSORS, "optimizer.pt", "scheduler.pt"}
     names |= {"rng_state.pth", "training_args.bin", "trainer_state.json"}
     assert set(json.loads((folder / FILES).read_text())["files"]) == names
@@ -80,10 +70,10 @@ def test_every_file_is_listed_and_every_damage_to_it_is_found(run_folder):
         zeroed[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
         for damaged in (content[: len(content) // 2], b"", bytes(zeroed), None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            found = problems(folder)
+            found = verify(folder)
             assert len(found) == 1 and found[0].startswith(path.name), found
             path.write_bytes(content)
-    assert problems(folder) == []
+    assert verify(folder) == []
 
 
 def test_one_changed_bit_is_found(run_folder):
@@ -91,9 +81,9 @@ def test_one_changed_bit_is_found(run_folder):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    assert problems(path.parent) == ["model.safetensors is not as it was written: its checksum is another"]
-    assert problems(path.parent, contents=False) == []
-    assert last_whole(run_folder)[0] == run_folder / "checkpoint-4"
+    assert verify(path.parent) == ["model.safetensors is not as it was written: its checksum is another"]
+    assert verify(path.parent, contents=False) == []
+    assert latest_complete(run_folder)[0] == run_folder / "checkpoint-4"
 
 
 @pytest.mark.parametrize("content", ["[]", '{"files": {}}', "nan", '{"global_step": null}', "null", '"6"', "6"])
@@ -101,7 +91,7 @@ def test_files_that_are_json_of_something_else_are_found(run_folder, content):
     for name in (FILES, "trainer_state.json"):
         shutil.copytree(run_folder / "checkpoint-6", run_folder / "checkpoint-8")
         (run_folder / "checkpoint-8" / name).write_text(content)
-        assert name in "".join(problems(run_folder / "checkpoint-8"))
+        assert name in "".join(verify(run_folder / "checkpoint-8"))
         shutil.rmtree(run_folder / "checkpoint-8")
 
 
@@ -127,7 +117,7 @@ def test_a_list_of_something_else_is_damage_and_the_one_before_is_used(tmp_path,
         make(tmp_path, step)
     path = tmp_path / "checkpoint-4" / FILES
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
-    chosen, damaged = choose(True, tmp_path)
+    chosen, damaged = resolve_checkpoint(True, tmp_path)
     assert chosen == tmp_path / "checkpoint-2" and list(damaged) == [path.parent]
     assert damaged[path.parent][0].startswith(FILES) and "not what was written" in damaged[path.parent][0]
 
@@ -135,13 +125,13 @@ def test_a_list_of_something_else_is_damage_and_the_one_before_is_used(tmp_path,
 def test_a_digit_that_was_changed_in_the_state_is_found(run_folder):
     path = run_folder / "checkpoint-6" / "trainer_state.json"
     path.write_text(path.read_text().replace('"global_step": 6,', '"global_step": 2,'))
-    assert problems(path.parent) == ["trainer_state.json is not as it was written: its checksum is another"]
+    assert verify(path.parent) == ["trainer_state.json is not as it was written: its checksum is another"]
 
 
 def test_a_save_that_was_broken_off_before_its_last_rename_is_not_whole(run_folder):
     folder = run_folder / "checkpoint-6"
     (folder / "trainer_state.json").rename(folder / UNLISTED)
-    assert problems(folder) == ["trainer_state.json is missing: its save was not finished"]
+    assert verify(folder) == ["trainer_state.json is missing: its save was not finished"]
 
 
 def test_damaged_ones_are_skipped_with_a_sentence_and_the_run_ends_bitwise(run_folder, finished, caplog):
@@ -155,7 +145,7 @@ def test_damaged_ones_are_skipped_with_a_sentence_and_the_run_ends_bitwise(run_f
     assert "checkpoint-4 is skipped, because rng_state.pth is missing" in said[1]
     assert all(f"{run_folder / 'checkpoint-2'} is used" in text for text in said)
     assert largest_difference(weights(again.distiller), finished[1]) == 0.0
-    assert problems(run_folder / "checkpoint-4") == problems(run_folder / "checkpoint-6") == []
+    assert verify(run_folder / "checkpoint-4") == verify(run_folder / "checkpoint-6") == []
     assert not list(run_folder.glob("*.old"))
 
 
@@ -204,23 +194,23 @@ def test_the_run_that_wrote_last_goes_on_and_the_other_is_left(tmp_path):
     shutil.copytree(tmp_path, copied := tmp_path / "copied", ignore=lambda *_: ["copied"])
     os.utime(copied / "checkpoint-6")  # a copy's times mean nothing
     other = "it is of another run, and checkpoint-2 was written after it"
-    assert choose(True, tmp_path) == (made, {tmp_path / f"checkpoint-{step}": [other] for step in (6, 4)})
-    assert choose(True, copied)[0] == copied / "checkpoint-2"
-    assert choose(tmp_path / "checkpoint-6", tmp_path) == (tmp_path / "checkpoint-6", {})
+    assert resolve_checkpoint(True, tmp_path) == (made, {tmp_path / f"checkpoint-{step}": [other] for step in (6, 4)})
+    assert resolve_checkpoint(True, copied)[0] == copied / "checkpoint-2"
+    assert resolve_checkpoint(tmp_path / "checkpoint-6", tmp_path) == (tmp_path / "checkpoint-6", {})
     (made / "model.safetensors").write_text("")
     with pytest.raises(ValueError, match=r"checkpoint-6: it is of another run.*checkpoint-2: model.* path of one"):
-        choose(True, tmp_path)
+        resolve_checkpoint(True, tmp_path)
 
 
 def test_a_second_run_in_a_folder_is_said_and_continued_as_itself(run_folder, caplog):
     def name(step):
-        return listed(run_folder / f"checkpoint-{step}")["run"]
+        return read_manifest(run_folder / f"checkpoint-{step}")["run"]
 
     first = name(6)
     assert first and name(2) == first
     second = runner(run_folder, max_steps=2, learning_rate=1e-2)
     states = torch.get_rng_state(), random.getstate()
-    second._begun(None)
+    second._resolve_resume(None)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]  # a name is no draw
     assert f"{run_folder} holds checkpoints of another run, up to checkpoint-6" in caplog.text
     second.train()
@@ -239,12 +229,12 @@ def test_what_can_be_asked_for(run_folder, tmp_path):
     run = runner(run_folder)
     last = str(run_folder / "checkpoint-6")
     for asked in (True, "True", "true", last, last + "/", Path(last)):
-        assert Path(run._begun(asked)[1]) == Path(last)
+        assert Path(run._resolve_resume(asked)[1]) == Path(last)
     for asked in (None, False, "False", "false"):
-        assert run._begun(asked)[1] is None
+        assert run._resolve_resume(asked)[1] is None
     for asked in ("", 6):
         with pytest.raises(ValueError, match=rf"is {asked!r}; expected True, or the path of a checkpoint"):
-            run._begun(asked)
+            run._resolve_resume(asked)
     assert run.train("true").global_step == 6
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -253,7 +243,7 @@ def test_what_can_be_asked_for(run_folder, tmp_path):
 
 
 def test_processes_that_were_asked_for_different_things_are_refused(run_folder, monkeypatch):
-    monkeypatch.setattr(whole, "gather_object", lambda mine: [*mine, "None"])
+    monkeypatch.setattr(checkpointing, "gather_object", lambda mine: [*mine, "None"])
     with pytest.raises(ValueError, match=r"is 'True' on process 0 and 'None' on 1. .*all of them the same"):
         runner(run_folder).train(resume_from_checkpoint=True)
 
@@ -263,8 +253,8 @@ def test_whatever_the_deciding_process_meets_reaches_the_others(run_folder, monk
         raise KeyError("a fault of ours")
 
     sent = []
-    monkeypatch.setattr(whole, "choose", met)
-    monkeypatch.setattr(whole, "broadcast_object_list", lambda values: (sent.extend(values), values)[1])
+    monkeypatch.setattr(checkpointing, "resolve_checkpoint", met)
+    monkeypatch.setattr(checkpointing, "broadcast_object_list", lambda values: (sent.extend(values), values)[1])
     with pytest.raises(RuntimeError, match="KeyError: 'a fault of ours'"):
         runner(run_folder).train(resume_from_checkpoint=True)
     assert str(pickle.loads(pickle.dumps(sent[1]))) == "KeyError: 'a fault of ours'"
@@ -325,7 +315,7 @@ def test_a_disk_that_is_full_at_any_file_of_a_save(run_folder, monkeypatch, whic
     with pytest.raises(OSError, match=said + rf"whole one is {last}: make room and continue"):
         run.train(resume_from_checkpoint=True)
     assert len(begun) >= which and run.args.save_total_limit == 1
-    assert left(run_folder) == [2, 4, 6] and contents(last) == before and problems(last) == []
+    assert left(run_folder) == [2, 4, 6] and contents(last) == before and verify(last) == []
 
 
 def test_the_files_of_a_save_are_the_nine_that_fail_above(tmp_path, monkeypatch):
@@ -372,7 +362,7 @@ def test_a_push_that_fails_leaves_the_checkpoint(tmp_path, monkeypatch):
     run.args.push_to_hub = True
     with pytest.raises(OSError, match=r"^no network$"):
         run.train()
-    assert problems(tmp_path / "checkpoint-2") == []
+    assert verify(tmp_path / "checkpoint-2") == []
 
 
 def test_a_file_that_was_not_written_stops_the_save(tmp_path, monkeypatch):
@@ -380,8 +370,8 @@ def test_a_file_that_was_not_written_stops_the_save(tmp_path, monkeypatch):
         raise NO_SPACE
 
     for owner, name, instead, said in (
-        (whole.Trainer, "_save_rng_state", lambda *args: None, r"\['rng_state.pth'\] of .* were not written"),
-        (whole.Trainer, "_save_scaler", full, "No space left on device"),
+        (checkpointing.Trainer, "_save_rng_state", lambda *args: None, r"\['rng_state.pth'\] of .* were not written"),
+        (checkpointing.Trainer, "_save_scaler", full, "No space left on device"),
         (TrainerState, "save_to_json", lambda *args: None, "trainer_state.json is missing"),
     ):
         with monkeypatch.context() as patched:
@@ -402,9 +392,9 @@ def test_outside_of_a_checkpoint_an_error_is_not_kept_back(tmp_path, monkeypatch
 
 def test_the_weights_alone_are_whole_too(tmp_path):
     runner(tmp_path, save_only_model=True).train()
-    assert problems(tmp_path / "checkpoint-6") == [] and not (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
+    assert verify(tmp_path / "checkpoint-6") == [] and not (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
     (tmp_path / "checkpoint-6" / STATE_TENSORS).unlink()
-    assert problems(tmp_path / "checkpoint-6") == [f"{STATE_TENSORS} is missing"]
+    assert verify(tmp_path / "checkpoint-6") == [f"{STATE_TENSORS} is missing"]
 
 
 # ---- Signals ----
@@ -435,15 +425,15 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 def test_signals_in_a_save_let_it_finish(tmp_path, monkeypatch, signals):
     with pytest.raises(KeyboardInterrupt, match=r"after step 4, saved in .*checkpoint-4"):
         runner(tmp_path, callbacks=[During(monkeypatch, *signals)]).train()
-    assert problems(tmp_path / "checkpoint-4") == []
+    assert verify(tmp_path / "checkpoint-4") == []
 
 
 def test_a_second_ctrl_c_in_a_save_leaves_the_last_whole_one(tmp_path, monkeypatch, finished):
     run = runner(tmp_path, callbacks=[During(monkeypatch, INT, TERM, INT)], save_total_limit=1)
     with pytest.raises(KeyboardInterrupt, match="at once, at the second Ctrl-C"):
         run.train()
-    assert last_whole(tmp_path)[0] == tmp_path / "checkpoint-2" and run.args.save_total_limit == 1
-    assert problems(tmp_path / "checkpoint-4") == ["trainer_state.json is missing: its save was not finished"]
+    assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2" and run.args.save_total_limit == 1
+    assert verify(tmp_path / "checkpoint-4") == ["trainer_state.json is missing: its save was not finished"]
     again = runner(tmp_path, save_total_limit=1)
     again.train(resume_from_checkpoint=True)
     assert largest_difference(weights(again.distiller), finished[1]) == 0.0 and left(tmp_path) == [6]
@@ -457,7 +447,7 @@ def make(folder, step, content="x", run=""):
     path.mkdir(parents=True)
     (path / "model.safetensors").write_text(content)
     (path / UNLISTED).write_text(json.dumps({"global_step": step}))
-    seal(path, 1, ["model.safetensors"], run)
+    write_manifest(path, 1, ["model.safetensors"], run)
     return path
 
 
@@ -491,15 +481,15 @@ def test_rotation_keeps_the_new_one_the_best_and_what_can_be_used(tmp_path, limi
     for step in damaged:
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").unlink()
     best = None if best is None else str(tmp_path / f"checkpoint-{best}")
-    doomed = superfluous(tmp_path / "checkpoint-6", limit, best, frozenset())
+    doomed = to_prune(tmp_path / "checkpoint-6", limit, best, frozenset())
     assert [step for step in (2, 4, 6, 8, 10) if tmp_path / f"checkpoint-{step}" not in doomed] == stays
 
 
 def test_rotation_knows_what_resuming_found_damaged_and_leaves_other_folders(tmp_path):
     made = [make(tmp_path, step) for step in (2, 4, 6)]
     (tmp_path / "checkpoint-mine").mkdir()
-    assert superfluous(made[2], 1, None, frozenset()) == made[:2]
-    assert superfluous(made[2], 2, None, frozenset([made[1]])) == [made[1]]
+    assert to_prune(made[2], 1, None, frozenset()) == made[:2]
+    assert to_prune(made[2], 2, None, frozenset([made[1]])) == [made[1]]
 
 
 def test_nothing_is_removed_before_the_new_one_is_on_the_disk(run_folder, monkeypatch):
@@ -547,7 +537,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced_and_not_mixed(tmp_path, monke
     stale = make(tmp_path, 2, "of another run")
     (stale / "stale.txt").write_text("x")
     runner(tmp_path, max_steps=2).train()
-    assert problems(stale) == [] and not (stale / "stale.txt").exists() and left(tmp_path) == [2]
+    assert verify(stale) == [] and not (stale / "stale.txt").exists() and left(tmp_path) == [2]
     assert not list(tmp_path.glob("*.old"))
     kept = (stale / "optimizer.pt").read_bytes()
     run = runner(tmp_path, max_steps=2, learning_rate=1.0)
@@ -556,18 +546,18 @@ def test_a_checkpoint_of_the_same_step_is_replaced_and_not_mixed(tmp_path, monke
         OSError, match=r"checkpoint-2 could not be written and was removed.*last whole one is .*point-2:"
     ):
         run.train()
-    assert problems(stale) == [] and (stale / "optimizer.pt").read_bytes() == kept
+    assert verify(stale) == [] and (stale / "optimizer.pt").read_bytes() == kept
 
 
 def test_an_older_one_is_back_when_its_successor_was_killed(tmp_path):
     make(tmp_path, 2, "first")
-    set_aside(tmp_path / "checkpoint-2")
+    back_up(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2").mkdir()  # here it was killed
-    assert choose(True, tmp_path) == (tmp_path / "checkpoint-2", {})
+    assert resolve_checkpoint(True, tmp_path) == (tmp_path / "checkpoint-2", {})
     assert (tmp_path / "checkpoint-2" / "model.safetensors").read_text() == "first"
-    set_aside(tmp_path / "checkpoint-2")
+    back_up(tmp_path / "checkpoint-2")
     make(tmp_path, 2, "second")
-    assert choose(tmp_path / "checkpoint-2", tmp_path)[1] == {}  # killed before the first was removed
+    assert resolve_checkpoint(tmp_path / "checkpoint-2", tmp_path)[1] == {}  # killed before the first was removed
     assert (tmp_path / "checkpoint-2" / "model.safetensors").read_text() == "second"
     assert not list(tmp_path.glob("*.old"))
 
@@ -591,7 +581,7 @@ def test_a_best_checkpoint_that_was_damaged(tmp_path, finished, strategy):
     )
     with pytest.raises(ValueError, match=said):
         run.train()
-    assert problems(tmp_path / "checkpoint-6") == []
+    assert verify(tmp_path / "checkpoint-6") == []
     assert largest_difference(weights(run.distiller), finished[1]) == 0.0
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainerState
 
-from hf_kdtl.checkpoints.manifest import seal
+from hf_kdtl.checkpoints.manifest import write_manifest
 from hf_kdtl.checkpoints.state import STATE_JSON
 from tests.support.helpers import Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
     tensors = load_file(path)
     tensors.pop(next(name for name in tensors if "classifier.weight" in name))
     save_file(tensors, path, metadata={"format": "pt"})
-    seal(path.parent, 1, [])  # as if it had been written so
+    write_manifest(path.parent, 1, [])  # as if it had been written so
     with pytest.raises(ValueError, match=r"does not fit ViTForImageClassification.*classifier.weight"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(str(tmp_path / "checkpoint-4"))
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_architecture_or_a_newer_version_is_refused(tmp_
         trainer(tmp_path, build("deit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
     path = tmp_path / "checkpoint-6" / STATE_JSON
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    seal(path.parent, 1, [])
+    write_manifest(path.parent, 1, [])
     with pytest.raises(ValueError, match=r"is of version 2 and this hf_kdtl reads up to 1: .*newer one. Install"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
 

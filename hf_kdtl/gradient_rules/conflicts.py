@@ -18,7 +18,7 @@ class _Step(NamedTuple):
     layers: dict[str, Products]
 
 
-class Record:
+class ConflictLog:
     """Gathers optimizer steps, and tells their means when it is time to log.
 
     `history` has an entry for each `log`, plain data for JSON: {"step", "cosine": {layer: mean}, "conflicting":

@@ -9,8 +9,8 @@ from torch import nn
 
 from hf_kdtl.functional import surgery
 from hf_kdtl.functional.surgery import Products, inner_products
-from hf_kdtl.gradient_rules import GRADIENT_RULES, TwoGradients
-from hf_kdtl.gradient_rules.record import Record
+from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientAccumulator
+from hf_kdtl.gradient_rules.conflicts import ConflictLog
 from tests.gradient_rules.small import Small, dot
 
 # ---- What the optimizer's step did ----
@@ -41,7 +41,7 @@ def test_sgd_keeps_the_promise_and_clipping_does_not_spoil_the_figure():
 def two_numbers(optimizer, rule="never_hurt", lr=0.1, watch=True):
     """g = (1, .1) and d = (-2, 20) of one tensor; a second tensor has a task gradient alone."""
     w, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
-    window = TwoGradients(GRADIENT_RULES[rule](), [("w", w), ("other", other)], ["0", "1"], {}, {})
+    window = GradientAccumulator(GRADIENT_RULES[rule](), [("w", w), ("other", other)], ["0", "1"], {}, {})
     window.watch = watch
     window.add(w @ torch.tensor([1.0, 0.1]) + 0 * other.sum(), {"d": w @ torch.tensor([-2.0, 20.0])}, {})
     window.write(0)
@@ -63,7 +63,7 @@ def test_adamw_does_not_keep_it_and_that_is_seen():
 
 def test_a_gradient_of_the_task_alone_is_measured_as_it_was_before_clipping():
     w = nn.Parameter(torch.zeros(2))
-    window = TwoGradients(GRADIENT_RULES["never_hurt"](), [("w", w)], ["0"], {}, {})
+    window = GradientAccumulator(GRADIENT_RULES["never_hurt"](), [("w", w)], ["0"], {}, {})
     window.watch = True
     window.add(w.sum(), {}, {})
     window.write(0)
@@ -109,7 +109,7 @@ def test_log_means_over_steps_and_history():
 
 
 def test_figures_of_layers_by_hand():
-    record = Record(["a", "a", "b"])
+    record = ConflictLog(["a", "a", "b"])
     for both in (-1.0, 2.0, 2.0):
         # The second tensor has no task gradient: it is in no figure.
         products = [Products(4.0, both, 1.0), Products(0.0, 0.0, 100.0), Products(0.0, 0.0, 1.0)]
@@ -159,4 +159,4 @@ def test_state_round_trip_and_a_run_that_begins_again():
 def test_one_layer_a_parameter():
     small = Small()
     with pytest.raises(ValueError):
-        TwoGradients(GRADIENT_RULES["pcgrad"](), small.parameters, ["x"], {}, {})
+        GradientAccumulator(GRADIENT_RULES["pcgrad"](), small.parameters, ["x"], {}, {})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.functional.surgery import dot, inner_products
 from hf_kdtl.gradient_rules.base import GradientRule
-from hf_kdtl.gradient_rules.record import Record
+from hf_kdtl.gradient_rules.conflicts import ConflictLog
 
 Reduce = Callable[[Tensor], None]
 """Puts the mean over all processes into a tensor. Every process calls it for the same tensors in the same order."""
@@ -19,7 +19,7 @@ Reduce = Callable[[Tensor], None]
 Term = Tensor | Sequence[Tensor]
 
 
-class TwoGradients:
+class GradientAccumulator:
     """The gradient of the task and that of the transfer, kept apart until an optimizer step is due.
 
     `add` each micro-batch, `write` at the end of the window; then clip, `before_step`, the optimizer's step,
@@ -52,7 +52,7 @@ class TwoGradients:
         self.parameters = [parameter for _, parameter in parameters]
         if len(layers) != len(parameters):
             raise ValueError(f"{len(layers)} layers of {len(parameters)} parameters; expected one each.")
-        self._record = Record(layers)
+        self._record = ConflictLog(layers)
         place = {name: i for i, (name, _) in enumerate(parameters)}  # what is frozen has none
         self._blocks = {block: [place[n] for n in names if n in place] for block, names in blocks.items()}
         self._own = {key: [place[n] for n in names if n in place] for key, names in own.items()}
@@ -184,11 +184,11 @@ class TwoGradients:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """An entry for each `log`; see `Record`."""
+        """An entry for each `log`; see `ConflictLog`."""
         return self._record.history
 
     def log(self, step: int) -> dict[str, float]:
-        """What happened in the optimizer steps since the last call; see `Record.log`."""
+        """What happened in the optimizer steps since the last call; see `ConflictLog.log`."""
         return self._record.log(step)
 
     @property
