@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, run_as_future
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -21,12 +20,13 @@ from hf_kdtl.hub.card_results import hash_of, recipes_results
 from hf_kdtl.hub.model_card import results_of, student_card
 from hf_kdtl.hub.staging import check_base, stage
 from hf_kdtl.hub.upload import HubError, check_access, later, send
+from hf_kdtl.trainer.sharding import ShardingTrainer
 from hf_kdtl.utils.redaction import anonymous
 
 logger = logging.get_logger(__name__)
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(ShardingTrainer):
     """Trainer whose Hub methods publish the student and nothing else: weights, settings, card, results.
 
     `push_to_hub` and `create_model_card` take what Trainer's take. With `args.push_to_hub` token, repository and

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 
 from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.utils.distributed import LAUNCHED, fsdp_requested, gather_full, shard_like
 
@@ -72,7 +72,7 @@ def _begin(distiller: Distiller) -> None:
         del vars(distiller)["forward"]
 
 
-class ShardingTrainer(Trainer):
+class ShardingTrainer(CheckpointingTrainer):
     """A Trainer that shards as `hf_kdtl.utils.distributed` does, where `accelerate launch` was told to use FSDP.
 
     Accelerate starts the processes and is told nothing more. Its own way finds an optimizer's parameters again by

@@ -1,4 +1,4 @@
-"""Trainer, with a teacher and objectives. The mathematics is elsewhere; this is where each part is called."""
+"""transformers' Trainer with a teacher and objectives; each step calls the module that does the work."""
 
 from __future__ import annotations
 
@@ -37,18 +37,16 @@ from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import checks
 from hf_kdtl.trainer.build import assemble
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
-from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.process_checks import check_ranks
 from hf_kdtl.trainer.publishing import PublishingTrainer
-from hf_kdtl.trainer.sharding import ShardingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrainer):
+class DistillationTrainer(PublishingTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; what is saved, evaluated and
@@ -119,8 +117,8 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         if self._distiller is not None and self.model is self._distiller:  # inside _prepare_for_training
             return self._distiller
         stale = self._distiller is None or self._distiller.student is not self.model
-        if stale or self._built_from != self._made_of():
-            self._built_from = self._made_of()
+        if stale or self._built_from != self._settings():
+            self._built_from = copy.deepcopy(self._settings())  # a list that is edited in place must show
             self._distiller = assemble(self)
             self._gradients = build_accumulator(self.args.build_rule(), self._distiller)
         assert self._distiller is not None
@@ -137,8 +135,8 @@ class DistillationTrainer(PublishingTrainer, ShardingTrainer, CheckpointingTrain
         _ = self.distiller
         return self._gradients
 
-    def _made_of(self) -> tuple[Any, ...]:
-        return copy.deepcopy((self.args.entries, self.args.rate_options, self.args.gradient_rule, self.args.start))
+    def _settings(self) -> tuple[Any, ...]:
+        return self.args.objectives, self.args.layer_rates, self.args.gradient_rule, self.args.start
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
