@@ -86,8 +86,8 @@ def _reference(name, options, distiller, student, teacher, inputs, draws):
         known["importance"] = list(objective.buffers())
     if name in REFERENCES_DERIVATIVES:
         arguments += (draws,)
-        if getattr(objective, "way", None) and objective.way.estimator == "finite_difference":
-            known |= {"step": objective.way.step, "estimator": "finite_difference"}
+        if getattr(objective, "choice", None) and objective.choice.estimator == "finite_difference":
+            known |= {"step": objective.choice.step, "estimator": "finite_difference"}
     return REFERENCES[name](*arguments, **known)
 
 

@@ -16,7 +16,7 @@ from hf_kdtl.trainer.distiller import Distiller
 from tests.support.helpers import Images, config, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
 
-DERIVED = [name for name in OBJECTIVES if hasattr(OBJECTIVES[name], "ways")]
+DERIVED = [name for name in OBJECTIVES if hasattr(OBJECTIVES[name], "choices")]
 DRAWS = Draws(0, 0, (0, 1, 2, 3))
 
 
