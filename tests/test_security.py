@@ -58,7 +58,11 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_pickle_no_foreign_code(path):
-    assert dangers(path.read_text("utf-8")) == []
+    source = path.read_text("utf-8")
+    if path.name == "resolve.py":  # it says no where the caller says nothing; transformers would ask on the terminal
+        assert source.count("{_TRUST: False}") == 2 and "_TRUST: True" not in source
+        source = source.replace('_TRUST = "trust_remote_code"', "")
+    assert dangers(source) == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kdtl.models.blocks import find_blocks, stated_depth, uniform_layers, vision_config
+from hf_kdtl.models.teachers.resolve import missing_head, open_classifier
 from hf_kdtl.models.teachers.teacher import Teacher
 
 
@@ -32,10 +33,13 @@ def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 
     Raises:
         TypeError: `teacher` is not an image classifier of transformers.
         ValueError: `layers` outside the range; a model built in stages; blocks not found; a teacher whose tensors are
-            not those of its own config (adapters, a replaced head), so that the student would not be a copy.
+            not those of its own config (adapters, a replaced head), so that the student would not be a copy; a file
+            that lacks weights.
     """
     if isinstance(teacher, str | Path):
-        teacher = Teacher.from_pretrained(teacher)
+        teacher = open_classifier(teacher, role="the teacher").model
+    if isinstance(teacher, Teacher) and teacher.new_head:
+        raise ValueError(missing_head("the teacher", teacher.new_head))
     model = teacher.model if isinstance(teacher, Teacher) else teacher
     if not isinstance(model, PreTrainedModel) or not _classifies_images(model):
         raise TypeError(

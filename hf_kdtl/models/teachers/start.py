@@ -55,11 +55,11 @@ class StartingPoint(Teacher):
         kernel = getattr(student.config, "_attn_implementation", None)
         try:
             saved = Teacher.from_pretrained(path, dtype=next(student.parameters()).dtype, attn_implementation=kernel)
-        except OSError as error:
-            raise OSError(str(error).replace("the teacher", "the start")) from error
+        except (OSError, ValueError) as error:
+            raise type(error)(str(error).replace("the teacher", "the start")) from error
         start = cls.__new__(cls)
         Teacher.__init__(start, saved.model, saved.processing_class)
-        start.adapted, start.kept = False, None
+        start.adapted, start.kept, start.new_head = False, None, saved.new_head
         if start.processing_class is not None:
             if processing_class is None:
                 raise ValueError(

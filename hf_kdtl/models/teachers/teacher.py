@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
+from hf_kdtl.models.teachers.resolve import missing_head, open_classifier, open_processor
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +35,8 @@ class Teacher:
         processing_class: its image processor. Without one it sees the student's pixels as they are, and says so.
     """
 
+    new_head: Sequence[str] = ()  # tensors of the head that are random, because its file has none
+
     def __init__(self, model: nn.Module, processing_class: Any = None):
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -51,25 +53,13 @@ class Teacher:
         """A folder or Hub name, with the image processor saved beside the model where there is one.
 
         Raises:
-            OSError: when nothing is there, saying what was looked for.
+            OSError: when nothing is there or it cannot be read, with what to type.
+            ValueError: when the file lacks weights of the backbone.
         """
-        looks_local = str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-        if looks_local and not Path(path).expanduser().exists():
-            raise FileNotFoundError(
-                f"the teacher's path {str(path)!r} does not exist; expected a saved model's folder."
-            )
-        source = Path(path).expanduser() if Path(path).expanduser().exists() else path
-        try:
-            model = AutoModelForImageClassification.from_pretrained(source, **model_options)
-        except (OSError, ValueError) as error:
-            inner = Path(source, "model", "config.json")
-            meant = f"Did you mean {Path(path, 'model')}?" if inner.is_file() else "Expected a saved model."
-            raise OSError(f"the teacher {str(path)!r} could not be opened ({error}). {meant}") from error
-        try:
-            processor = AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError):
-            processor = None
-        return cls(model, processor)
+        opened = open_classifier(path, role="the teacher", keep_head=False, **model_options)
+        teacher = cls(opened.model, open_processor(path, role="the teacher", **model_options))
+        teacher.new_head = opened.new_head
+        return teacher
 
     def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
         """Learn the student's pixel format and class order.
@@ -92,9 +82,14 @@ class Teacher:
         self.notes = []
         self._order = None
         if compare_classes:
+            self._check_head()
             self._order, note = match_labels(student.config, self.model.config)
             self.notes.append(note)
         self._pixels = self._match_pixels(processing_class)
+
+    def _check_head(self) -> None:
+        if self.new_head:
+            raise ValueError(missing_head("the teacher", self.new_head))
 
     def _match_pixels(self, processing_class: Any) -> PixelAdapter | None:
         if self.processing_class is None:
@@ -155,7 +150,13 @@ class Teacher:
         return replace(geometry, classifier=head)
 
     def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
-        """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
+        """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order.
+
+        Raises:
+            ValueError: for class outputs of a head that was not in the model's file.
+        """
+        if needs.logits:
+            self._check_head()
         return capture(
             self.model,
             pixel_values,

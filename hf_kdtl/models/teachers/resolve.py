@@ -1,0 +1,203 @@
+"""Opening saved image classifiers, with every weight accounted for, and their image processors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoModelForImageClassification, __version__
+from transformers.utils import has_file
+
+from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.forward.geometry import classifiers
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
+_TRUST = "trust_remote_code"
+_WHERE = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
+_WHERE |= {_TRUST, "code_revision"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and what its file did not hold.
+
+    Args:
+        model: the classifier, in eval mode as transformers returns it.
+        new_head: tensors of the head that the file lacks, which are random now.
+        notes: what a user should know, as sentences.
+    """
+
+    model: Any
+    new_head: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def locate(path: str | Path, role: str = "the model") -> str:
+    """A model's folder or Hub name, `~` expanded.
+
+    Raises:
+        FileNotFoundError: when it looks like a path and nothing is there.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return str(folder)
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise FileNotFoundError(
+            f"{role}'s path {str(path)!r} does not exist; expected a saved model's folder, or a Hub name."
+        )
+    return str(path)
+
+
+def open_classifier(path: str | Path, *, role: str = "the model", keep_head: bool = True, **options: Any) -> Opened:
+    """Load an image classifier and account for every weight.
+
+    Args:
+        path: a folder or Hub name.
+        role: what the model is called in messages, such as "the teacher".
+        keep_head: whether the classifier must come from the file. Otherwise `new_head` names what is random.
+        options: of `from_pretrained`. Code beside the model runs only where they allow it; there is no prompt.
+
+    Raises:
+        OSError: when nothing is there, or it cannot be read.
+        ValueError: when weights of the backbone are not in the file, or those of the head where `keep_head`.
+    """
+    source = locate(path, role)
+    options = {_TRUST: False} | options
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise OSError(
+            f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, options)}"
+        ) from error
+    mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    lacking = sorted({*info["missing_keys"], *mismatched})
+    lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]
+    _check_names(lacking, sorted(info["unexpected_keys"]), model, f"{role} {str(path)!r}")
+    head = _head_names(model, lacking)
+    if backbone := [key for key in lacking if key not in head]:
+        raise ValueError(
+            f"{role} {str(path)!r} lacks {len(backbone)} weights of {type(model).__name__}'s backbone, which would be "
+            f"random: {_few(backbone, mismatched)}. Expected a file with all of them: save the model again with "
+            "model.save_pretrained(folder)."
+        )
+    if head and keep_head:
+        raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
+    note = f"{role} {str(path)!r} has no trained head in its file: {_few(head, mismatched)} start from random values."
+    return Opened(model, head, [note] if head else [])
+
+
+def missing_head(who: str, head: Sequence[str], mismatched: dict[str, Any] | None = None) -> str:
+    """The error for class outputs that are wanted of a head with random weights."""
+    return (
+        f"{who} has no trained head in its file ({_few(head, mismatched or {})}), so its class outputs would be "
+        "random. Expected a fine-tuned image classifier: train the head first (hf-kdtl train-teacher --model <this "
+        "model>), or name a model that has one; leave num_labels and ignore_mismatched_sizes out."
+    )
+
+
+def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
+    """The image processor saved beside a model, or None where none was saved.
+
+    Args:
+        options: those of the model; the ones that locate its files or allow the code beside it are used.
+
+    Raises:
+        OSError: when a processor is there and cannot be read or is not trusted, with what to type.
+    """
+    source = locate(path, role)
+    where = {_TRUST: False} | {key: value for key, value in options.items() if key in _WHERE}
+    try:
+        return AutoImageProcessor.from_pretrained(source, **where)
+    except Exception as error:  # a broken file raises whatever its content leads to
+        files = [name for name in PROCESSOR_FILES if _exists(source, name, where)]
+        if not files and not isinstance(error, ImportError):
+            return None
+        raise OSError(
+            f"the image processor of {role} {str(path)!r} could not be read from {' or '.join(files) or 'its config'} "
+            f"({type(error).__name__}: {_first_line(error)}). {_processor_cure(error)}"
+        ) from error
+
+
+def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
+    subfolder = where.get("subfolder") or ""
+    if Path(source).is_dir():
+        return Path(source, subfolder, name).is_file()
+    keys = ("revision", "proxies", "token", "local_files_only", "cache_dir")
+    try:
+        return has_file(source, f"{subfolder}/{name}".lstrip("/"), **{k: where[k] for k in keys if k in where})
+    except OSError:
+        return True  # it cannot be looked up, so nobody knows that it is absent
+
+
+def _processor_cure(error: Exception) -> str:
+    by_hand = "or pass the processor: Teacher(model, processing_class=<its image processor>)"
+    if _TRUST in str(error):
+        return f"Its class is code beside the model: pass {_TRUST}=True if you trust it, {by_hand}."
+    if isinstance(error, ImportError):
+        return f"Install what it asks for, {by_hand}."
+    return (
+        f"Expected JSON as written by processor.save_pretrained(folder), of a class that transformers {__version__} "
+        f"has. Save it again, remove the file (then the pixels are taken as they are), {by_hand}."
+    )
+
+
+def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
+    inner = [name for name in ("model", "student") if Path(source, name, "config.json").is_file()]
+    if inner:
+        return f"Did you mean {Path(source, inner[0])}?"
+    if _TRUST in str(error):
+        return f"Its architecture is code beside the model: pass {_TRUST}=True if you trust it."
+    if "ignore_mismatched_sizes" in str(error):
+        asked = {key: options[key] for key in ("num_labels", "id2label", "image_size") if key in options}
+        return f"The sizes asked for ({asked or options}) are not the file's: leave them out."
+    return "Expected a saved image classifier."
+
+
+def _check_names(lacking: list[str], unexpected: list[str], model: Any, who: str) -> None:
+    """Refuse a file whose names have a prefix, and one with more blocks than the config says."""
+    names = set(model.state_dict())
+    for prefix in {key[: -len(name)] for key in unexpected for name in lacking if key.endswith(f".{name}")}:
+        if sum(key.removeprefix(prefix) in names for key in unexpected) > len(unexpected) / 2:
+            raise ValueError(
+                f"the names of the weights of {who} begin with {prefix!r} (as a wrapper of the model, such as "
+                f"nn.DataParallel, saves them), so none was loaded. Pass key_mapping={{{_pattern(prefix)}: ''}} to "
+                "from_pretrained, or save the model inside the wrapper: model.module.save_pretrained(folder)."
+            )
+    shapes = {re.sub(r"\.\d+\.", ".#.", name) for name in names}
+    if left := [key for key in unexpected if re.sub(r"\.\d+\.", ".#.", key) in shapes]:
+        raise ValueError(
+            f"the file of {who} has {len(left)} weights of further blocks that its config leaves out: "
+            f"{_few(left, {})}. Expected a config with as many blocks as the file; for fewer of them use "
+            "hf_kdtl.make_student(teacher, layers=...)."
+        )
+
+
+def _pattern(prefix: str) -> str:
+    return "r'^" + prefix.replace(".", "\\.") + "'"
+
+
+def _head_names(model: Any, keys: Iterable[str]) -> list[str]:
+    """Those of the keys that belong to the head: outside the module with the blocks, its classifiers, its pooler."""
+    backbone = find_blocks(model)[0][0].split(".")[0]
+    heads = [name for name, module in model.named_modules() if any(module is one for one in classifiers(model))]
+    return [
+        key
+        for key in keys
+        if key.split(".")[0] != backbone or ".pooler." in key or any(key.startswith(f"{head}.") for head in heads)
+    ]
+
+
+def _few(names: Sequence[str], mismatched: dict[str, Any], most: int = 4) -> str:
+    shown = [
+        f"{name} {mismatched[name][0]} in place of {mismatched[name][1]}" if name in mismatched else name
+        for name in names[:most]
+    ]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

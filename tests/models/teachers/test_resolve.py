@@ -1,0 +1,202 @@
+"""A saved model is opened with every weight of its file, or the message says which are missing and what to type."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+from hf_kdtl import make_student
+from hf_kdtl.models import Needs, Teacher
+from hf_kdtl.models.teachers.resolve import open_classifier, open_processor
+from hf_kdtl.models.teachers.start import StartingPoint
+from tests.support.helpers import largest_difference, trainer, weights
+from tests.support.tiny import TINY, build
+
+HEADS = {"poolformer": "norm.", "cvt": "layernorm."}  # a norm that only the classifier has
+
+
+def _save(folder, model, rename=lambda name: name, keep=lambda name: True):
+    """A model with some of its tensors left out or under other names."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    tensors = {rename(name): value for name, value in model.state_dict().items() if keep(name)}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def _openers(folder):
+    student = build("vit")
+    return {
+        "teacher": lambda: Teacher.from_pretrained(folder),
+        "start": lambda: StartingPoint.from_path(folder, student, None),
+        "student": lambda: make_student(folder, 1),
+        "model": lambda: open_classifier(folder),
+    }
+
+
+# ---- Weights that are not in the file ----
+
+
+@pytest.mark.parametrize("who", ["teacher", "start", "student", "model"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rename": lambda name: f"module.{name}"}, r"begin with 'module\.'.*key_mapping=\{r'\^module\\\.': ''\}"),
+        ({"rename": lambda name: f"_orig_mod.module.{name}"}, r"begin with '_orig_mod\.module\.'"),
+        ({"keep": lambda name: "layers.1" not in name}, r"lacks 16 weights of ViT.*'?s backbone.*vit\.layers\.1\."),
+        ({"keep": lambda name: "position" not in name}, r"lacks 1 weights.*position_embeddings"),
+    ],
+)
+def test_missing_backbone_weights_are_an_error_everywhere(tmp_path, who, options, message):
+    folder = _save(tmp_path, build("vit", seed=5), **options)
+    with pytest.raises(ValueError, match=message):
+        _openers(folder)[who]()
+
+
+def test_the_key_mapping_of_the_message_loads_the_weights(tmp_path):
+    model = build("vit", seed=5)
+    folder = _save(tmp_path, model, lambda name: f"module.{name}")
+    opened = open_classifier(folder, key_mapping={r"^module\.": ""})
+    assert largest_difference(weights(opened.model), weights(model)) == 0 and not opened.new_head
+
+
+def test_blocks_that_the_config_leaves_out_are_an_error(tmp_path):
+    build("vit", layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"32 weights of further blocks.*make_student"):
+        open_classifier(tmp_path, num_hidden_layers=1)
+
+
+def test_another_image_size_is_an_error_although_sizes_are_ignored(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"position_embeddings \(1, 17, 32\) in place of \(1, 65, 32\)"):
+        open_classifier(tmp_path, image_size=64, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ("siglip", "clip", "metaclip_2")])
+def test_a_backbone_alone_has_no_head(tmp_path, name):
+    model = TINY[name]()
+    getattr(model, model.base_model_prefix).save_pretrained(tmp_path)
+    opened = open_classifier(tmp_path, keep_head=False)
+    own = ("classifier", "cls_classifier", HEADS.get(name, "classifier"))
+    assert opened.new_head and all(key.startswith(own) for key in opened.new_head)
+    assert "no trained head in its file" in opened.notes[0]
+    with pytest.raises(ValueError, match=r"class outputs would be random.*hf-kdtl train-teacher"):
+        open_classifier(tmp_path)
+
+
+def test_a_missing_head_is_an_error_where_class_outputs_are_read(tmp_path):
+    build("vit", seed=5).vit.save_pretrained(tmp_path / "t")
+    teacher = Teacher.from_pretrained(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"the teacher has no trained head in its file \(classifier"):
+        trainer(tmp_path, build("vit"), teacher)
+    with pytest.raises(ValueError, match="class outputs would be random"):
+        teacher(torch.randn(1, 3, 32, 32), Needs(logits=True))
+    for cut in (teacher, tmp_path / "t"):
+        with pytest.raises(ValueError, match="class outputs would be random"):
+            make_student(cut, 1)
+
+
+def test_a_missing_head_is_no_error_where_no_class_output_is_read(tmp_path):
+    build("vit", seed=5).vit.save_pretrained(tmp_path / "t")
+    runner = trainer(tmp_path, build("vit"), tmp_path / "t", objectives=[{"name": "hidden_states"}], max_steps=1)
+    assert runner.train().training_loss > 0
+
+
+def test_a_head_of_another_size_is_a_missing_head(tmp_path):
+    build("vit", num_labels=10).save_pretrained(tmp_path)
+    teacher = Teacher.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert teacher.new_head == ["classifier.bias", "classifier.weight"]
+    with pytest.raises(ValueError, match=r"classifier\.bias.*leave num_labels and ignore_mismatched_sizes out"):
+        teacher.match(build("vit"), None, compare_classes=True)
+    with pytest.raises(OSError, match=r"The sizes asked for \(\{'num_labels': 3\}\) are not the file's"):
+        Teacher.from_pretrained(tmp_path, num_labels=3)
+
+
+def test_a_whole_model_opens_without_a_word(tmp_path):
+    for name in ("vit", "levit", "efficientnet", "siglip"):
+        model = build(name)
+        model.save_pretrained(tmp_path / name)
+        opened = open_classifier(tmp_path / name)
+        assert not opened.new_head and not opened.notes
+        assert largest_difference(weights(opened.model), weights(model)) == 0
+
+
+# ---- Image processors: absent, unreadable, not trusted ----
+
+OWN = {"size": {"height": 32, "width": 32}, "image_mean": [0.485, 0.456, 0.406]}
+FILE = "preprocessor_config.json"
+REMOTE = json.dumps({"auto_map": {"AutoImageProcessor": "mine.Mine"}, "image_processor_type": "Mine"})
+
+
+def test_an_absent_processor_is_none(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    assert open_processor(tmp_path) is None
+    teacher = Teacher.from_pretrained(tmp_path)
+    teacher.match(build("vit"), None, compare_classes=False)
+    assert "no image processor" in teacher.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"image_mean": [0.485', r"could not be read from preprocessor_config\.json.*Save it again"),
+        ("", r"could not be read from preprocessor_config\.json"),
+        ("[1, 2]", r"could not be read from preprocessor_config\.json"),
+        ('{"image_processor_type": "MyProcessor"}', r"Unrecognized image processor.*of a class that transformers"),
+        (REMOTE, r"code beside the model: pass trust_remote_code=True if you trust it"),
+        ('{"image_processor_type": "ViTImageProcessor", "size": "big"}', r"could not be read"),
+    ],
+)
+@pytest.mark.parametrize("who", ["teacher", "start"])
+def test_an_unreadable_processor_is_an_error_and_nobody_is_asked(tmp_path, monkeypatch, who, content, message):
+    build("vit").save_pretrained(tmp_path)
+    (tmp_path / FILE).write_text(content)
+    (tmp_path / "mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(OSError, match=message):
+        _openers(tmp_path)[who]()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unreadable_file_of_the_newer_name_is_an_error(tmp_path):
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {')
+    with pytest.raises(OSError, match=r"could not be read from processor_config\.json"):
+        open_processor(tmp_path)
+
+
+def test_the_processor_is_read_where_the_model_is(tmp_path):
+    build("vit").save_pretrained(tmp_path / "inner")
+    ViTImageProcessor(**OWN).save_pretrained(tmp_path / "inner")
+    teacher = Teacher.from_pretrained(tmp_path, subfolder="inner")
+    assert list(teacher.processing_class.image_mean) == OWN["image_mean"]
+    (tmp_path / "inner" / FILE).write_text("{")
+    with pytest.raises(OSError, match="could not be read"):
+        Teacher.from_pretrained(tmp_path, subfolder="inner")
+
+
+def test_the_options_of_the_model_reach_the_processor(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "hf_kdtl.models.teachers.resolve.AutoImageProcessor.from_pretrained",
+        lambda path, **options: seen.update(options),
+    )
+    open_processor("me/model", revision="v2", trust_remote_code=True, cache_dir="c", num_labels=3, dtype="auto")
+    assert seen == {"revision": "v2", "trust_remote_code": True, "cache_dir": "c"}
+
+
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    names = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(OSError, match="pass trust_remote_code=True if you trust it"):
+        open_classifier(tmp_path)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the start's path .*nowhere.* does not exist"):
+        StartingPoint.from_path(tmp_path / "nowhere", build("vit"), None)
+    build("vit").save_pretrained(tmp_path / "model")
+    with pytest.raises(OSError, match=r"Did you mean .*model\?"):
+        open_classifier(tmp_path)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "model")
