@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
 from hf_kdtl.objectives import OBJECTIVES, Objective
-from hf_kdtl.objectives.base import is_number
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
 from hf_kdtl.optim.options import RateOptions
+from hf_kdtl.utils.options import check_known, check_option, is_number
 
 logger = logging.get_logger(__name__)
 
@@ -221,8 +220,8 @@ def entry_key(entry: Mapping[str, Any]) -> str:
 def entry_weight(entry: Mapping[str, Any]) -> float:
     """The weight of an entry, by default 1."""
     weight = entry.get("weight", 1.0)
-    if not is_number(weight) or weight < 0:
-        raise ValueError(f"objective {entry_key(entry)!r}: weight is {weight!r}; expected a number of at least 0.")
+    valid = is_number(weight) and weight >= 0
+    check_option(f"objective {entry_key(entry)!r}", "weight", weight, valid, "a number of at least 0")
     return float(weight)
 
 
@@ -236,9 +235,9 @@ def _build_entry(entry: Mapping[str, Any]) -> Objective:
         check_known(f"option of objective {name!r}", option, valid)
     objective = OBJECTIVES[name](**options)
     if "role" in entry:
-        if entry["role"] not in ("task", "transfer"):
-            raise ValueError(f"objective {name!r}: role is {entry['role']!r}; expected 'task' or 'transfer'.")
-        objective.role = entry["role"]
+        role = entry["role"]
+        check_option(f"objective {name!r}", "role", role, role in ("task", "transfer"), "'task' or 'transfer'")
+        objective.role = role
     return objective
 
 
@@ -264,20 +263,6 @@ def check_roles(name: str, rule: GradientRule, objectives: Mapping[str, Objectiv
             f"gradient_rule {name!r} lets each pair of layers move its own block, and {', '.join(apart)} pairs no "
             'layers. Leave it out, give it "role": "task", or take the rule "never_hurt".'
         )
-
-
-def check_known(what: str, name: Any, valid: Collection[str]) -> None:
-    """Refuse a name that is not valid, offering the closest one.
-
-    Raises:
-        ValueError: naming what is valid.
-    """
-    if name in valid:
-        return
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    known = ", ".join(valid) or "none in this version"
-    raise ValueError(f"unknown {what}: {name!r}.{hint} Valid: {known}.")
 
 
 def _from_json(name: str, value: Any) -> Any:

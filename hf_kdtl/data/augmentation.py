@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hf_kdtl.utils.options import check_known, is_number, is_whole
 
 UNLABELLED = -100
 
@@ -44,7 +45,7 @@ class Augmentation:
             raise ValueError(f"augmentation is {config!r}, expected a mapping such as {{'crop': 4, 'flip': true}}.")
         self.config = {key: value for key, value in config.items() if not _is_off(value)}
         for key in config:
-            _check_key(key)
+            check_known("key of augmentation", key, _VALUES)
         for key, value in self.config.items():
             accepts, expected = _VALUES[key]
             if not accepts(value):
@@ -138,7 +139,7 @@ def _single_image_changes(config: Mapping[str, Any], size: tuple[int, int]) -> n
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low < value <= high
+    return lambda value: is_number(value) and low < value <= high
 
 
 def _is_area_range(value: Any) -> bool:
@@ -146,12 +147,8 @@ def _is_area_range(value: Any) -> bool:
     return ok and value[0] <= value[1]
 
 
-def _is_pixels(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "crop": (_is_pixels, "a whole number of pixels, such as 4"),
+    "crop": (is_whole, "a whole number of pixels, such as 4"),
     "resized_crop": (_is_area_range, "[smallest, largest] part of the area in (0, 1], such as [0.6, 1.0]"),
     "flip": (lambda value: value is True, "true or false"),
     "color_jitter": (_number(0, 1), "a number in [0, 1]"),
@@ -163,10 +160,3 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _is_off(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and value == 0)
-
-
-def _check_key(key: str) -> None:
-    if key not in _VALUES:
-        close = get_close_matches(str(key), _VALUES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"augmentation has an unknown key {key!r}, expected one of {', '.join(_VALUES)}.{hint}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, Value
+
+from hf_kdtl.utils.options import suggestion
 
 UNLABELLED = -100
 
@@ -46,8 +47,7 @@ def with_two_columns(
 
 def _column(features: datasets.Features, kind: str, named: str | None, candidates: list[str]) -> str:
     if named is not None and named not in features:
-        close = get_close_matches(named, features, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = suggestion(named, features)
         raise ValueError(f"There is no column {named!r}, the columns are {_columns(features)}.{hint}")
     if named is not None:
         return named

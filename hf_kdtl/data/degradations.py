@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.functional.resample import precise
+from hf_kdtl.utils.options import check_known
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -179,10 +179,7 @@ DEGRADATIONS = {f.__name__: Degradation(f.__name__, what, unit, amounts, f) for 
 
 def degradation(name: str) -> Degradation:
     """One of DEGRADATIONS, by name. Raises ValueError for another name, with the closest."""
-    if name not in DEGRADATIONS:
-        close = get_close_matches(str(name), DEGRADATIONS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown degradation {name!r}; expected one of {', '.join(DEGRADATIONS)}.{hint}")
+    check_known("degradation", name, DEGRADATIONS)
     return DEGRADATIONS[name]
 
 

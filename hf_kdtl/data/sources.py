@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from difflib import get_close_matches
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from hf_kdtl.utils.options import closest
 
 SPLITS = {
     "train": "train",
@@ -83,7 +84,7 @@ def _refuse_missing_path(source: str, path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
     here = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    close = get_close_matches(missing, here, n=3, cutoff=0.5)
+    close = closest(missing, here, most=3, cutoff=0.5)
     found = f"close matches in {parent}: {', '.join(close)}" if close else f"nothing like it is in {parent}"
     raise ValueError(f"The path {source!r} does not exist ({found}). Expected a folder or file of images.")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hf_kdtl.functional.surgery import Conflict, Gradient, Products
+from hf_kdtl.utils import options
 
 
 class GradientRule:
@@ -44,15 +44,9 @@ class GradientRule:
         raise NotImplementedError
 
 
-def is_number(value: Any) -> bool:
-    """A finite int or float, and not a bool (YAML's `yes` is one)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def check_option(rule: str, option: str, value: Any, valid: bool, expected: str) -> None:
-    """Raises ValueError when not `valid`, in the words of every other refusal."""
-    if not valid:
-        raise ValueError(f"gradient_rule {rule!r}: {option} is {value!r}; expected {expected}.")
+    """`hf_kdtl.utils.options.check_option` of a gradient rule, by name."""
+    options.check_option(f"gradient_rule {rule!r}", option, value, valid, expected)
 
 
 def check_word(rule: str, option: str, value: Any, words: tuple[str, ...]) -> None:

@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from hf_kdtl.functional.surgery import Conflict, Gradient, Products, Scope, conflict, one_sided, orthogonal, pcgrad
-from hf_kdtl.gradient_rules.base import GradientRule, check_option, check_word, is_number
+from hf_kdtl.gradient_rules.base import GradientRule, check_option, check_word
+from hf_kdtl.utils.options import is_number
 
 FORMS, SCOPES = ("one_sided", "orthogonal"), ("global", "tensor")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.utils import options
 
 
 class Batch(TypedDict):
@@ -92,13 +92,8 @@ class Objective(nn.Module):
 
 
 def check_option(objective: str, option: str, value: Any, valid: bool, expected: str) -> None:
-    """Refuse an option's value in the words of every other refusal.
-
-    Raises:
-        ValueError: when not `valid`.
-    """
-    if not valid:
-        raise ValueError(f"objective {objective!r}: {option} is {value!r}; expected {expected}.")
+    """`hf_kdtl.utils.options.check_option` of an objective, by name."""
+    options.check_option(f"objective {objective!r}", option, value, valid, expected)
 
 
 HEADS = ("class", "distillation")
@@ -123,8 +118,3 @@ def head_logits(student: Capture, head: str | None) -> Tensor:
             f"the student has no {head} head of its own (DeiTForImageClassificationWithTeacher has); leave head out."
         )
     return found
-
-
-def is_number(value: Any) -> bool:
-    """A finite int or float, and not a bool (YAML's `yes` is one)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(torch.isfinite(torch.tensor(value)))

@@ -12,8 +12,9 @@ from hf_kdtl.models.bregman.outputs import needs_of, outputs_of
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_option
 from hf_kdtl.objectives.paired import as_tokens, check_grids, class_columns
+from hf_kdtl.utils.options import is_number
 
 
 class Bregman(Objective):

@@ -15,8 +15,9 @@ from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.perturbations import Direction
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_option
 from hf_kdtl.objectives.estimators import EstimatorChoice, choose_estimator
+from hf_kdtl.utils.options import is_number, is_whole
 
 Output = Literal["teacher_top1", "label", "projection", "all"]
 
@@ -38,8 +39,7 @@ class DerivativeObjective(Objective):
     def __init__(self, *, fraction: float, probes: int, estimator: str, central: bool, step: float | None):
         super().__init__()
         check_option(self.name, "fraction", fraction, is_number(fraction) and 0 < fraction <= 1, "a number in (0, 1]")
-        integer = isinstance(probes, int) and not isinstance(probes, bool)
-        check_option(self.name, "probes", probes, integer and probes >= 1, "a whole number of at least 1")
+        check_option(self.name, "probes", probes, is_whole(probes), "a whole number of at least 1")
         check_option(self.name, "central", central, isinstance(central, bool), "true or false")
         positive = step is None or (is_number(step) and step > 0)
         check_option(self.name, "step", step, positive, "a number greater than 0, or nothing")

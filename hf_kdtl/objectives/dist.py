@@ -4,7 +4,8 @@ from torch import Tensor
 
 from hf_kdtl.functional.logits import correlations
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_option
+from hf_kdtl.utils.options import is_number
 
 
 class Dist(Objective):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_option
+from hf_kdtl.utils.options import is_number
 
 
 class LwF(Objective):

@@ -8,10 +8,11 @@ from torch import Tensor
 from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.perturbations import Direction
-from hf_kdtl.objectives.base import Batch, check_option, is_number
+from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.objectives.estimators import EstimatorChoice
 from hf_kdtl.objectives.jacobian import CITATION
+from hf_kdtl.utils.options import is_number
 
 
 class NoisyKD(DerivativeObjective):

@@ -14,8 +14,9 @@ from hf_kdtl.functional.start import channel_distance, channel_importance, l2_sp
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.objectives.base import Batch, Objective, check_option, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_option
 from hf_kdtl.objectives.paired import PairedObjective, as_tokens
+from hf_kdtl.utils.options import is_number, is_whole
 
 # Of 0.001 to 1 the one at which a probe on 128 and 256 of CIFAR-10's training images ranks the channels of a trained
 # ViT most like the ViT's own head does; from 0.1 on it fits so small a sample too well.
@@ -132,7 +133,7 @@ class Delta(PairedObjective):
         listed = isinstance(layers, list) and layers and all(type(i) is int for i in layers)
         expected = "'all', 'last', or block indices such as [2, 5]"
         check_option("delta", "layers", layers, layers in ("all", "last") or bool(listed), expected)
-        check_option("delta", "sample", sample, type(sample) is int and sample >= 4, "a whole number of at least 4")
+        check_option("delta", "sample", sample, is_whole(sample, 4), "a whole number of at least 4")
         self.blocks, self.sample = layers, sample
         self.measured = False
 
@@ -227,7 +228,7 @@ class BSS(Objective):
 
     def __init__(self, *, k: int = 1):
         super().__init__()
-        check_option("bss", "k", k, type(k) is int and k >= 1, "a whole number of at least 1")
+        check_option("bss", "k", k, is_whole(k), "a whole number of at least 1")
         self.k, self.least_images = k, k + 1
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:

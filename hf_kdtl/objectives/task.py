@@ -4,7 +4,8 @@ from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits, is_number
+from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits
+from hf_kdtl.utils.options import is_number
 
 
 class Task(Objective):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_kdtl.models.pairing import Layers
+from hf_kdtl.utils.options import check_known, check_option, is_number, is_whole
 
 MODES = ("discrepancy", "llrd", "uniform", "permuted", "frozen", "loss_weight")
 SOURCES = ("attention", "jacobian", "hessian")
@@ -74,7 +74,7 @@ class RateOptions:
             )
         given = dict({"mode": "uniform"} if options is None else options)
         for key in given:
-            _check_word("key", key, [f.name for f in fields(cls)])
+            check_known("key of layer_rates", key, [f.name for f in fields(cls)])
         made = cls(**given)
         if unread := [key for key in given if key not in ("mode", *made._reads())]:
             raise ValueError(
@@ -101,35 +101,20 @@ class RateOptions:
         return (*_MEASURED, *of_mode, *of_source)
 
     def _check(self) -> None:
-        _check_word("mode", self.mode, MODES)
-        _check_word("source", self.source, SOURCES)
-        _check_word("wrt", self.wrt, ("parameters", "inputs"))
-        _check_word("map", self.map, ("energy", "class"))
-        _check("every", self.every, self.every is None or _whole(self.every), "a whole number of at least 1")
-        _check("probes", self.probes, _whole(self.probes), "a whole number of at least 1")
-        _check("momentum", self.momentum, _number(self.momentum) and 0 <= self.momentum < 1, "a number in [0, 1)")
-        _check("eps", self.eps, _number(self.eps) and self.eps > 0, "a number above 0, in nats")
-        _check("decay", self.decay, _number(self.decay) and 0 < self.decay <= 1, "a number in (0, 1]")
-        bounds = self.r_min, self.r_max
-        inside = _number(self.r_min) and _number(self.r_max) and 0 < self.r_min < 1 < self.r_max
-        _check("[r_min, r_max]", list(bounds), inside, "0 < r_min < 1 < r_max, such as 0.25 and 4, for a mean of 1")
-
-
-def _check_word(what: str, value: Any, valid: Sequence[str]) -> None:
-    if value not in valid:
-        close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"layer_rates: unknown {what} {value!r}.{hint} Valid: {', '.join(valid)}.")
-
-
-def _check(option: str, value: Any, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"layer_rates: {option} is {value!r}; expected {expected}.")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        check_known("mode of layer_rates", self.mode, MODES)
+        check_known("source of layer_rates", self.source, SOURCES)
+        check_known("wrt of layer_rates", self.wrt, ("parameters", "inputs"))
+        check_known("map of layer_rates", self.map, ("energy", "class"))
+        bounds = [self.r_min, self.r_max]
+        inside = is_number(self.r_min) and is_number(self.r_max) and 0 < self.r_min < 1 < self.r_max
+        momentum = is_number(self.momentum) and 0 <= self.momentum < 1
+        decay = is_number(self.decay) and 0 < self.decay <= 1
+        for option, value, valid, expected in (
+            ("every", self.every, self.every is None or is_whole(self.every), "a whole number of at least 1"),
+            ("probes", self.probes, is_whole(self.probes), "a whole number of at least 1"),
+            ("momentum", self.momentum, momentum, "a number in [0, 1)"),
+            ("eps", self.eps, is_number(self.eps) and self.eps > 0, "a number above 0, in nats"),
+            ("decay", self.decay, decay, "a number in (0, 1]"),
+            ("[r_min, r_max]", bounds, inside, "0 < r_min < 1 < r_max, such as 0.25 and 4, for a mean of 1"),
+        ):
+            check_option("layer_rates", option, value, valid, expected)

@@ -129,8 +129,8 @@ def test_soft_labels_by_hand():
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"cutmx": 1.0}, "unknown key 'cutmx'.*mixup, cutmix.*Did you mean 'cutmix'"),
-        ({"zzz": 0}, "unknown key 'zzz'"),
+        ({"cutmx": 1.0}, "unknown key of augmentation: 'cutmx'. Did you mean 'cutmix'.*mixup, cutmix"),
+        ({"zzz": 0}, "unknown key of augmentation: 'zzz'"),
         ({"crop": 1.5}, "'crop' is 1.5, expected a whole number"),
         ({"crop": True}, "'crop' is True"),
         ({"crop": -1}, "'crop' is -1"),

@@ -280,7 +280,7 @@ def test_other_pixels(name, pixels, words):
 
 
 def test_unknown_names_and_sides():
-    with pytest.raises(ValueError, match=r"unknown degradation 'gausian_noise'.*Did you mean 'gaussian_noise'"):
+    with pytest.raises(ValueError, match=r"unknown degradation: 'gausian_noise'.*Did you mean 'gaussian_noise'"):
         degraded(files(), processor(), "gausian_noise", 1, 32)
     with pytest.raises(ValueError, match="from 1 to 5"):
         degraded(files(), processor(), "jpeg", 0, 32)

@@ -158,13 +158,13 @@ def test_the_state_goes_on_bitwise_through_json():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"mode": "discrepency"}, "unknown mode 'discrepency'. Did you mean 'discrepancy'"),
+        ({"mode": "discrepency"}, "unknown mode of layer_rates: 'discrepency'. Did you mean 'discrepancy'"),
         ({"mode": "x"}, "Valid: discrepancy, llrd, uniform"),
         ({"source": "atention"}, "Did you mean 'attention'"),
-        ({"source": None}, "unknown source None"),
-        ({"moment": 0.9}, "unknown key 'moment'. Did you mean 'momentum'"),
-        ({"source": "jacobian", "wrt": "weights"}, "unknown wrt 'weights'"),
-        ({"map": "cls"}, "unknown map 'cls'"),
+        ({"source": None}, "unknown source of layer_rates: None"),
+        ({"moment": 0.9}, "unknown key of layer_rates: 'moment'. Did you mean 'momentum'"),
+        ({"source": "jacobian", "wrt": "weights"}, "unknown wrt of layer_rates: 'weights'"),
+        ({"map": "cls"}, "unknown map of layer_rates: 'cls'"),
         ({"r_min": 4.0, "r_max": 0.25}, r"\[r_min, r_max\] is \[4.0, 0.25\]; expected 0 < r_min < 1 < r_max"),
         ({"r_min": 0}, "expected 0 < r_min < 1 < r_max"),
         ({"r_min": 1.5}, "expected 0 < r_min < 1 < r_max"),
@@ -184,8 +184,9 @@ def test_the_state_goes_on_bitwise_through_json():
     ],
 )  # fmt: skip
 def test_bad_options(options, said):
-    with pytest.raises(ValueError, match=f"^layer_rates.*{said}"):
+    with pytest.raises(ValueError, match=said) as refused:
         RateOptions.of(options)
+    assert "layer_rates" in str(refused.value)
 
 
 def test_cadence_by_source():

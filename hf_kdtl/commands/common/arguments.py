@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -17,6 +16,8 @@ import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
+
+from hf_kdtl.utils.options import closest, suggestion
 
 # What a user can put right. Anything else is a bug and keeps its traceback.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -133,7 +134,7 @@ def _read(path: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         near = sorted(file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        close = difflib.get_close_matches(file.name, [other.name for other in near], n=1)
+        close = closest(file.name, [other.name for other in near])
         hint = f" Did you mean {file.parent / close[0]}?" if close else ""
         raise FileNotFoundError(f"the file of --config, {path!r}, does not exist.{hint}")
     try:
@@ -192,7 +193,5 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
 
 
 def _unknown(name: str, what: str, valid: list[str], listed: str = "") -> str:
-    close = difflib.get_close_matches(name, valid, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     rest = f" Expected {listed} {', '.join(valid)}." if listed else " --help lists all of them."
-    return f"unknown {what}: {name!r}.{hint}{rest}"
+    return f"unknown {what}: {name!r}.{suggestion(name, valid)}{rest}"

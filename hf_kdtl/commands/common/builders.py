@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl.commands.common.arguments import mapping
-from hf_kdtl.config import check_known
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.loading import ImageData, ImageDataset, load_images
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import stated_depth, vision_config
 from hf_kdtl.models.labels import class_names, match_labels
+from hf_kdtl.utils.options import check_known
 
 
 @dataclass
