@@ -38,8 +38,8 @@ from study import Arm, Study
 
 import hf_kdtl
 from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.data.loading import ImageData, ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.functional.links import LINKS, Link, coefficients

@@ -36,7 +36,7 @@ from matplotlib import pyplot
 sys.path.insert(0, str(Path(__file__).parent))
 from step_cost import CLASSES, vit
 
-from hf_kdtl.data.loading import ImageDataset, load_images
+from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Needs
 from hf_kdtl.models.forward.perturbations import Direction

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from study import Arm, Study
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.reports.figures.gradient_rule import gradient_rule_figure
 

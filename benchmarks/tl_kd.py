@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from study import Arm, Study
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
-from hf_kdtl.data.loading import ImageDataset, load_images
 from hf_kdtl.evaluation.metrics import METRICS, scores
 from hf_kdtl.models import Teacher
 

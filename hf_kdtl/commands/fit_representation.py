@@ -26,8 +26,8 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.runs import interpreter
+from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.decoding import decode
-from hf_kdtl.data.loading import ImageDataset
 from hf_kdtl.evaluation.representation import explained_by, extremes
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.functional.bregman import Representation, fit

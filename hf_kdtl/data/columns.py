@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, Value
 
 from hf_kdtl.utils.options import suggestion
+from hf_kdtl.utils.text import some
 
 UNLABELLED = -100
 
@@ -124,8 +124,3 @@ def refuse_unseen(name: str, unseen: Counter[str]) -> None:
             f"The split {name!r} has images of classes that training never saw: {listed}. Expected only classes of "
             "train; move images of them to train, or remove them."
         )
-
-
-def some(items: Sequence[Any], most: int = 8) -> str:
-    """The first few items of a list, for a sentence."""
-    return ", ".join(map(str, items[:most])) + (f", ... ({len(items)} in all)" if len(items) > most else "")

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
+from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.degradations import degradation, degrade_image
-from hf_kdtl.data.loading import ImageDataset
 
 
 def degraded(split: Dataset, image_processor: Any, name: str, severity: int, side: int) -> ImageDataset:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 _MARKUP = re.compile(r"[\\`*\[\]<>#|~&$@!]|(?<!\w)_|_(?!\w)|(?<=www)\.|:(?=//)")
 
@@ -57,3 +59,8 @@ def percent(value: float | None) -> str:
 
 def _pad(column: int, cell: str, width: int) -> str:
     return cell.rjust(width) if column else cell.ljust(width)
+
+
+def some(items: Sequence[Any], most: int = 8) -> str:
+    """The first few items of a list, for a sentence."""
+    return ", ".join(map(str, items[:most])) + (f", ... ({len(items)} in all)" if len(items) > most else "")

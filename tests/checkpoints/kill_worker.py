@@ -23,8 +23,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.rotation import checkpoints
 from hf_kdtl.checkpoints.state import STATE_JSON, STATE_TENSORS
+from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.data.loading import ImageDataset
 from tests.checkpoints.writers import wrap_writers
 from tests.data.test_dataset import noisy
 from tests.support.helpers import trainer

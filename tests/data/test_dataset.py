@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.data.loading import ImageDataset
+from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.trainer.callbacks import SetDatasetEpoch
 
 
@@ -52,6 +52,28 @@ def test_without_augmentation_the_pixels_are_those_of_a_pipeline(tmp_path):
         assert torch.equal(item["pixel_values"], classify.preprocess(str(tmp_path / "a.png"))["pixel_values"][0])
         assert item["pixel_values"].dtype == torch.float32
         assert item["labels"] == index % 3
+
+
+FILES = [
+    ("png", Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), "RGBA")),
+    ("png", Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 8, 2), "LA")),
+    ("png", Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)),
+    ("tif", Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 9)),
+    ("tif", Image.fromarray(np.arange(64, dtype=np.float32).reshape(8, 8) / 3)),
+    ("gif", Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")),
+    ("tif", Image.fromarray(np.arange(256, dtype=np.uint8).reshape(8, 8, 4), "CMYK")),
+]
+
+
+def test_files_of_every_kind_are_the_pixels_of_a_pipeline(tmp_path):
+    classify = pipeline("image-classification", model=tiny_vit(), image_processor=processor(), device="cpu")
+    paths = [str(tmp_path / f"{number}.{kind}") for number, (kind, _) in enumerate(FILES)]
+    for path, (_, image) in zip(paths, FILES, strict=True):
+        image.save(path)
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": [0] * len(paths)}
+    items = ImageDataset(Dataset.from_dict(rows, features=noisy(1).features), processor()).__getitems__([*range(7)])
+    for path, item in zip(paths, items, strict=True):
+        assert torch.equal(item["pixel_values"], classify.preprocess(path)["pixel_values"][0]), path
 
 
 @pytest.mark.parametrize("options", [{}, {"do_normalize": False}])

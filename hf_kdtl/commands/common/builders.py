@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl.commands.common.arguments import mapping
+from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.data.loading import ImageData, ImageDataset, load_images
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import stated_depth, vision_config
@@ -40,6 +40,10 @@ class DataOptions:
     test_fraction: float = field(default=0.15, metadata={"help": "Cut from train where there is none."})
     split_seed: int = field(default=42, metadata={"help": "Of these cuts. The same for teacher and student!"})
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: leave unreadable images out."})
+    high_bit_depth: str = field(
+        default="clip",
+        metadata={"help": "16-bit, 32-bit, float images: clip as pipeline() does, or scale."},
+    )
     train_images: int | None = field(
         default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
     )
@@ -59,6 +63,7 @@ def open_data(options: DataOptions) -> ImageData:
         test_fraction=options.test_fraction,
         seed=options.split_seed,
         on_bad_image=options.on_bad_image,  # type: ignore[arg-type]
+        high_bit_depth=options.high_bit_depth,  # type: ignore[arg-type]
     )
     if options.on_bad_image == "error":
         data.check_readable()  # all of them now: a bad test image would be met after hours of training
@@ -190,6 +195,7 @@ def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:
         "classes": data.label_names,
         "splits": {name: getattr(options, name) for name in ("split_seed", "validation_fraction", "test_fraction")},
         "augmentation": mapping("augmentation", options.augmentation),
+        "high_bit_depth": data.high_bit_depth,
         "notes": data.notes,
     }
 
