@@ -11,6 +11,8 @@ from hf_kdtl.functional.attention import attention_rows
 from hf_kdtl.models import Needs, capture, plan
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.geometry import describe
+from hf_kdtl.models.forward.modes import contiguous_gradients
+from hf_kdtl.objectives.paired import as_tokens
 from tests.support.tiny import TINY, build
 
 TAPPED = [
@@ -183,3 +185,48 @@ def test_a_student_deeper_than_its_teacher_uses_no_teacher_block_twice():
 def test_pairs_that_cannot_be_are_refused(layers, sentence):
     with pytest.raises(ValueError, match=sentence):
         plan(build("vit", layers=2), build("vit", layers=4), layers)
+
+
+def _token_order(gradient):
+    """As the backward pass of flatten(2).transpose(1, 2) leaves it."""
+    return gradient.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, gradient.shape[2:])
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm2d, torch.nn.InstanceNorm2d])
+def test_torch_reads_the_gradient_of_a_norm_of_one_image_wrongly_on_the_cpu(kind):
+    """The trap itself. The day this fails torch has fixed it: `contiguous_gradients` may go."""
+    generator = torch.Generator().manual_seed(0)
+    norm = kind(8).double().eval()
+    x, gradient = (torch.randn(1, 8, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    right = torch.autograd.grad(norm(x), x, gradient)[0]
+    wrong = torch.autograd.grad(norm(x), x, _token_order(gradient))[0]
+    with contiguous_gradients(norm, x):
+        y = norm(x)
+    mended = torch.autograd.grad(y, x, _token_order(gradient))[0]
+    assert not norm._forward_hooks and torch.equal(mended, right)
+    assert (wrong - right).norm() > 0.5 * right.norm()
+
+
+@pytest.mark.parametrize("of", ["task", "tokens", "jacobian"])
+@pytest.mark.parametrize("name", ["levit", "cvt", "resnet"])
+def test_a_batch_of_one_image_has_the_gradient_of_that_image(name, of):
+    """In eval mode, in float64: what a batch of the same image twice gives, halved, which torch computes rightly."""
+
+    def gradient(pixels):
+        model = build(name, image_size=64).double()
+        blocks = _every(model) if of == "tokens" else frozenset()
+        got = capture(model, pixels, Needs(hidden_states=blocks, input_gradient=of == "jacobian", order=2))
+        values = got.logits.log_softmax(-1)[:, 0]
+        if of == "tokens":
+            weigh = torch.Generator().manual_seed(0)
+            tokens = [as_tokens(hidden) for hidden in got.hidden_states.values()]
+            drawn = [torch.randn(t.shape[1:], generator=weigh, dtype=t.dtype) for t in tokens]
+            values = sum((t * w).square().flatten(1).sum(1) for t, w in zip(tokens, drawn, strict=True))
+        elif of == "jacobian":
+            values = got.input_gradient(values).square().flatten(1).sum(1)
+        found = torch.autograd.grad(values.mean(), list(model.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    image = torch.randn(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(gradient(image), gradient(image.repeat(2, 1, 1, 1)), rtol=1e-9, atol=1e-12)

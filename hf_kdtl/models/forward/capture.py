@@ -15,7 +15,7 @@ from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions, pooled_features
-from hf_kdtl.models.forward.modes import running_statistics
+from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.perturbations import Direction, RNGState, input_leaf
 
 
@@ -242,6 +242,7 @@ def _forward(
         )
     by_weights = bool(needs.attention) and geometry is not None and geometry.weights_only
     with ExitStack() as stack:
+        stack.enter_context(contiguous_gradients(model, pixel_values))
         tapped = frozenset() if by_weights else needs.attention
         recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
         pooled = stack.enter_context(pooled_features(model)) if needs.pooled else []
