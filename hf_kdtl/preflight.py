@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.functional.random import Draws, select_images
-from hf_kdtl.models.pairing import blank_pixels, plan
+from hf_kdtl.models.forward.classifier import blank_pixels
+from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.models.teachers.start import StartingPoint

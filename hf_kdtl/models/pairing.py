@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import uniform_layers
+from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.forward.geometry import LayerGeometry, ModelGeometry, describe
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -104,19 +104,6 @@ def plan(
     made = PairingPlan(describe(student, pixel_values), its, layers)
     assert made.pairs  # a wrong `layers` fails here, not at first use
     return made
-
-
-def blank_pixels(model: nn.Module) -> Tensor:
-    """Two grey images of the size that the model's config names. Raises ValueError where it names none."""
-    config: Any = model.config
-    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
-    if size is None:
-        raise ValueError(
-            f"{type(model).__name__}'s config names no image size; pass pixel_values=<a batch of images>."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    device = next(model.parameters()).device
-    return torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)
 
 
 def _is_pair(entry: Any) -> bool:

@@ -12,8 +12,8 @@ from transformers import Trainer
 
 from hf_kdtl.models.blocks import Blocks, find_blocks
 from hf_kdtl.models.forward.attention_hooks import run
+from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.forward.modes import evaluating
-from hf_kdtl.models.pairing import blank_pixels
 
 Layer = int | str
 """A block's index from 0, or "embeddings", "norm", "head", "objectives"."""

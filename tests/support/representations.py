@@ -16,8 +16,8 @@ from hf_kdtl.functional.links import conjugate, find
 from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF, OF_BLOCK, width_of
 from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.forward.geometry import describe
-from hf_kdtl.models.pairing import blank_pixels
 
 FOLDER = Path(tempfile.mkdtemp())
 atexit.register(rmtree, FOLDER, ignore_errors=True)

@@ -13,7 +13,7 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.models.adapters import adapted
-from hf_kdtl.models.forward.geometry import classifiers
+from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.utils.options import check_known
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
-from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions, pooled_features
+from hf_kdtl.models.forward.classifier import pooled_features
+from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.perturbations import Direction, RNGState, input_leaf
 
@@ -244,8 +245,9 @@ def _forward(
     with ExitStack() as stack:
         stack.enter_context(contiguous_gradients(model, pixel_values))
         tapped = frozenset() if by_weights else needs.attention
+        # First: it may need a forward of its own.
+        pooled = stack.enter_context(pooled_features(model, pixel_values)) if needs.pooled else []
         recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
-        pooled = stack.enter_context(pooled_features(model)) if needs.pooled else []
         if by_weights:
             stack.enter_context(attention_setting(model, "eager"))
             inputs = {**inputs, "output_attentions": True}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.attention_hooks import attention_setting, recording, run
+from hf_kdtl.models.forward.classifier import classifiers, pooled_features
 from hf_kdtl.models.forward.modes import evaluating
 
 AttentionKind = Literal["full", "windowed", "reduced", "none"]
@@ -85,13 +84,14 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
 
     # PEFT keeps what a head was beside the one that it trains: only one of them answers.
     answered: list[nn.Linear] = []
-    handles = [head.register_forward_pre_hook(lambda head, _: answered.append(head)) for head in classifiers(model)]
+    heads = classifiers(model, probe)
+    handles = [head.register_forward_pre_hook(lambda head, _: answered.append(head)) for head in heads]
     handles.append(blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True))
     try:
         with evaluating(model):
-            with recording(model, every, every) as recorder, pooled_features(model) as pooled:
+            with pooled_features(model, probe) as pooled, recording(model, every, every) as recorder:
                 run(model, probe)
-            heads = list(answered)
+            answering = list(answered)
             weights = [] if recorder.attention else _attention_weights(model, probe)
     finally:
         for handle in handles:
@@ -118,7 +118,7 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
             ordered = _row_by_row(hidden, image, roles)
         layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
         before = hidden
-    width, classifier = pooled[0].shape[-1] if pooled else 0, heads[0] if len(heads) == 1 else None
+    width, classifier = pooled[0].shape[-1] if pooled else 0, answering[0] if len(answering) == 1 else None
     return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
 
 
@@ -166,31 +166,6 @@ def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
             return flat_attentions(model(pixel_values=pixel_values, output_attentions=True))
     except (TypeError, ValueError):  # the architecture has no such output
         return []
-
-
-def classifiers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers outside the blocks with one output a class: one, or two with a distillation token."""
-    labels = getattr(model.config, "num_labels", None)
-    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
-    return [m for m in linear if m.out_features == labels]
-
-
-@contextmanager
-def pooled_features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the classifier reads, (B, D): the input of the last linear layer with one output a class."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Perceiver's decoder answers one query: (B, 1, D).
-        found.append(args[0].squeeze(1) if args[0].ndim == 3 and args[0].shape[1] == 1 else args[0])
-
-    handles = [head.register_forward_pre_hook(keep) for head in classifiers(model)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _prefix_roles(model: nn.Module) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_kdtl.models.adapters import adapted, adapters_off
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import WeightPair
-from hf_kdtl.models.forward.geometry import classifiers
+from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.teachers.teacher import Teacher
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,99 @@
+"""Which layers give the logits, and what they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.forward.attention_hooks import run
+from hf_kdtl.models.forward.modes import evaluating
+
+_classifiers: WeakKeyDictionary[nn.Module, tuple[list[nn.Linear], list[nn.Linear]]] = WeakKeyDictionary()
+
+
+def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn.Linear]:
+    """The linear layers that give the logits: one, or two with a distillation token.
+
+    They are outside the blocks and have one output per class. An inner layer can have as many by chance (SigLIP with
+    as many classes as channels, Swin with twice as many as its first stage): where there are several, one forward of
+    one image in eval mode shows which of them the logits are made of with no other one in between. Layers that this
+    forward does not call stay in the list: PEFT keeps what a head was beside the one that it trains.
+
+    Args:
+        pixel_values: (B, C, h, w) for that forward; by default zeros of the size in the config, or 64 x 64.
+    """
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if not any(isinstance(m, nn.Linear) and m.out_features == labels for m in model.modules()):
+        return []
+    inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+    found = [m for m in linear if m.out_features == labels]
+    if len(found) < 2:
+        return found
+    if model not in _classifiers or _classifiers[model][0] != found:
+        inner = _inner_layers(model, found, pixel_values)
+        _classifiers[model] = found, [m for m in found if m not in inner]
+    return _classifiers[model][1]
+
+
+@torch.enable_grad()
+def _inner_layers(model: nn.Module, found: list[nn.Linear], pixel_values: Tensor | None) -> list[nn.Linear]:
+    """Those of the layers whose outputs reach the logits through another of them or not at all."""
+    outputs: dict[nn.Linear, Tensor] = {}
+
+    def cut(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
+        outputs[module] = output.detach().requires_grad_()  # what lies before this layer is out of the graph
+        return outputs[module]
+
+    if pixel_values is None:
+        pixel_values = blank_pixels(model, default=64)
+    handles = [module.register_forward_hook(cut) for module in found]
+    try:
+        with evaluating(model):
+            logits = run(model, pixel_values[:1].to(next(model.parameters()).dtype)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradients = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
+    return [module for module, gradient in zip(outputs, gradients, strict=True) if gradient is None]
+
+
+def blank_pixels(model: nn.Module, default: int | None = None) -> Tensor:
+    """Two gray images of the size that the model's config names, or of the default.
+
+    Raises:
+        ValueError: where it names none and there is no default.
+    """
+    config: Any = model.config
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    size = size or default
+    if size is None:
+        raise ValueError(
+            f"{type(model).__name__}'s config names no image size; pass pixel_values=<a batch of images>."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(model.parameters()).device
+    return torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)
+
+
+@contextmanager
+def pooled_features(model: nn.Module, pixel_values: Tensor) -> Iterator[list[Tensor]]:
+    """Around a forward of these pixels: what the classifier reads, (B, D)."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Perceiver's decoder answers one query: (B, 1, D).
+        found.append(args[0].squeeze(1) if args[0].ndim == 3 and args[0].shape[1] == 1 else args[0])
+
+    handles = [head.register_forward_pre_hook(keep) for head in classifiers(model, pixel_values)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
