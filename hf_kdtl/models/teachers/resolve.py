@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, __
 from transformers.utils import has_file
 
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.forward.geometry import classifiers
+from hf_kdtl.models.forward.classifier import classifiers
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
