@@ -35,7 +35,7 @@ from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
-from hf_kdtl.evaluation.metrics import METRICS, scores
+from hf_kdtl.evaluation.metrics import METRICS, paired_scores
 from hf_kdtl.models import Teacher
 
 RATES, WEIGHTS = (3e-4, 1e-3), (1.0, 4.0)
@@ -118,8 +118,8 @@ class Transfer:
         validation = trainer.predict(self.held_out["validation"][0])
         test = trainer.predict(self.held_out["test"][0])
         logits, labels = np.asarray(test.predictions), np.asarray(test.label_ids)
-        found: dict[str, Any] = {"validation": scores(validation.predictions, validation.label_ids)["accuracy"]}
-        metrics = scores(logits, labels)
+        found: dict[str, Any] = {"validation": paired_scores(validation.predictions, validation.label_ids)["accuracy"]}
+        metrics = paired_scores(logits, labels)
         found |= {"test": metrics["accuracy"], "metrics": metrics | self.fidelity(logits, labels)}
         return found | self.on_degraded(trainer)
 
@@ -128,7 +128,7 @@ class Transfer:
         by_name: dict[str, list[float]] = {name: [] for name in DEGRADATIONS}
         for (name, _), images in self.degraded.items():
             output = trainer.predict(images)
-            by_name[name].append(scores(output.predictions, output.label_ids)["accuracy"])
+            by_name[name].append(paired_scores(output.predictions, output.label_ids)["accuracy"])
         return {"degraded": fmean(a for values in by_name.values() for a in values), "by_degradation": by_name}
 
     def fidelity(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -138,7 +138,7 @@ class Transfer:
             runner = self.trainer(model, [{"name": "task"}], 1e-3, 0)
             output = runner.predict(self.held_out["test"][1])
             self.taught = np.asarray(output.predictions), np.asarray(output.label_ids)
-            print({"teacher": scores(*self.taught)}, flush=True)
+            print({"teacher": paired_scores(*self.taught)}, flush=True)
         theirs = self.taught[0]
         found = {}
         for name in FIDELITY:

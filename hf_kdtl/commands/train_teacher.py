@@ -22,7 +22,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.runs import TASK, say
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.loading import ImageData
-from hf_kdtl.evaluation.metrics import scores
+from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.reports.run_report import SPLITS, note, table, write_report
 
@@ -92,7 +92,7 @@ def evaluate(config: DistillationConfig, data: ImageData, processor: Any) -> Non
     """Score validation and, now that nothing is chosen any more, test."""
     model = runs.load(config.output_dir)
     datasets = {split: builders.pixels(getattr(data, split), processor) for split in SPLITS}
-    found = {split: scores(*runs.predict(model, dataset, config)) for split, dataset in datasets.items()}
+    found = {split: paired_scores(*runs.predict(model, dataset, config)) for split, dataset in datasets.items()}
     cost = runs.measured({"teacher": (model, datasets["test"])}, config)["teacher"]
     value = {"models": {"teacher": cost | {"runs": {str(config.seed): found}}}}
     if config.process_index == 0:

@@ -6,12 +6,12 @@ the first counts as the largest. An image of label -100 is left out of every met
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import evaluate
 import numpy as np
-from scipy.special import log_softmax
-from sklearn.metrics import accuracy_score, confusion_matrix
 from transformers.utils import logging
 
 from hf_kdtl.evaluation import citations
@@ -20,6 +20,12 @@ from hf_kdtl.evaluation.streaming import StreamingMetric, exact_sum
 logger = logging.get_logger(__name__)
 
 BINS = 15
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import log_softmax
+
+    return log_softmax(logits, axis=1)
 
 
 class Accuracy(StreamingMetric):
@@ -32,6 +38,8 @@ class Accuracy(StreamingMetric):
     citation_text = citations.SKLEARN
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        from sklearn.metrics import accuracy_score
+
         return {"sum": int(accuracy_score(labels, logits.argmax(1), normalize=False))}
 
 
@@ -86,7 +94,7 @@ class NLL(StreamingMetric):
     citation_text = citations.SKLEARN
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return {"sum": exact_sum(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels])}
+        return {"sum": exact_sum(-_log_softmax(logits)[np.arange(len(labels)), labels])}
 
 
 class Brier(StreamingMetric):
@@ -98,7 +106,7 @@ class Brier(StreamingMetric):
     citation_text = citations.BRIER
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        off = np.exp(log_softmax(logits, axis=1))
+        off = np.exp(_log_softmax(logits))
         off[np.arange(len(labels)), labels] -= 1
         return {"sum": exact_sum((off**2).sum(1))}
 
@@ -115,7 +123,7 @@ class ECE(StreamingMetric):
     citation_text = citations.ECE
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        right, confidence = logits.argmax(1) == labels, np.exp(log_softmax(logits, axis=1).max(1))
+        right, confidence = logits.argmax(1) == labels, np.exp(_log_softmax(logits).max(1))
         bins = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
         return {
             "images": np.bincount(bins, minlength=BINS),
@@ -133,6 +141,8 @@ class Confusion(StreamingMetric):
     citation_text = citations.SKLEARN
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        from sklearn.metrics import confusion_matrix
+
         return {"images": confusion_matrix(labels, logits.argmax(1), labels=np.arange(logits.shape[1]))}
 
     def value(self, sums: dict[str, Any], count: int) -> np.ndarray:
@@ -163,7 +173,7 @@ class TeacherKL(StreamingMetric):
     citation_text = citations.FIDELITY
 
     def sums(self, student: np.ndarray, teacher: np.ndarray) -> dict[str, Any]:
-        log_p, log_q = log_softmax(teacher, axis=1), log_softmax(student, axis=1)
+        log_p, log_q = _log_softmax(teacher), _log_softmax(student)
         return {"sum": exact_sum((np.exp(log_p) * (log_p - log_q)).sum(1))}
 
 
@@ -199,52 +209,78 @@ class NegativeFlipRate(StreamingMetric):
         return {"sum": int(((baseline.argmax(1) == labels) & (logits.argmax(1) != labels)).sum())}
 
 
-METRICS: dict[str, type[evaluate.Metric]] = {
-    "accuracy": Accuracy,
-    "top5": Top5,
-    "mean_class_accuracy": MeanClassAccuracy,
-    "nll": NLL,
-    "brier": Brier,
-    "ece": ECE,
-    "confusion": Confusion,
-    "agreement": Agreement,
-    "teacher_kl": TeacherKL,
-    "agreement_teacher_wrong": AgreementTeacherWrong,
-    "negative_flip_rate": NegativeFlipRate,
-}
+@dataclass(frozen=True)
+class MetricRecord:
+    """What results, tables, reports and cards need to know of a metric.
 
-
-def scores(logits: Any, labels: Any) -> dict[str, float]:
-    """The metrics that every run reports, from logits (n, K) and labels (n,).
-
-    accuracy, top5 (only of more than 5 classes), mean_class_accuracy, nll, brier and ece.
+    Args:
+        metric: the class; its first docstring paragraph is the long description.
+        inputs: {argument of `compute`: what it is of an image: "logits" (of the evaluated model), "labels", "teacher"
+            or "baseline" (logits of those models)}. A run has the metric where it has all of these.
+        higher_is_better: None where neither direction is better.
+        unit: "%" for a share, which is stored in [0, 1] and printed in percent; "nats"; "" for a plain number; None
+            for a metric that is not one number and has no row in a table.
+        description: what a reader of a table has to know beyond the name; "" for nothing.
+        minimum_classes: with fewer the metric is left out.
     """
-    names = ["accuracy", *["top5"] * (np.shape(logits)[-1] > 5), "mean_class_accuracy", "nll", "brier", "ece"]
+
+    metric: type[StreamingMetric]
+    inputs: Mapping[str, str]
+    higher_is_better: bool | None
+    unit: str | None
+    description: str = ""
+    minimum_classes: int = 2
+
+    def compute(self, available: Mapping[str, Any]) -> Any:
+        """The value, from {"logits": ..., "labels": ..., ...}."""
+        metric = self.metric()
+        found = metric.compute(**{name: available[kind] for name, kind in self.inputs.items()})
+        return None if found is None else found[metric.name]
+
+
+_OWN = {"predictions": "logits", "references": "labels"}
+_PAIR = {"predictions": "logits", "references": "teacher"}
+_REPLACED = {"predictions": "logits", "labels": "labels", "baseline": "baseline"}
+RECORDS: dict[str, MetricRecord] = {
+    "accuracy": MetricRecord(Accuracy, _OWN, True, "%"),
+    "top5": MetricRecord(Top5, _OWN, True, "%", minimum_classes=6),
+    "mean_class_accuracy": MetricRecord(MeanClassAccuracy, _OWN, True, "%", "every class has the same weight"),
+    "nll": MetricRecord(NLL, _OWN, False, "nats", "negative log-likelihood of the labels"),
+    "brier": MetricRecord(Brier, _OWN, False, "", "squared error of the probabilities, in [0, 2]"),
+    "ece": MetricRecord(ECE, _OWN, False, "%", "expected calibration error, 15 bins"),
+    "confusion": MetricRecord(Confusion, _OWN, None, None),
+    "agreement": MetricRecord(Agreement, _PAIR, True, "%", "same prediction as the teacher, right or wrong"),
+    "teacher_kl": MetricRecord(TeacherKL, _PAIR, False, "nats", "KL divergence from the teacher's probabilities"),
+    "agreement_teacher_wrong": MetricRecord(
+        AgreementTeacherWrong, _PAIR | {"labels": "labels"}, None, "%", "share of the teacher's errors that are copied"
+    ),
+    "negative_flip_rate": MetricRecord(NegativeFlipRate, _REPLACED, False, "%", "correct in the baseline, wrong here"),
+}
+"""A new metric is its class and one line here."""
+
+METRICS: dict[str, type[evaluate.Metric]] = {name: record.metric for name, record in RECORDS.items()}
+
+
+def paired_scores(logits: Any, labels: Any, teacher: Any = None, baseline: Any = None) -> dict[str, float]:
+    """Every metric of RECORDS that is one number and whose inputs are given.
+
+    From logits (n, K) and labels (n,) alone: accuracy, top5 (only of more than 5 classes), mean_class_accuracy, nll,
+    brier and ece.
+
+    Args:
+        teacher, baseline: logits (n, K) of other models on the same images, in the same class order.
+    """
+    given = {"logits": logits, "labels": labels, "teacher": teacher, "baseline": baseline}
+    available = {kind: value for kind, value in given.items() if value is not None}
+    classes = np.shape(logits)[-1]
     return {
-        key: value
-        for name in names
-        for key, value in METRICS[name]().compute(predictions=logits, references=labels).items()
+        name: record.compute(available)
+        for name, record in RECORDS.items()
+        if record.unit is not None and classes >= record.minimum_classes and {*record.inputs.values()} <= {*available}
     }
 
 
-def reliability(logits: Any, labels: Any) -> list[dict[str, Any]]:
-    """What `ece` is made of, for a reliability diagram: one entry a bin, from the lowest confidence to the highest.
-
-    Returns:
-        {"from", "to", "images", "confidence", "accuracy"}; the last two are means over the bin's images, None where
-        there are none.
-    """
-    metric = ECE()
-    metric.add_batch(predictions=logits, references=labels)
-    sums = metric.total
-    return [
-        {"from": b / BINS, "to": (b + 1) / BINS, "images": int(n)}
-        | {"confidence": float(c / int(n)) if n else None, "accuracy": int(r) / int(n) if n else None}
-        for b, (n, c, r) in enumerate(zip(sums["images"], sums["confidence"], sums["right"], strict=True))
-    ]
-
-
 def compute_metrics(prediction: Any) -> dict[str, float]:
-    """`scores` for Trainer's `compute_metrics`. Of several outputs (DeiT with two heads) the first is the logits."""
+    """`paired_scores` for Trainer's `compute_metrics`. Of several outputs (DeiT has two heads) the first is used."""
     outputs = prediction.predictions
-    return scores(outputs[0] if isinstance(outputs, tuple | list) else outputs, prediction.label_ids)
+    return paired_scores(outputs[0] if isinstance(outputs, tuple | list) else outputs, prediction.label_ids)

@@ -6,30 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
-from scipy.stats import binom
-
-from hf_kdtl.evaluation.metrics import METRICS, reliability, scores
-
-
-def paired_scores(
-    logits: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None = None, baseline: np.ndarray | None = None
-) -> dict[str, float]:
-    """`scores` of a model, and what the teacher's and the baseline's logits on the same images add to them.
-
-    With a teacher agreement, teacher_kl and agreement_teacher_wrong; with a baseline negative_flip_rate. All logits
-    (n, K) in one class order.
-    """
-    found = scores(logits, labels)
-    if teacher is not None:
-        for name in ("agreement", "teacher_kl"):
-            found |= METRICS[name]().compute(predictions=logits, references=teacher)
-        name = "agreement_teacher_wrong"
-        found |= METRICS[name]().compute(predictions=logits, references=teacher, labels=labels)
-    if baseline is not None:
-        name = "negative_flip_rate"
-        found |= METRICS[name]().compute(predictions=logits, labels=labels, baseline=baseline)
-    return found
 
 
 def diagnostics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +15,11 @@ def diagnostics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
         accuracy_interval; reliability, the bins of `ece`; confusion, {class: {class it was taken for: images}} without
         the zeros, so that a thousand classes fit.
     """
-    confusion = METRICS["confusion"]().compute(predictions=logits, references=labels)["confusion"]
+    from hf_kdtl.evaluation.metrics import Confusion
+
+    metric = Confusion()
+    metric.add_batch(predictions=logits, references=labels)
+    confusion = metric.total["images"]
     return {
         "accuracy_interval": accuracy_interval(correct(logits, labels)),
         "reliability": reliability(logits, labels),
@@ -47,6 +27,25 @@ def diagnostics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
             names[i]: {names[j]: int(row[j]) for j in np.flatnonzero(row).tolist()} for i, row in enumerate(confusion)
         },
     }
+
+
+def reliability(logits: Any, labels: Any) -> list[dict[str, Any]]:
+    """What `ece` is made of, for a reliability diagram: one entry a bin, from the lowest confidence to the highest.
+
+    Returns:
+        {"from", "to", "images", "confidence", "accuracy"}; the last two are means over the bin's images, None where
+        there are none.
+    """
+    from hf_kdtl.evaluation.metrics import BINS, ECE
+
+    metric = ECE()
+    metric.add_batch(predictions=logits, references=labels)
+    sums = metric.total
+    return [
+        {"from": b / BINS, "to": (b + 1) / BINS, "images": int(n)}
+        | {"confidence": float(c / int(n)) if n else None, "accuracy": int(r) / int(n) if n else None}
+        for b, (n, c, r) in enumerate(zip(sums["images"], sums["confidence"], sums["right"], strict=True))
+    ]
 
 
 def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -63,6 +62,8 @@ def accuracy_interval(right: Sequence[bool] | np.ndarray, level: float = 0.95) -
     >>> accuracy_interval([True] * 60 + [False] * 40)
     [0.5, 0.69]
     """
+    from scipy.stats import binom
+
     n, k = len(right), int(np.sum(right))
     if not 0 < k < n:
         return None
@@ -75,6 +76,8 @@ def largest_disagreements(student: np.ndarray, teacher: np.ndarray, count: int =
     Args:
         student, teacher: logits (n, K) in one class order.
     """
+    from scipy.special import softmax
+
     p, q = (softmax(np.asarray(logits, dtype=np.float64), axis=1) for logits in (student, teacher))
     return np.argsort(-(_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2), kind="stable")[:count].tolist()
 

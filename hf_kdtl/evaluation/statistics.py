@@ -7,7 +7,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, t
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -42,6 +41,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
         return none | {"note": "one seed: no interval"}
     if sd <= 1e-12 * max(map(abs, [*a, *b])):  # equal but for rounding
         return none | {"note": f"the same difference in all {n} seeds, no spread: no interval"}
+    from scipy.stats import t
+
     error = sd / n**0.5
     half = float(t.ppf((1 + level) / 2, n - 1)) * error
     return none | {
@@ -96,6 +97,8 @@ def images_difference(
     found = {"number": len(d), "mean": float(d.mean()), "only_a": only_a, "only_b": only_b}
     if not (d != d[0]).any():
         return found | {"interval": None, "p_value": _mcnemar(only_a, only_b)}
+    from scipy.stats import bootstrap
+
     drawn = bootstrap(
         (d,), np.mean, n_resamples=resamples, batch=max(1, 2**20 // len(d)), confidence_level=level,
         method="percentile", rng=np.random.default_rng(0),
@@ -104,4 +107,6 @@ def images_difference(
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:
+    from scipy.stats import binomtest
+
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

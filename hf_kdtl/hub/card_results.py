@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json
 from hf_kdtl.hub.card_tables import ARM, judged_student, split_scores
 from hf_kdtl.hub.provenance import models_section
@@ -125,6 +124,8 @@ def _from_trainer(trainer: Any) -> Results:
 
 
 def _last_scores(history: list[dict[str, Any]]) -> dict[str, float]:
+    from hf_kdtl.evaluation.metrics import METRICS
+
     last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     found = {key.removeprefix("eval_"): value for key, value in last.items()}
     return {key: value for key, value in found.items() if key in METRICS and math.isfinite(value)}

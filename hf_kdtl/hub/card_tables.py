@@ -10,10 +10,11 @@ import numpy as np
 from hf_kdtl.evaluation.scoring import accuracy_interval
 from hf_kdtl.hub.markdown import Markdown
 from hf_kdtl.reports.evaluation_findings import sentences
-from hf_kdtl.reports.evaluation_sections import SCORES_NOTE, degraded_table, fidelity_note, scores_table
+from hf_kdtl.reports.evaluation_sections import degraded_table, fidelity_note
 from hf_kdtl.reports.evaluation_summary import verdict_table
 from hf_kdtl.reports.evaluation_values import calibration_text, mean_of_bins, models_with_role, scores_of
 from hf_kdtl.reports.run_report import ARMS, SPLITS, note, table
+from hf_kdtl.reports.score_tables import scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, percent
 
 Results = dict[str, Any]
@@ -98,10 +99,10 @@ def measured_section(results: Results) -> dict[str, Any]:
     """The template's values from `figures` to `lost`."""
     student, evaluation = judged_student(results), results.get("judged", {}).get("evaluation")
     found: dict[str, Any] = {"measured": _measured(results), "degraded": None, "lost": [], "by_seed": None,
-                             "by_seed_note": Markdown(SCORES_NOTE)} | _figures(results)  # fmt: skip
+                             "by_seed_note": None} | _figures(results)  # fmt: skip
     runs = _test_runs(results)
     if any(len(scores) > 1 for arm in runs.values() for scores in arm):
-        found["by_seed"] = Markdown(scores_table(runs))
+        found |= {"by_seed": Markdown(scores_table(runs)), "by_seed_note": Markdown(scores_note(runs))}
     if student is not None:
         found["lost"] = [Markdown(line) for line in sentences(evaluation, student)]
         if "degraded" in evaluation:

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
-from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.hub.card_tables import (
@@ -297,6 +296,8 @@ def _limits(results: Results) -> Iterable[str]:
 
 def citations(results: Results) -> list[str]:
     """BibTeX of what was used: objectives with a weight, the rates, the rule, and the measures that the card shows."""
+    from hf_kdtl.evaluation.metrics import METRICS
+
     settings = results.get("run", {}).get("settings", {})
     used = [OBJECTIVES[entry["name"]].citation for entry in results.get("objectives", [])
             if entry["name"] in OBJECTIVES and entry.get("weight", 1.0)]  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_kdtl.evaluation.metrics import METRICS
 from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
 from hf_kdtl.hub.card_results import Results, check_results, results_of, with_evaluation, without_nulls
 from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
@@ -84,6 +83,8 @@ def _card(
     results: Results, *, model_id, license, language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset,
     dataset_args,
 ) -> ModelCard:  # fmt: skip
+    from hf_kdtl.evaluation.metrics import METRICS
+
     results = without_nulls(results)
     check_results(results)
     found, said = _licence(results, license)

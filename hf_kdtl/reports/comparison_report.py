@@ -7,10 +7,8 @@ from typing import Any
 
 from hf_kdtl.evaluation.comparison import Arm, compare, compare_images
 from hf_kdtl.evaluation.statistics import mean_and_std
+from hf_kdtl.reports.score_tables import heading, is_share
 from hf_kdtl.utils.text import escape_markdown, markdown_table
-
-SHARES = ("accuracy", "top5", "mean_class_accuracy")  # printed in per cent
-ERRORS = ("nll", "brier", "ece")
 
 
 def markdown(arms: Sequence[Arm], split: str, metrics: Sequence[str], level: float = 0.05) -> str:
@@ -22,8 +20,7 @@ def markdown(arms: Sequence[Arm], split: str, metrics: Sequence[str], level: flo
     ]
     lines += [f"Each is compared with {escape_markdown(first.name)}, paired by seed ({', '.join(first.seeds)}).", ""]
     for metric, differences in found.items():
-        unit = " (%)" if metric in SHARES else " (lower is better)" if metric in ERRORS else ""
-        lines += [f"## {escape_markdown(metric)}{unit}", "", _table(arms, split, metric, differences), ""]
+        lines += [f"## {heading(metric)}", "", _table(arms, split, metric, differences), ""]
     lines += [_verdict(arms, found, level), ""]
     return "\n".join([*lines, *_images(compare_images(arms, split), first, split)])
 
@@ -99,7 +96,7 @@ def _images(found: list[dict[str, Any]] | None, first: Arm, split: str) -> list[
 
 
 def _number(value: float, metric: str, sign: str = "") -> str:
-    return f"{100 * value:{sign}.2f}" if metric in SHARES else f"{value:{sign}.4f}"
+    return f"{100 * value:{sign}.2f}" if is_share(metric) else f"{value:{sign}.4f}"
 
 
 def _p(value: float) -> str:

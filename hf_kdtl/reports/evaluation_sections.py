@@ -5,18 +5,17 @@ Pictures are named by student where there are several: classes.png, or classes-1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.evaluation_values import models_with_role, references, scores_of
 from hf_kdtl.reports.figures.calibration import reliability_figure
 from hf_kdtl.reports.figures.cka import cka_figure
 from hf_kdtl.reports.figures.classes import classes_figure
 from hf_kdtl.reports.figures.confusion import confusion_figure
 from hf_kdtl.reports.figures.degraded import degradations_figure
+from hf_kdtl.reports.score_tables import scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, markdown_table, percent
 
 RELIABILITY, DEGRADED = "reliability.png", "degradations.png"
@@ -33,8 +32,8 @@ def sections(evaluation: dict[str, Any], folder: Path) -> list[str]:
     """Draw the pictures into `folder`; return the lines that show them, with what there is to know about each."""
     models = evaluation["models"]
     reliability_figure(models, folder / RELIABILITY)
-    scores = scores_table({name: [scores_of(evaluation, name)] for name in models})
-    lines = ["## All scores", "", scores, "", SCORES_NOTE, ""]
+    scores = {name: [scores_of(evaluation, name)] for name in models}
+    lines = ["## All scores", "", scores_table(scores), "", scores_note(scores), ""]
     lines += [*_shown("Confidence", RELIABILITY, "accuracy by confidence"), RELIABILITY_NOTE, ""]
     if (degraded := evaluation.get("degraded")) is not None:
         degradations_figure(models, degraded["severities"], folder / DEGRADED)
@@ -70,28 +69,6 @@ def _shown(title: str | None, file: str, what: str) -> list[str]:
     return [*([f"## {title}", ""] if title else []), f"![{what}]({file})", ""]
 
 
-def scores_table(runs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
-    """Every metric, from {model: the scores of each of its runs}: mean and standard deviation, shares in per cent."""
-    metrics = dict.fromkeys(metric for found in runs.values() for scores in found for metric in scores)
-    rows = [[f"`{metric}`", *(_over_runs(metric, found) for found in runs.values())] for metric in metrics]
-    return markdown_table([["", *map(escape_markdown, runs)], *rows])
-
-
-def _over_runs(metric: str, runs: Sequence[Mapping[str, float | None]]) -> str:
-    values = [value for scores in runs if (value := scores.get(metric)) is not None]
-    if len(values) < len(runs):
-        return "-"
-    scale, digits, unit = (1, 4, "") if metric in ("nll", "brier", "teacher_kl") else (100, 1, " %")
-    mean, sd = mean_and_std([scale * value for value in values])
-    return f"{mean:.{digits}f}{unit}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}"
-
-
-SCORES_NOTE = (
-    "`mean_class_accuracy`: each class counts the same. `nll` (nats), `brier` (of 2) and `ece`: lower is better. "
-    "`agreement`: same answer as the teacher, right or wrong; `agreement_teacher_wrong`: the share of the teacher's "
-    "mistakes that are copied; `teacher_kl`: distance of the probabilities, nats. `negative_flip_rate`: right in the "
-    "baseline, wrong here."
-)
 RELIABILITY_NOTE = (
     "Images are sorted into 15 bins by the probability that the model gives its answer. Where a bar ends on the "
     "dashed line, the model is right as often as it claims; below, it claims too much. A bin with few "

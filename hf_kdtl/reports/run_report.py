@@ -11,13 +11,14 @@ import yaml
 
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.evaluation.statistics import mean_and_std
-from hf_kdtl.reports.evaluation_sections import SCORES_NOTE, scores_table, sections
+from hf_kdtl.reports.evaluation_sections import sections
 from hf_kdtl.reports.evaluation_summary import first_screen
 from hf_kdtl.reports.figures.curves import CURVES, curves_figure
 from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_figure
 from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_figure
 from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.reports.figures.samples import SHEET
+from hf_kdtl.reports.score_tables import scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
 ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
@@ -185,7 +186,7 @@ def _more_scores(evaluation: dict[str, Any]) -> list[str]:
     runs = {ARMS.get(arm, arm): [run["test"] for run in m["runs"].values()] for arm, m in evaluation["models"].items()}
     if all(set(scores) == {"accuracy"} for found in runs.values() for scores in found):
         return []
-    return ["On test, beyond accuracy:", "", scores_table(runs), "", SCORES_NOTE, ""]
+    return ["On test, beyond accuracy:", "", scores_table(runs), "", scores_note(runs), ""]
 
 
 def _list(title: str, items: Sequence[str]) -> list[str]:

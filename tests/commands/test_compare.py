@@ -76,7 +76,7 @@ def test_one_model_of_a_folder_and_several_metrics(compare_runs):
     flags = ["--runs", "runs/a/distilled", "runs/b/alone", "--metrics", "accuracy", "nll", "--split", "validation"]
     code, told = compare_runs(*flags)
     assert code == 0 and "2 models on the validation images" in told and "runs/a/alone" not in told
-    assert "## accuracy (%)" in told and "## nll (lower is better)\n" in told
+    assert "## accuracy (%)" in told and "## nll (nats, lower is better)\n" in told
     # The same in every seed: told, and not tested.
     assert "-0.2500 | the same difference in all 3 seeds, no spread: no interval |" in " ".join(told.split())
     assert cells(told.split("## nll")[0], "runs/b/alone")[-2:] == ["< 0.001", "< 0.001"]

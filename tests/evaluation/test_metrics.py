@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import re
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,7 +15,12 @@ from sklearn import metrics as sklearn_metrics
 from transformers import EvalPrediction
 
 from hf_kdtl.evaluation import METRICS, compute_metrics, metrics, streaming
-from hf_kdtl.evaluation.metrics import reliability, scores
+from hf_kdtl.evaluation.metrics import RECORDS, MetricRecord, paired_scores
+from hf_kdtl.evaluation.results import SCHEMA
+from hf_kdtl.evaluation.scoring import reliability
+from hf_kdtl.hub.card_tables import measured_section
+from hf_kdtl.reports.run_report import markdown
+from hf_kdtl.reports.score_tables import heading
 from tests.reference import metrics as slow
 
 LOGITS = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.0, 1.0, 5.0], [9.0, 0.0, 0.0]])
@@ -34,6 +40,13 @@ def some(name, images=60, classes=7, seed=0, unlabelled=True):
         return np.where(draw.random(images) < 0.2, -100, labels) if unlabelled else labels
 
     return {key: one(kind) for key, kind in METRICS[name].inputs.items()}
+
+
+def test_every_metric_has_a_record_that_fits_its_class():
+    assert {name: record.metric for name, record in RECORDS.items()} == METRICS
+    for name, record in RECORDS.items():
+        kinds = {argument: "labels" if what == "labels" else "logits" for argument, what in record.inputs.items()}
+        assert kinds == METRICS[name].inputs
 
 
 def value(name, **given):
@@ -80,7 +93,7 @@ def test_against_scikit_learn():
         "nll": sklearn_metrics.log_loss(labels, p, labels=every),
         "brier": ((p - np.eye(9)[labels]) ** 2).sum(1).mean(),
     }
-    found = scores(logits, labels)
+    found = paired_scores(logits, labels)
     assert found == pytest.approx(expected | {"ece": found["ece"]}, rel=1e-12)
     assert value("confusion", predictions=logits, references=labels).tolist() == (
         sklearn_metrics.confusion_matrix(labels, p.argmax(1), labels=every).tolist()
@@ -270,8 +283,8 @@ def test_as_trainer_calls_it():
 
 
 def test_top5_is_reported_of_more_than_five_classes():
-    assert "top5" not in scores(**dict(zip(("logits", "labels"), some("nll", classes=5).values(), strict=True)))
-    assert "top5" in scores(**dict(zip(("logits", "labels"), some("nll", classes=6).values(), strict=True)))
+    assert "top5" not in paired_scores(**dict(zip(("logits", "labels"), some("nll", classes=5).values(), strict=True)))
+    assert "top5" in paired_scores(**dict(zip(("logits", "labels"), some("nll", classes=6).values(), strict=True)))
 
 
 # ---- Bad input ----
@@ -327,3 +340,31 @@ def test_what_is_refused_adds_nothing():
         with pytest.raises(ValueError, match="expected"):
             metric.compute(**{"predictions": LOGITS, "references": LABELS} | bad)
     assert metric.compute() == METRICS["nll"]().compute(predictions=LOGITS, references=LABELS)
+
+
+# ---- A metric of one's own ----
+
+
+class Sharpness(streaming.StreamingMetric):
+    """Mean over images of the largest logit minus the mean logit."""
+
+    def sums(self, logits, labels):
+        return {"sum": streaming.exact_sum(logits.max(1) - logits.mean(1))}
+
+
+def test_a_new_metric_is_a_class_and_a_record(monkeypatch):
+    """It is in the results, in the report's table and in the card's."""
+    inputs = {"predictions": "logits", "references": "labels"}
+    record = MetricRecord(Sharpness, inputs, None, "logits", "how far the largest logit is from the mean")
+    monkeypatch.setitem(metrics.RECORDS, "sharpness", record)
+    found = paired_scores(LOGITS, LABELS)
+    assert found["sharpness"] == pytest.approx((1 + 5 / 3 + 3) / 3)
+
+    model = {"parameters": 1, "images_per_second": 2.0, "runs": {"1": {"validation": found, "test": found}}}
+    results = {"schema": SCHEMA, "evaluation": {"models": {"distilled": model}, "batch_size": 4}}
+    report, card = markdown(results), measured_section(results)
+    for text in (report, card["by_seed"]):
+        assert re.search(r"\| `sharpness` +\| +1\.8889 \|", text)
+    for text in (report, card["by_seed_note"]):
+        assert "`sharpness` (logits): how far the largest logit is from the mean." in text
+    assert "### sharpness" not in report and heading("sharpness") == "sharpness (logits)"

@@ -9,7 +9,8 @@ import pytest
 from scipy.special import softmax
 
 from hf_kdtl.evaluation import scoring
-from hf_kdtl.evaluation.scoring import accuracy_interval, correct, diagnostics, largest_disagreements, paired_scores
+from hf_kdtl.evaluation.metrics import paired_scores
+from hf_kdtl.evaluation.scoring import accuracy_interval, correct, diagnostics, largest_disagreements
 from hf_kdtl.utils import text
 
 NAMES = ["cat", "dog", "emu"]
@@ -44,7 +45,7 @@ def test_unlabelled_images_are_neither_right_nor_wrong():
     assert correct(np.eye(3), np.array([0, -100, 1])).tolist() == [True, False]
 
 
-def test_compared_adds_what_it_is_given():
+def test_paired_scores_adds_what_it_is_given():
     (logits, labels), (teacher, _), (baseline, _) = random(0), random(1), random(2)
     alone = paired_scores(logits, labels)
     both = paired_scores(logits, labels, teacher, baseline)
@@ -57,7 +58,7 @@ def test_compared_adds_what_it_is_given():
     assert paired_scores(logits, labels, logits, logits)["negative_flip_rate"] == 0
 
 
-def test_findings_count_every_labelled_image_once():
+def test_diagnostics_count_every_labelled_image_once():
     logits, labels = random(3)
     labels[labels == 2] = 1  # a class without images
     labels[:4] = -100
@@ -73,7 +74,7 @@ def test_findings_count_every_labelled_image_once():
 
 
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_most_apart(scale):
+def test_largest_disagreements(scale):
     student, teacher = (scale * random(seed)[0] for seed in (4, 5))
     teacher[7] = student[7]
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.evaluation import update_results
+from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.results import FILE
-from hf_kdtl.evaluation.scoring import correct, diagnostics, paired_scores
+from hf_kdtl.evaluation.scoring import correct, diagnostics
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.reports.evaluation_findings import sentences
 from hf_kdtl.reports.evaluation_summary import verdict_table

@@ -10,10 +10,10 @@ import torch
 
 from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.data.decoding import decode
+from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.predictions import save_predictions
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.evaluation.saliency import attention_map, input_saliency
-from hf_kdtl.evaluation.scoring import paired_scores
 from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET, saliency_figure, unnormalized

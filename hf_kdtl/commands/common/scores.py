@@ -20,7 +20,8 @@ from hf_kdtl.data.degraded import degraded
 from hf_kdtl.data.loading import ImageData
 from hf_kdtl.evaluation.cost import cost
 from hf_kdtl.evaluation.fidelity import fidelity
-from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements, paired_scores
+from hf_kdtl.evaluation.metrics import paired_scores
+from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names

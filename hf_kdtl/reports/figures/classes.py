@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from hf_kdtl.reports.evaluation_values import Model, class_accuracies
 from hf_kdtl.reports.figures.style import new_figure
 from hf_kdtl.utils.text import figure_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 MOST_CLASSES = 24  # in a picture
 

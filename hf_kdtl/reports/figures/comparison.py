@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_kdtl.evaluation.comparison import Arm, compare
-from hf_kdtl.reports.comparison_report import SHARES
 from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.score_tables import is_share
 from hf_kdtl.utils.text import figure_label
 
 COMPARISON = "comparison.png"
@@ -22,7 +22,7 @@ def comparison_figure(arms: Sequence[Arm], split: str, metrics: Sequence[str], p
     for axes, (metric, differences) in zip(
         np.atleast_1d(figure.subplots(1, len(metrics))), found.items(), strict=True
     ):
-        scale = 100 if metric in SHARES else 1
+        scale = 100 if is_share(metric) else 1
         for place, (arm, one) in enumerate(zip(arms[1:], differences, strict=True)):
             pairs = zip(arm.values(split, metric), first.values(split, metric), strict=True)
             seeds = [scale * (a - b) for a, b in pairs]

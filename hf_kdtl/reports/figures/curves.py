@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from hf_kdtl.reports.figures.style import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 CURVES = "curves.png"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degrade_image
@@ -19,6 +18,8 @@ def degradation_gallery(path: str | Path, image: Image.Image | None = None, inde
         image: 8-bit RGB; by default a drawing.
         index: of the image in its data set, by which places and directions are drawn.
     """
+    from matplotlib.figure import Figure
+
     image = image or example_image()
     # Without a layout engine: matplotlib's own takes seconds for so many panels.
     figure = Figure(figsize=(8.4, 1.36 * len(DEGRADATIONS)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import CenteredNorm
 
 from hf_kdtl.reports.figures.style import new_figure
 
@@ -26,6 +25,8 @@ def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) ->
     Raises:
         ValueError: when nothing was logged.
     """
+    from matplotlib.colors import CenteredNorm
+
     if not history:
         raise ValueError("there is no history of a gradient rule to draw: no rule was set, or no step was logged.")
     steps = [entry["step"] for entry in history]

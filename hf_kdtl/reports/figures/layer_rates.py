@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
 from hf_kdtl.reports.figures.style import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 LAYER_RATES = "layer_rates.png"
 
@@ -27,6 +29,8 @@ def layer_rates_figure(history: Sequence[dict[str, Any]], path: str | Path, boun
     Raises:
         ValueError: when nothing was measured.
     """
+    from matplotlib.colors import LogNorm
+
     if not history:
         raise ValueError("there is no history of layer rates to draw: the mode measures nothing, or no step was made.")
     steps = [entry["step"] for entry in history]

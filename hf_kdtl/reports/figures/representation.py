@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from hf_kdtl.evaluation.representation import DIRECTIONS
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.reports.figures.style import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 PICTURE = "representation.png"
 LABELLED = 20  # bars
@@ -54,6 +56,8 @@ def representation_figure(
 
 
 def _curves(axes: Any, fit: Representation, shares: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     numbers = range(1, len(shares) + 1)
     axes[0].bar(numbers, fit.spectrum.cpu().numpy(), color="#7f7f7f")
     axes[0].set(ylabel="mean square of the coefficient", xlabel="direction", title="spectrum")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 
 from hf_kdtl.reports.figures.style import COLORS, new_figure
 from hf_kdtl.utils.text import figure_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 SHEET = "sheet.png"
 FIRST = (
@@ -48,6 +50,8 @@ def sample_figure(
         teacher, student: probabilities (n, K), row i for image i.
         which: a sentence on how the images were chosen; by default as by `choose_samples`.
     """
+    from matplotlib.patches import Patch
+
     columns = min(3, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(4.1 * columns, 1.75 * rows + 0.5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from hf_kdtl.reports.evaluation_values import Model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Told apart by colour-blind eyes too (Okabe and Ito).
 COLORS = {"teacher": "#7f7f7f", "alone": "#E69F00", "distilled": "#0072B2"}
@@ -13,6 +15,9 @@ COLORS = {"teacher": "#7f7f7f", "alone": "#E69F00", "distilled": "#0072B2"}
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of that many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Not pyplot, which would choose a backend for the whole program and keep every figure.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
