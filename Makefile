@@ -21,8 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Models this small are slower on several threads than on one.
 demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed ## train a teacher on digits, distil a student for 3 seeds, write runs/demo
-	$(BIN)/python recipes/train_teacher.py --config recipes/configs/digits_teacher.yaml
-	$(BIN)/python recipes/distill.py --config recipes/configs/digits.yaml
+	$(BIN)/hf-kdtl train-teacher --config digits_teacher
+	$(BIN)/hf-kdtl distill --config digits
 
 test: $(VENV)/.installed ## the test-suite (offline, CPU, 4 to 7 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

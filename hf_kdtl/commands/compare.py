@@ -1,7 +1,7 @@
 """Compare several runs: a table with t intervals over seeds, tests corrected for their number, and a picture.
 
-python recipes/compare_runs.py --runs runs/plain runs/mine
-python recipes/compare_runs.py --runs runs/mine/alone runs/mine/distilled runs/other/distilled --metrics accuracy nll
+hf-kdtl compare --runs runs/plain runs/mine
+hf-kdtl compare --runs runs/mine/alone runs/mine/distilled runs/other/distilled --metrics accuracy nll
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CompareOptions:
 
     runs: list[str] = field(
         metadata={
-            "help": "Run folders of distill.py or train_teacher.py, or <folder>/<model> such as runs/mine/distilled. "
+            "help": "Run folders of distill or train-teacher, or <folder>/<model> such as runs/mine/distilled. "
             "Each is compared with the first."
         }
     )
@@ -40,7 +40,7 @@ class CompareOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, refuse what cannot be compared, print the comparison and write it with its picture."""
     cli.quiet()
-    (options,) = cli.parse(CompareOptions, argv=argv)
+    (options,) = cli.parse(CompareOptions, argv=argv, doc=__doc__)
     arms = [arm for run in options.runs for arm in read_arms(run)]
     check_comparable(arms, options.split)
     metrics = list(dict.fromkeys(options.metrics))

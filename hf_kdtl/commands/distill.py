@@ -1,9 +1,9 @@
 """Distil a student from a teacher, and compare it with the same student trained alone.
 
-python recipes/distill.py --config recipes/configs/digits.yaml
-python recipes/distill.py --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/mine
-python recipes/distill.py ... --baseline true --seeds 1 2 3
-python recipes/distill.py ... --push_to_hub true --hub_model_id me/my-student --license apache-2.0
+hf-kdtl distill --config digits
+hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/mine
+hf-kdtl distill ... --baseline true --seeds 1 2 3
+hf-kdtl distill ... --push_to_hub true --hub_model_id me/my-student --license apache-2.0
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_kdtl import DistillationConfig, make_student
 from hf_kdtl.commands import push as push_student
-from hf_kdtl.commands.common import adapters, builders, candidates, runs
+from hf_kdtl.commands.common import adapters, builders, runs, scores
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.runs import say
@@ -30,7 +29,6 @@ from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.labels import match_labels
-from hf_kdtl.preflight import preflight
 from hf_kdtl.reports.run_report import difference, note, table, write_report
 from hf_kdtl.trainer.checks import check_teacher_usage
 
@@ -59,9 +57,6 @@ class DistillOptions:
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
     baseline: bool = field(default=False, metadata={"help": "Also train the student alone, everything else equal."})
-    preflight: bool = field(
-        default=False, metadata={"help": "Say what pairs, what it costs and what will not run; train nothing."}
-    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 
@@ -186,11 +181,9 @@ class Study:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, train every run, evaluate, write results.json, report.md and pictures."""
     cli.quiet()
-    options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv)
+    options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
     runs.check_whole_list(config)
     run = runs.described("distill", config, options, data_options)
-    if options.preflight:
-        return say(config, *preflight_report(Study(options, data_options, config)))
     runs.check_folder(config, run, options.overwrite_output_dir)
     pushing = push_student.planned(config, options.teacher, options.student)
     study = Study(options, data_options, config)
@@ -214,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for arm, seed, folder in study.runs():
         runs.train_and_save(study.trainer(arm, seed, folder), folder.name, study.folder)
     study.open_teacher()
-    candidates.evaluate(study)
+    scores.evaluate(study)
     if config.process_index == 0:
         sign(study)
         write_report(study.folder)
@@ -231,14 +224,6 @@ def sign(study: Study) -> None:
     if section["student"]["adapters"] is not None:  # student/ is a plain model, with the adapters in its weights
         section["student"] |= {"merged": True, "parameters": parameters(model)}
     update_results(study.folder, "models", section)
-
-
-def preflight_report(study: Study) -> list[str]:
-    """What `hf_kdtl.preflight` finds for this pair, on one batch of the training images."""
-    rows = builders.pixels(study.data.train, study.processor).__getitems__(list(range(8)))
-    pixels = torch.stack([row["pixel_values"] for row in rows])
-    student = new_student(study.options, study.teacher, study.data.label_names, [])
-    return [str(preflight(student, study.source, study.config, pixels, study.processor))]
 
 
 def farewell(study: Study) -> list[str]:

@@ -1,8 +1,8 @@
 """May a student ship? Judge it by more than accuracy, beside its teacher and the model that it would replace.
 
-python recipes/evaluate_student.py --models runs/mine/student --teacher runs/teacher/model --dataset my_images \\
+hf-kdtl evaluate --models runs/mine/student --teacher runs/teacher/model --dataset my_images \\
     --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
-python recipes/evaluate_student.py --models runs/a/student runs/b/student --degradations jpeg gaussian_blur ...
+hf-kdtl evaluate --models runs/a/student runs/b/student --degradations jpeg gaussian_blur ...
 
 Nothing is trained, and nothing is chosen: look at the test split once, when everything else is decided.
 """
@@ -17,8 +17,9 @@ from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, runs, scores
+from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
@@ -66,7 +67,7 @@ class EvaluateOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, judge every model, write results.json, report.md and pictures."""
     cli.quiet()
-    options, data_options, config = cli.parse(EvaluateOptions, DataOptions, DistillationConfig, argv=argv)
+    options, data_options, config = cli.parse(EvaluateOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
     names, folder = options.chosen, Path(config.output_dir)
     if options.images < 1:
         raise ValueError(f"images is {options.images}, expected 1 or more.")
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = images_of(data_options)
     notes: list[str] = []
     references = {"teacher": options.teacher, "baseline": options.baseline}
-    candidates = scores.open_candidates(options.models, references, data, notes)
+    candidates = open_candidates(options.models, references, data, notes)
     for candidate in candidates:
         notes += [said.replace("the teacher", candidate.name)
                   for said in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(config, *(f"- {sentence}" for sentence in notes), runs.place(run))
     if config.process_index == 0:
         clear(folder)  # not before everything that can be wrong was looked at
-    evaluation = scores.Evaluation(candidates, data, options.split, options.images, config)
+    evaluation = Evaluation(candidates, data, options.split, options.images, config)
     value = evaluation.section(names, sorted(set(options.severities)))
     for candidate in candidates:
         value["models"][candidate.name]["fingerprint"] = fingerprint(candidate.model)

@@ -1,8 +1,8 @@
 """Compress a layer of a teacher into a few coefficients: what the objective `bregman` needs.
 
-python recipes/fit_representation.py --teacher runs/teacher/model --dataset my_images --k 8 --output_dir runs/layer
-python recipes/fit_representation.py ... --of attention --layer 7 --explained 0.9
-python recipes/fit_representation.py ... --resume true                                # after it was stopped
+hf-kdtl fit-representation --teacher runs/teacher/model --dataset my_images --k 8 --output_dir runs/layer
+hf-kdtl fit-representation ... --of attention --layer 7 --explained 0.9
+hf-kdtl fit-representation ... --resume true                                # after it was stopped
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Rows:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, capture the outputs, fit, write the layer, its picture and results.json."""
     cli.quiet()
-    options, data_options = cli.parse(RepresentationOptions, DataOptions, argv=argv)
+    options, data_options = cli.parse(RepresentationOptions, DataOptions, argv=argv, doc=__doc__)
     link, folder = check_of(options.of, options.layer, options.link), Path(options.output_dir)
     if (options.k is None) == (options.explained is None):
         raise ValueError("expected one of --k <number of coefficients> and --explained <share, such as 0.9>.")
@@ -225,7 +225,7 @@ def farewell(found: Representation, options: RepresentationOptions, student: str
         f"\n{found.directions.shape[1]} coefficients explain {100 * found.explained:.2f} % of the divergence "
         f"({found.baseline:.4f} from the mean). It is in {options.output_dir}, its picture in "
         f"{Path(options.output_dir, PICTURE)}. Next, a student that imports it:\n\n"
-        f"  {interpreter()} recipes/distill.py --teacher {options.teacher} {student} --output_dir runs/student \\\n"
+        f"  {interpreter()} hf-kdtl distill --teacher {options.teacher} {student} --output_dir runs/student \\\n"
         f'    --objectives \'[{{"name": "task"}}, {entry}]\''
     )
 

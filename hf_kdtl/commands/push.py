@@ -1,11 +1,11 @@
 """Publish the student of a finished run on the Hub, with a card made from its results.
 
 hf auth login
-python recipes/push_student.py --run runs/student --hub_model_id me/my-student
-python recipes/push_student.py --run runs/student --evaluation runs/evaluation --hub_model_id me/my-student \\
+hf-kdtl push --run runs/student --hub_model_id me/my-student
+hf-kdtl push --run runs/student --evaluation runs/evaluation --hub_model_id me/my-student \\
     --private true --license apache-2.0
 
-The run is one of recipes/distill.py, the evaluation one of recipes/evaluate_student.py of the same student. The
+The run is one of hf-kdtl distill, the evaluation one of hf-kdtl evaluate of the same student. The
 weights, their settings, the card and results.json go up, in one commit, and nothing else.
 """
 
@@ -38,10 +38,10 @@ from hf_kdtl.utils.redaction import anonymous
 class PushOptions:
     """What to publish, and where."""
 
-    run: str = field(metadata={"help": "The output_dir of recipes/distill.py."})
+    run: str = field(metadata={"help": "The output_dir of hf-kdtl distill."})
     hub_model_id: str = field(metadata={"help": "Where to: owner/name, or a name of your own."})
     evaluation: str | None = field(
-        default=None, metadata={"help": "The output_dir of recipes/evaluate_student.py, for the card."}
+        default=None, metadata={"help": "The output_dir of hf-kdtl evaluate, for the card."}
     )
     private: bool | None = field(
         default=None, metadata={"help": "Who may see a new repository; else what you have set."}
@@ -54,7 +54,7 @@ class PushOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, check, publish, say where it is."""
     cli.quiet()
-    (options,) = cli.parse(PushOptions, argv=argv)
+    (options,) = cli.parse(PushOptions, argv=argv, doc=__doc__)
     tqdm.write(published(push(options), options))
 
 
@@ -84,7 +84,7 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
 
 
 def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions | None:
-    """What recipes/distill.py will push at its end, once everything was looked at that could refuse it then; None
+    """What hf-kdtl distill will push at its end, once everything was looked at that could refuse it then; None
     where it will not, and on other processes than the first.
 
     Args:
@@ -112,7 +112,7 @@ def check_student(run: Path, results: dict[str, Any]) -> None:
     if said != found:
         raise ValueError(
             f"{run / FILE} is of a student with the weights {said}, and the one in {student} has {found}: its figures "
-            "would be of another model. Put the two of one run together, or run recipes/distill.py again."
+            "would be of another model. Put the two of one run together, or run hf-kdtl distill again."
         )
 
 

@@ -1,8 +1,8 @@
-"""Train or fine-tune an image classifier: a teacher for recipes/distill.py.
+"""Train or fine-tune an image classifier: a teacher for hf-kdtl distill.
 
-python recipes/train_teacher.py --config recipes/configs/digits_teacher.yaml
-python recipes/train_teacher.py --model google/vit-base-patch16-224 --dataset my_images --output_dir runs/teacher
-python recipes/train_teacher.py --model_config '{"model_type": "vit", "image_size": 32, "patch_size": 4}' ...
+hf-kdtl train-teacher --config digits_teacher
+hf-kdtl train-teacher --model google/vit-base-patch16-224 --dataset my_images --output_dir runs/teacher
+hf-kdtl train-teacher --model_config '{"model_type": "vit", "image_size": 32, "patch_size": 4}' ...
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def build(options: TeacherOptions, data: ImageData, notes: list[str]) -> tuple[A
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, train, evaluate, write results.json and report.md."""
     cli.quiet()
-    options, data_options, config = cli.parse(TeacherOptions, DataOptions, DistillationConfig, argv=argv)
+    options, data_options, config = cli.parse(TeacherOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
     if config.objectives == DEFAULT_OBJECTIVES:
         config.objectives = TASK
     run = runs.described("train_teacher", config, options, data_options)
@@ -105,7 +105,7 @@ def farewell(config: DistillationConfig, options: TeacherOptions, data_options: 
     return [
         f"\n{table(results)}\n\n{note(results)}",
         f"\nThe model is in {folder / 'model'}, the report in {folder / 'report.md'}. Next, a student of it:\n",
-        f"  {runs.interpreter()} recipes/distill.py --teacher {folder / 'model'} --dataset {data_options.dataset} "
+        f"  {runs.interpreter()} hf-kdtl distill --teacher {folder / 'model'} --dataset {data_options.dataset} "
         f"{builders.student_hint(runs.load(folder))} --baseline true --output_dir runs/student",
     ]
 

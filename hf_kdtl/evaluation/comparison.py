@@ -66,11 +66,11 @@ def read_arms(given: str) -> list[Arm]:
         folder, only, shown = path, None, str(Path(given))
     results = read_results(folder)
     models = results.get("evaluation", {}).get("models", {})
-    # The teacher of distill.py and the models of evaluate_student.py have no seed: they were not trained there.
+    # The teacher of hf-kdtl distill and the models of hf-kdtl evaluate have no seed: they were not trained there.
     trained = {name: model["runs"] for name, model in models.items() if all(map(str.isdecimal, model["runs"]))}
     if not trained:
         raise ValueError(
-            f"{shown} holds no evaluated model with a seed; expected the output_dir of distill.py or train_teacher.py "
+            f"{shown} holds no evaluated model with a seed; expected the output_dir of distill or train-teacher "
             "after its end (continue it with --resume_from_checkpoint true)."
         )
     if only is not None and only not in trained:

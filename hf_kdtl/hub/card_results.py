@@ -25,7 +25,7 @@ _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gr
 
 
 def with_evaluation(results: Results, evaluation_results: Results) -> Results:
-    """The results of a run with an evaluation of its student (recipes/evaluate_student.py) as the section `judged`.
+    """The results of a run with an evaluation of its student (hf-kdtl evaluate) as the section `judged`.
 
     Args:
         evaluation_results: of one student or several; the one with this student's weights is taken.
@@ -38,7 +38,7 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
     if evaluation_results.get("schema") != SCHEMA or run.get("recipe") != "evaluate_student":
         raise ValueError(
             f"found results of {run.get('recipe')!r} with schema {evaluation_results.get('schema')!r}; expected those "
-            f"of recipes/evaluate_student.py with schema {SCHEMA}."
+            f"of hf-kdtl evaluate with schema {SCHEMA}."
         )
     if evaluation.get("split") != "test":
         raise ValueError(f"the evaluation is of the {evaluation.get('split')} split; expected --split test.")
@@ -77,7 +77,7 @@ def results_of(trainer: Any) -> Results:
 
 
 def recipes_results(folder: str | Path) -> Results | None:
-    """What recipes/distill.py has written in a folder; None where it has not.
+    """What hf-kdtl distill has written in a folder; None where it has not.
 
     Raises:
         ValueError: as `read_results`.
@@ -168,7 +168,7 @@ def check_results(results: Results) -> None:
         )
     if (recipe := results.get("run", {}).get("recipe")) not in (None, "distill"):
         raise ValueError(
-            f"the results are of {recipe!r}; expected those of recipes/distill.py, which trains a student. An "
+            f"the results are of {recipe!r}; expected those of hf-kdtl distill, which trains a student. An "
             "evaluation is added to them by hf_kdtl.hub.model_card.with_evaluation."
         )
     _check_same_accuracy(results)
@@ -218,5 +218,5 @@ def _same(results: Results, evaluation: dict[str, Any]) -> dict[str, Any]:
     found = ", ".join(f"{name}: {model.get('fingerprint')}" for name, model in students.items())
     raise ValueError(
         f"the evaluation is of another student: the run's has weights {wanted}, found {found or 'no student'}. "
-        "Evaluate the run's own: python recipes/evaluate_student.py --models <run>/student ..."
+        "Evaluate the run's own: hf-kdtl evaluate --models <run>/student ..."
     )

@@ -49,7 +49,7 @@ def source_name(data: dict[str, Any]) -> str | None:
 
 
 def judged_student(results: Results) -> dict[str, Any] | None:
-    """What evaluate_student.py found of the student; None where it was not run."""
+    """What hf-kdtl evaluate found of the student; None where it was not run."""
     evaluation = results.get("judged", {}).get("evaluation")
     return None if evaluation is None else next(iter(models_with_role(evaluation, "student").values()))
 

@@ -244,7 +244,11 @@ def _again(results: Results) -> dict[str, Any]:
     run = results.get("run", {})
     settings = {name: _short(value) for name, value in run.get("settings", {}).items() if name not in _OWN}
     config = settings | ({"objectives": results["objectives"]} if results.get("objectives") else {})
-    by = f"`python recipes/{run['recipe']}.py --config this.yaml`" if run.get("recipe") else "DistillationTrainer"
+    by = (
+        f"`hf-kdtl {run['recipe'].replace('_', '-')} --config this.yaml`"
+        if run.get("recipe")
+        else "DistillationTrainer"
+    )
     made = [f"{name} {version}" for name, version in run.get("versions", {}).items()]
     processes = run.get("processes", 1)
     return {

@@ -41,7 +41,7 @@ def student_card(
     """The card of the student of a run. What was not measured is said to be so, and no number is made up.
 
     Args:
-        results: of recipes/distill.py (`read_results`), with an evaluation where there is one (`with_evaluation`), or
+        results: of hf-kdtl distill (`read_results`), with an evaluation where there is one (`with_evaluation`), or
             what `results_of` makes of a trainer.
         model_id: the student's name on the Hub, for the lines that show how to use it.
         license: by default the one that its teacher's card states; a card without one says what is not known.

@@ -20,7 +20,7 @@ from hf_kdtl.utils.options import is_number
 class Bregman(Objective):
     """Bregman representation, per image: D_F(V c + m, f^-1(y)) of the teacher's output y, >= 0.
 
-    The teacher's layer was compressed before (recipes/fit_representation.py): y ~ f(V c + m) with f = grad F, few
+    The teacher's layer was compressed before (hf-kdtl fit-representation): y ~ f(V c + m) with f = grad F, few
     directions V and the mean m. The student imports the layer c -> f(V c + m), which is fixed, and learns a linear
     head on its own feature that predicts c. With soft-max (class probabilities, attention rows) the divergence is
     KL(y || f(V c + m)) in nats; with the identity half the squared distance, summed over the width. Not 0 where
@@ -35,7 +35,7 @@ class Bregman(Objective):
     alone gives, over 10 is a usual place to begin: weight = 1 / baseline to 10 / baseline.
 
     Args:
-        representation: the folder that recipes/fit_representation.py wrote.
+        representation: the folder that hf-kdtl fit-representation wrote.
         coefficients: weight of ||c - c*||^2 beside it, >= 0, with c* the best coefficients of y (found by Newton
             steps in float64: dear, for the many tokens of hidden states most of all).
 
@@ -65,7 +65,7 @@ class Bregman(Objective):
         if not isinstance(representation, str | Path) or not str(representation):
             raise ValueError(
                 f"objective {name!r}: representation is {representation!r}; expected the folder of one. Make it with "
-                "recipes/fit_representation.py --teacher <model> --of probabilities --k 8 --output_dir <folder>."
+                "hf-kdtl fit-representation --teacher <model> --of probabilities --k 8 --output_dir <folder>."
             )
         positive = is_number(coefficients) and coefficients >= 0
         check_option(name, "coefficients", coefficients, positive, "a number of at least 0")

@@ -14,13 +14,17 @@ def objective_table() -> str:
     return "\n".join(rows)
 
 
+def first_sentence(kind: type[Objective]) -> str:
+    """What an objective is, from its docstring."""
+    return inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
+
+
 def _row(name: str, kind: type[Objective]) -> str:
-    first = inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
     options = inspect.signature(kind).parameters.values()
     shown = ", ".join(f"`{option.name}` ({option.default!r})" for option in options) or "none"
     sides = {"teacher": kind.needs_teacher, "start": kind.source == "start", "labels": kind.needs_labels}
     needs = [what for what, needed in sides.items() if needed]
-    cells = [f"`{name}`", first, kind.role, ", ".join(needs) or "nothing", shown]
+    cells = [f"`{name}`", first_sentence(kind), kind.role, ", ".join(needs) or "nothing", shown]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -68,7 +68,7 @@ def _images(found: list[dict[str, Any]] | None, first: Arm, split: str) -> list[
         )
         return [
             *title,
-            f"{missing}not compared; recipes/distill.py with --resume_from_checkpoint true writes them.",
+            f"{missing}not compared; hf-kdtl distill with --resume_from_checkpoint true writes them.",
             "",
         ]
     rows = [["", "seed", "difference (%)", "95% bootstrap interval", "right here only", "right there only",

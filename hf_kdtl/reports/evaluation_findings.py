@@ -141,7 +141,7 @@ def not_measured(evaluation: dict[str, Any], device: str) -> list[str]:
         "Images from elsewhere: other cameras, places, seasons, classes that the data does not have. The test images "
         "come from where the training images came from.",
         "Whether another training run would come out the same: this is one trained model of each. "
-        "recipes/compare_runs.py compares ways of training over seeds.",
+        "hf-kdtl compare compares ways of training over seeds.",
         f"Time and memory elsewhere than on {device}; other batch sizes, exported or compiled models.",
         "What is good enough. There is no threshold in this report.",
     ]

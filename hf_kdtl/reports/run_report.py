@@ -47,7 +47,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def is_evaluation(results: dict[str, Any]) -> bool:
-    """Whether these are the results of evaluate_student.py, and not of a training."""
+    """Whether these are the results of hf-kdtl evaluate, and not of a training."""
     return "split" in results.get("evaluation", {})
 
 

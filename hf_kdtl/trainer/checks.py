@@ -19,7 +19,7 @@ from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
-FSDP = "accelerate launch --config_file recipes/launch/fsdp2.yaml <script>"
+FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <script>"
 
 
 def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
@@ -95,7 +95,7 @@ def sharding_problems(trainer: Any) -> list[str]:
         found.append(f"FSDP1 is not supported: derivatives need FSDP2. {FSDP}.")
     for name in ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_OFFLOAD_PARAMS"):
         if os.environ.get(name, "").lower() == "true":
-            found.append(f"{name.lower()} is not supported: set it to false, as recipes/launch/fsdp2.yaml does.")
+            found.append(f"{name.lower()} is not supported: set it to false, as fsdp2.yaml does.")
     measured = args.rate_options is not None and args.rate_options.measured
     derived = any(isinstance(objective, DerivativeObjective) for objective in args.build_objectives().values())
     unfit = {

@@ -1,4 +1,4 @@
-"""A folder of tiny generated images, a tiny teacher for them, and the recipes as functions."""
+"""A folder of tiny generated images, a tiny teacher for them, and the commands as functions."""
 
 import importlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 
 from tests.support.tiny import build
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
 NAMES = ["blue", "green", "red"]
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = {"model_type": "vit", "image_size": 16, "patch_size": 8} | VIT

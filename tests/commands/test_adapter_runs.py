@@ -1,4 +1,4 @@
-"""distill.py with adapters: a student that learns from itself without them, and what is kept of it."""
+"""hf-kdtl distill with adapters: a student that learns from itself without them, and what is kept of it."""
 
 import json
 

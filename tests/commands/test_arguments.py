@@ -64,17 +64,18 @@ def test_lists_and_mappings_reach_their_field():
 @pytest.mark.parametrize(
     ("text", "flags", "said"),
     [
-        ("teacherr: a\n", [], r"unknown setting in x.yaml: 'teacherr'. Did you mean 'teacher'\?"),
+        ("teacherr: a\n", [], r"x.yaml, line 1: unknown setting: 'teacherr'. Did you mean 'teacher'\?"),
         ("teacher: a\n", ["--baselin", "true"], r"unknown flag: '--baselin'. Did you mean '--baseline'\?"),
         ("teacher: a\n", ["true"], "found 'true' where a flag was expected"),
         ("baseline: true\n", [], "required: --teacher.*--help"),
         ("teacher:\n", [], "required: --teacher"),
-        ("teacher: a\nimage_size: big\n", [], "image_size in x.yaml is 'big', expected a whole number"),
-        ("teacher: a\nimage_size: 1.5\n", [], "image_size in x.yaml is 1.5, expected a whole number"),
-        ("teacher: a\nbaseline: 3\n", [], "baseline in x.yaml is 3, expected true or false"),
+        ("teacher: a\nimage_size: big\n", [], "x.yaml, line 2: image_size is 'big'; expected a whole number"),
+        ("teacher: a\nimage_size: 1.5\n", [], "x.yaml, line 2: image_size is 1.5; expected a whole number"),
+        ("teacher: a\nbaseline: 3\n", [], "x.yaml, line 2: baseline is 3; expected true or false"),
         ("teacher: a\n", ["--image_size", "big"], "image_size.*'big'"),
+        ("teacher: a\nseeds: [1]\nteacher: b\n", [], "x.yaml, line 3: teacher stands in line 1 too"),
         ("- teacher\n", [], "x.yaml holds list, expected lines"),
-        ("teacher: [\n", [], "x.yaml is not valid YAML"),
+        ("teacher: [\n", [], "x.yaml is not valid YAML, line 2: "),
     ],
 )
 def test_what_is_wrong_is_a_sentence(text, flags, said):
@@ -89,7 +90,9 @@ def test_a_missing_file_names_the_closest_one():
 
 
 def test_unknown_choice_is_named():
-    with pytest.raises(ValueError, match=r"lr_scheduler_type in x.yaml: 'cosin'. Did you mean 'cosine'\?"):
+    with pytest.raises(
+        ValueError, match=r"x.yaml, line 1: unknown value of lr_scheduler_type: 'cosin'. Did you mean 'cosine'\?"
+    ):
         cli.parse(DistillationConfig, argv=write("lr_scheduler_type: cosin\n"))
 
 

@@ -1,4 +1,4 @@
-"""compare_runs.py, from written results.json: tables, what is refused, how often it sees what is not there."""
+"""hf-kdtl compare, from written results.json: tables, what is refused, how often it sees what is not there."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ ALONE, DISTILLED = [0.80, 0.82, 0.81], [0.85, 0.89, 0.87]
 
 
 def run(folder, arms, data=None, **metrics):
-    """A run folder as distill.py leaves it: {arm: one test accuracy for each of the seeds 8, 9, 10, ...}."""
+    """A run folder as hf-kdtl distill leaves it: {arm: one test accuracy for each of the seeds 8, 9, 10, ...}."""
     models = {"teacher": {"runs": {"teacher": {"validation": {"accuracy": 0.9}, "test": {"accuracy": 0.9}}}}}
     for arm, values in arms.items():
         found = {
@@ -132,7 +132,7 @@ def test_what_else_is_refused(compare_runs):
         (["a/alone"], "found a/alone; expected two different ones or more"),
         (["a", "a/alone"], "found a/alone, a/distilled, a/alone; expected two different ones"),
         (["a/student"], "a holds no model 'student'; expected one of alone, distilled"),
-        (["a", "begun"], "begun holds no evaluated model with a seed; expected the output_dir of distill.py"),
+        (["a", "begun"], "begun holds no evaluated model with a seed; expected the output_dir of distill"),
         (["a", "old"], "schema 0 and this version reads 1"),
         (["a", "nowhere"], "nowhere has no results.json"),
         (["a", "--metrics", "ece"], "a/distilled, seed 8, has no 'ece' on test; it has accuracy"),

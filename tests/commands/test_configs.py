@@ -1,14 +1,14 @@
-"""Every YAML in recipes/configs is readable by its command, and says what a reader needs first."""
+"""Every YAML in hf_kdtl/configs is readable by its command, and says what a reader needs first."""
 
 import pytest
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from tests.commands.conftest import RECIPES
+from hf_kdtl.commands.common.shipped import training_files
 from tests.support.representations import made_up
 from tests.support.tiny import build
 
-CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+CONFIGS = list(training_files().values())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

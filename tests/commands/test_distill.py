@@ -13,7 +13,7 @@ from transformers import TrainerCallback, pipeline
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation import read_results
 from hf_kdtl.evaluation.predictions import read_predictions
-from tests.commands.conftest import CONFIG, QUICK, RECIPES
+from tests.commands.conftest import CONFIG, QUICK, ROOT
 
 NEW = ("--student_config", json.dumps(CONFIG))
 
@@ -175,8 +175,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(command, images, teacher, c
     assert Path("out/distilled-seed42/checkpoint-1/model.safetensors").exists()
 
     # As a program: nothing but what the command prints.
-    command = [sys.executable, str(RECIPES / "distill.py"), *flags, "--resume_from_checkpoint", "true"]
-    again = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "hf_kdtl", "distill", *flags, "--resume_from_checkpoint", "true"]
+    again = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (again.returncode, again.stderr) == (0, "")
     assert len(again.stdout.splitlines()) < 40
     log = read_results("out")["curves"]["distilled-seed42"]
@@ -186,8 +186,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(command, images, teacher, c
 @pytest.mark.slow
 def test_two_processes_write_one_run(images, teacher):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
-    command = [*launch, str(RECIPES / "distill.py"), *arguments(*BOTH)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*launch, "-m", "hf_kdtl.commands.distill", *arguments(*BOTH)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes") == 1 and done.stdout.count("student distilled") == 1
     assert read_results("out")["run"]["processes"] == 2

@@ -1,4 +1,4 @@
-"""distill.py with learning rates per layer: measured for the distilled student, kept in results.json, and shown."""
+"""hf-kdtl distill with learning rates per layer: measured, kept in results.json, and shown."""
 
 import json
 from pathlib import Path
@@ -44,16 +44,17 @@ def test_rates_are_measured_kept_and_shown(command, images, teacher, capsys):
 
 def test_settings_from_yaml_and_what_preflight_says(command, images, teacher, capsys):
     lines = ["teacher: teacher", "dataset: images", "student_layers: 2", "output_dir: out", "use_cpu: true"]
-    lines += ["layer_rates: {mode: discrepancy, source: jacobian, momentum: 0.5}", "preflight: true"]
-    Path("run.yaml").write_text("\n".join(lines))
-    distill = command("distill").main
-    distill(["--config", "run.yaml"])
-    told = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["layer", "parameters", "rate", "x", "compared", "with"] in told
-    assert any(line[:2] == ["block", "1"] and line[-3:] == ["teacher", "block", "2"] for line in told if line)
-    Path("run.yaml").write_text("\n".join([*lines[:-2], "layer_rates: {layers: [[0, 0], [5, 1]]}", lines[-1]]))
-    distill(["--config", "run.yaml"])
+    rates = "layer_rates: {mode: discrepancy, source: jacobian, momentum: 0.5}"
+    Path("run.yaml").write_text("\n".join([*lines, rates]))
+    preflight = command("preflight").main
+    preflight(["--config", "run.yaml"])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["layer", "parameters", "rate", "x", "compared", "with"] in shown
+    assert any(line[:2] == ["block", "1"] and line[-3:] == ["teacher", "block", "2"] for line in shown if line)
+    Path("run.yaml").write_text("\n".join([*lines, "layer_rates: {layers: [[0, 0], [5, 1]]}"]))
+    preflight(["--config", "run.yaml"])
     assert "block 5 of the student, which has the blocks 0 to 1" in capsys.readouterr().out
-    Path("run.yaml").write_text("\n".join([*lines[:-2], "layer_rates: {sorce: jacobian}"]))
-    assert cli.run(lambda: distill(["--config", "run.yaml"])) == 2
-    assert "layer_rates: unknown key 'sorce'. Did you mean 'source'" in capsys.readouterr().err
+    assert not Path("out").exists()
+    Path("run.yaml").write_text("\n".join([*lines, "layer_rates: {sorce: jacobian}"]))
+    assert cli.run(lambda: preflight(["--config", "run.yaml"])) == 2
+    assert "run.yaml, line 6: layer_rates: unknown key 'sorce'. Did you mean 'source'" in capsys.readouterr().err

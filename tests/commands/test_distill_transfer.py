@@ -1,4 +1,4 @@
-"""distill.py without a teacher, with a teacher of other classes, and with a gradient rule."""
+"""hf-kdtl distill without a teacher, with a teacher of other classes, and with a gradient rule."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""evaluate_student.py on tiny models: what it writes, that the order of classes does not matter, what it refuses."""
+"""hf-kdtl evaluate on tiny models: what it writes, that the order of classes does not matter, what it refuses."""
 
 import json
 import shutil

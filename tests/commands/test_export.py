@@ -1,4 +1,4 @@
-"""recipes/export_student.py and hf_kdtl/export.py: an ONNX file that answers as the student does."""
+"""hf-kdtl export and hf_kdtl/export.py: an ONNX file that answers as the student does."""
 
 from pathlib import Path
 from types import SimpleNamespace

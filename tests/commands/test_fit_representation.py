@@ -1,4 +1,4 @@
-"""recipes/fit_representation.py: from a teacher and images to a folder that `bregman` takes."""
+"""hf-kdtl fit-representation: from a teacher and images to a folder that `bregman` takes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""recipes/push_student.py and distill.py --push_to_hub, against the loopback Hub."""
+"""hf-kdtl push and hf-kdtl distill --push_to_hub, against the loopback Hub."""
 
 import getpass
 import json
@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation.results import read_results
-from tests.commands.conftest import CONFIG, QUICK, RECIPES
+from tests.commands.conftest import CONFIG, QUICK
 from tests.hub.client import hub, in_hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault
 from tests.support.tiny import build
@@ -39,14 +39,14 @@ def test_distill_looks_before_it_trains_and_pushes_at_its_end(hub, command, imag
         code, told = distill(*extra)
         assert code == 2 and said in told.err and not Path("out").exists()
     assert cli.run(lambda: command("train_teacher").main([*QUICK, "--output_dir", "t", "--push_to_hub", "true"])) == 2
-    assert "train_teacher.py publishes nothing" in capsys.readouterr().err
+    assert "train-teacher publishes nothing" in capsys.readouterr().err
 
     # The connection is cut at the end: everything is there, and the command that pushes it.
     hub.fail(Fault("POST", "/commit/", cut="request"))
     code, told = distill("--license", "mit")
     again = "--run out --hub_model_id tester/small --license mit"
     assert code == 2 and "student distilled" in told.out
-    assert f"whole in out/student. Push it later: python recipes/push_student.py {again}" in told.err
+    assert f"whole in out/student. Push it later: hf-kdtl push {again}" in told.err
     assert hub.messages("tester/small") == ["initial commit"]
     before = kept("out")
     command("push").main(again.split())
@@ -102,16 +102,16 @@ def test_the_way_from_own_images_to_a_clone(hub, images, tmp_path):  # noqa: F81
     data = ["--dataset", str(home / "my images"), *QUICK]
     runs = home / "runs"
     programs = [
-        ["train_teacher.py", "--model_config", json.dumps(CONFIG), *data, "--output_dir", str(runs / "teacher")],
-        ["distill.py", "--teacher", str(runs / "teacher/model"), "--student_layers", "1", *data, "--output_dir",
+        ["train-teacher", "--model_config", json.dumps(CONFIG), *data, "--output_dir", str(runs / "teacher")],
+        ["distill", "--teacher", str(runs / "teacher/model"), "--student_layers", "1", *data, "--output_dir",
          str(runs / "student")],
-        ["evaluate_student.py", "--models", str(runs / "student/student"), "--teacher", str(runs / "teacher/model"),
+        ["evaluate", "--models", str(runs / "student/student"), "--teacher", str(runs / "teacher/model"),
          *data, "--degradations", "none", "--output_dir", str(runs / "evaluation")],
-        ["push_student.py", "--run", str(runs / "student"), "--evaluation", str(runs / "evaluation"),
+        ["push", "--run", str(runs / "student"), "--evaluation", str(runs / "evaluation"),
          "--hub_model_id", "me-small", "--license", "apache-2.0"],
     ]  # fmt: skip
     for name, *flags in programs:
-        done = in_hub(hub, [str(RECIPES / name), *flags], home, USER="markeduser", LOGNAME="markeduser")
+        done = in_hub(hub, ["-m", "hf_kdtl", name, *flags], home, USER="markeduser", LOGNAME="markeduser")
         assert done.returncode == 0, done.stderr
     messages = "".join(hub.messages("tester/me-small"))
     for secret in (TOKEN, "markeduser", str(tmp_path), f"/{getpass.getuser()}/"):

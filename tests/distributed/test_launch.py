@@ -1,4 +1,4 @@
-"""Starting several processes: the files of recipes/launch, and what is said when the processes are not as meant."""
+"""Starting several processes: the launch files, and what is said when the processes are not as meant."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.helpers import Images, launch, pair, trainer
 from tests.support.tiny import build
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "recipes/launch").glob("*.yaml"))
+FILES = sorted((ROOT / "hf_kdtl/configs/launch").glob("*.yaml"))
 EXPECTED = {
     "one": (DistributedType.NO, "no"),
     "cpu": (DistributedType.MULTI_GPU, "no"),
@@ -47,7 +47,7 @@ def test_accelerate_reads_each_file_and_it_says_what_it_is_for(file):
     assert args.use_fsdp == (kind == DistributedType.FSDP)
     assert args.num_processes == (1 if file.stem == "one" else 2) and args.mixed_precision == precision
     head = " ".join(line.lstrip("# ") for line in file.read_text().split("compute_environment")[0].splitlines())
-    assert f"accelerate launch --config_file recipes/launch/{file.name}" in head
+    assert f"accelerate launch --config_file {file.name}" in head
     assert "Tested: " in head and ("ot tested: " in head or file.stem == "cpu")
 
 
@@ -71,16 +71,16 @@ def bare(monkeypatch):
 
 def test_a_launcher_that_started_one_process_of_two_is_found(bare, tmp_path):
     multi_cpu = tmp_path / "multi_cpu.yaml"
-    multi_cpu.write_text((ROOT / "recipes/launch/cpu.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU"))
+    multi_cpu.write_text((ROOT / "hf_kdtl/configs/launch/cpu.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU"))
     for asked in (["--cpu", "--num_processes=2"], ["--num_processes=2"], [f"--config_file={multi_cpu}"]):
         said = launch_problem(environment(*asked), 1)
         assert "asked for several processes and started one" in said and "--multi_gpu --num_processes 2" in said
     assert launch_problem(environment("--cpu", "--num_processes=1"), 1) is None
-    assert launch_problem(environment(f"--config_file={ROOT / 'recipes/launch/one.yaml'}"), 1) is None
+    assert launch_problem(environment(f"--config_file={ROOT / 'hf_kdtl/configs/launch/one.yaml'}"), 1) is None
 
 
 def test_processes_that_torchrun_started_are_fine(bare):
-    several = prepare_multi_gpu_env(parsed(f"--config_file={ROOT / 'recipes/launch/cpu.yaml'}"))
+    several = prepare_multi_gpu_env(parsed(f"--config_file={ROOT / 'hf_kdtl/configs/launch/cpu.yaml'}"))
     ranked = several | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     assert launch_problem(ranked, 2) is None
     assert launch_problem(ranked | {"WORLD_SIZE": "1"}, 1) is None  # torchrun --nproc_per_node 1
@@ -104,13 +104,13 @@ def test_fsdp_is_for_the_launcher_to_ask(tmp_path, plugin):
     runner = trainer(tmp_path, build("vit"), data=Images(4))
     runner.is_fsdp_enabled, runner.args.fsdp = plugin, not plugin
     with pytest.raises(
-        ValueError, match="by the launcher alone: accelerate launch --config_file recipes/launch/fsdp2"
+        ValueError, match="by the launcher alone: hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2"
     ):
         check_setting(runner)
 
 
 def environment_of_fsdp(monkeypatch, **changed):
-    file = f"--config_file={ROOT / 'recipes/launch/fsdp2.yaml'}"
+    file = f"--config_file={ROOT / 'hf_kdtl/configs/launch/fsdp2.yaml'}"
     told = {k: v for k, v in prepare_multi_gpu_env(parsed(file)).items() if "FSDP" in k}
     for name, value in (told | changed).items():
         monkeypatch.setenv(name, value)
@@ -238,10 +238,25 @@ def test_one_process_where_two_were_asked_for(tmp_path):
     assert found["world"] == 1 and "asked for several processes and started one" in found["equal"]
 
 
-def recipe(file, name, *arguments):
-    """What a recipe prints on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/launch/{file}.yaml"]
-    command += ["--main_process_port=0", f"recipes/{name}.py", "--use_cpu", "true", "--max_steps", "4", *arguments]
+def command_of(file, name, *arguments):
+    """What a command prints on two processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"hf_kdtl/configs/launch/{file}.yaml",
+    ]
+    command += [
+        "--main_process_port=0",
+        "-m",
+        f"hf_kdtl.commands.{name}",
+        "--use_cpu",
+        "true",
+        "--max_steps",
+        "4",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes" in done.stdout
@@ -249,13 +264,13 @@ def recipe(file, name, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["cpu", "fsdp2"])
-def test_recipes_on_two_cpu_processes(file, tmp_path):
-    config = ["--config", "recipes/configs/digits_teacher.yaml", "--eval_strategy", "no"]
-    recipe(file, "train_teacher", *config, "--output_dir", str(tmp_path / "teacher"))
+def test_commands_on_two_cpu_processes(file, tmp_path):
+    config = ["--config", "digits_teacher", "--eval_strategy", "no"]
+    command_of(file, "train_teacher", *config, "--output_dir", str(tmp_path / "teacher"))
     results = json.loads((tmp_path / "teacher/results.json").read_text())
     model = tmp_path / "teacher/model"
     assert results["run"]["processes"] == 2 and (model / "model.safetensors").is_file()
     if file == "fsdp2":  # a teacher in parts, in two runs after each other, and then evaluated whole
         runs = ["--seeds", "1", "2", "--student_layers", "2", "--output_dir", str(tmp_path / "student")]
-        recipe(file, "distill", "--teacher", str(model), "--dataset", "digits", *runs)
+        command_of(file, "distill", "--teacher", str(model), "--dataset", "digits", *runs)
         assert (tmp_path / "student/report.md").is_file()

@@ -241,7 +241,7 @@ def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa:
     one.train()
     assert sum("tester/base/resolve/main/README.md" in line for line in hub.log) <= 2  # and not again at each save
     hub.fail(Fault("POST", "/commit/", 503, times=1))
-    with pytest.raises(HubError, match=r"\(503\).*push_student.py --run out --hub_model_id tester/small, or"):
+    with pytest.raises(HubError, match=r"\(503\).*hf-kdtl push --run out --hub_model_id tester/small, or"):
         one.push_to_hub()
     importlib.import_module("hf_kdtl.commands.push").main(["--run", "out", "--hub_model_id", "tester/small"])
     mine = {"adapter_config.json", "adapter_model.safetensors", "README.md", "results.json", ".gitattributes"}

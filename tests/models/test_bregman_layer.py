@@ -247,7 +247,7 @@ def test_broken_folders():
         ValueError, match=r"directions \(32, 2\) and a mean \(32,\), representation.json says \(3, 2\)"
     ):
         BregmanLayer.load("layer")
-    with pytest.raises(FileNotFoundError, match=r"other has no representation.safetensors; expected what recipes/fit"):
+    with pytest.raises(FileNotFoundError, match=r"other has no representation.safetensors; expected what hf-kdtl fit"):
         BregmanLayer.load("other")
     about = json.loads(Path("layer/representation.json").read_text())
     Path("layer/representation.json").write_text(json.dumps(about | {"version": 2}))

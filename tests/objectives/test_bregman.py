@@ -211,7 +211,7 @@ def test_what_is_saved_and_what_learns():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "representation is ''; expected the folder of one. Make it with recipes/fit_representation.py"),
+        ({}, "representation is ''; expected the folder of one. Make it with hf-kdtl fit-representation"),
         ({"representation": 3}, "representation is 3"),
         ({"coefficients": -1.0}, "coefficients is -1.0; expected a number of at least 0"),
         ({"coefficients": True}, "coefficients is True"),

@@ -87,7 +87,7 @@ def launch(module, processes, *arguments, file="cpu"):
     """As `torchrun`, through `accelerate launch` and a file that users are given for it."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    command += ["--config_file", str(root / f"recipes/launch/{file}.yaml"), "--main_process_port=0"]
+    command += ["--config_file", str(root / f"hf_kdtl/configs/launch/{file}.yaml"), "--main_process_port=0"]
     command += ["-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-9000:]

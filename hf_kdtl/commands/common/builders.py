@@ -201,7 +201,7 @@ def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:
 
 
 def split_notes(teacher: str, data: ImageData, options: DataOptions) -> list[str]:
-    """A warning where a teacher of train_teacher.py was trained on images that are test images here."""
+    """A warning where a teacher of hf-kdtl train-teacher was trained on images that are test images here."""
     try:
         before = read_results(Path(teacher).expanduser().parent)["data"]
     except (OSError, ValueError, KeyError):
@@ -222,7 +222,7 @@ def told(data: ImageData) -> list[str]:
 
 
 def student_hint(model: Any) -> str:
-    """Flags that ask distill.py for a student of about half of `model`."""
+    """Flags that ask hf-kdtl distill for a student of about half of `model`."""
     depths, depth = stated_depth(model.config)
     if depths is None and depth:
         return f"--student_layers {max(1, depth // 2)}"

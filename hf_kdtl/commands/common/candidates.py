@@ -1,133 +1,214 @@
-"""The end of distill.py: the only place that looks at the test split."""
+"""Several models on the images of one split: opened, matched with the data, measured. For hf-kdtl evaluate."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
 
+from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.degradations import DEGRADATIONS
+from hf_kdtl.data.degraded import degraded
+from hf_kdtl.data.loading import ImageData
+from hf_kdtl.evaluation.cost import cost
+from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.metrics import paired_scores
-from hf_kdtl.evaluation.predictions import save_predictions
-from hf_kdtl.evaluation.results import update_results
-from hf_kdtl.evaluation.saliency import attention_map, input_saliency
-from hf_kdtl.evaluation.statistics import paired_difference
-from hf_kdtl.models.labels import match_labels
-from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET, saliency_figure, unnormalized
-from hf_kdtl.reports.figures.samples import SHEET, choose_samples, sample_figure
-from hf_kdtl.reports.run_report import SPLITS
+from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements
+from hf_kdtl.evaluation.statistics import images_difference
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.labels import class_names
+from hf_kdtl.reports.evaluation_sections import picture_name
+from hf_kdtl.reports.evaluation_values import REFERENCES
+from hf_kdtl.reports.figures.samples import sample_figure
 
 
-def evaluate(study: Any) -> None:
-    """Score teacher and students, and write student/, the section `evaluation`, the sheet and an example image."""
-    datasets = {split: builders.pixels(getattr(study.data, split), study.processor) for split in SPLITS}
-    student = runs.load(study.runs()[-1][2])
-    measured, models, taught = {"student": (student, datasets["test"])}, {}, {}
-    if study.scored:
-        teacher_data = _teacher_pixels(study)
-        taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
-        measured = {"teacher": (study.teacher.model, teacher_data["test"])} | measured
-    by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
-    cost = runs.measured(measured, study.config)
-    if study.scored:
-        teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in taught.items()}}
-        models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
-    models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
-    value = {"models": models, "batch_size": study.config.per_device_eval_batch_size}
-    if len(by_arm) == 2:
-        value["paired_difference"] = {split: _difference(by_arm, split) for split in SPLITS}
-    if study.config.process_index == 0:
-        _keep_student(study)
-        if study.scored:
-            value["sheet"] = _sheet(study, taught["test"][0], shown)
-        else:
-            _example(study, 0)
-        value |= _maps(study, runs.load(study.folder / f"distilled-seed{study.seeds[0]}"))
-        update_results(study.folder, "evaluation", value)
+@dataclass
+class Candidate:
+    """A model to be judged, and how it sees the data and answers in its classes.
 
-
-def _runs(
-    study: Any, datasets: dict[str, Any], taught: dict[str, np.ndarray]
-) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
-    """{arm: {seed: {split: scores}}}, and the test logits of the first distilled student.
-
-    The student alone is the baseline of the distilled one with the same seed.
+    Args:
+        name: "student" (or, of several, "student" and what tells its folder from the others), "teacher", "baseline".
+        order: the columns of its logits in the data's order of classes.
     """
-    by_arm: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
-    logits: dict[tuple[str, int, str], np.ndarray] = {}
-    for arm, seed, folder in study.runs():  # alone comes first
-        model, found = runs.load(folder), {}
-        for split, data in datasets.items():
-            logits[arm, seed, split], labels = runs.predict(model, data, study.config)
-            before = logits.get(("alone", seed, split)) if arm == "distilled" else None
-            found[split] = paired_scores(logits[arm, seed, split], labels, taught.get(split), before)
-            if study.config.process_index == 0:
-                save_predictions(folder, split, logits[arm, seed, split], labels)
-        by_arm[arm][str(seed)] = found
-    return by_arm, logits["distilled", study.seeds[0], "test"]
+
+    name: str
+    role: str
+    path: str
+    model: Any
+    processor: Any
+    order: list[int]
+
+    def answers(self, dataset: Any, config: DistillationConfig) -> tuple[np.ndarray, np.ndarray]:
+        """(logits (n, K), labels (n,)) in the data's order of classes."""
+        logits, labels = runs.predict(self.model, dataset, config)
+        return logits[:, self.order], labels
 
 
-def _teacher_pixels(study: Any) -> dict[str, Any]:
-    """The images as the teacher's own image processor prepares them, if it has one."""
-    processor = study.teacher.processing_class or study.processor
-    return {split: builders.pixels(getattr(study.data, split), processor) for split in SPLITS}
+def open_candidates(
+    students: Sequence[str], references: dict[str, str | None], data: ImageData, notes: list[str]
+) -> list[Candidate]:
+    """The students in the order in which they were typed, then the teacher and the baseline ({role: path or None}).
+
+    Raises:
+        ValueError, OSError: when one cannot be opened, or has other classes than the data.
+    """
+    given = [("student", name, path) for name, path in zip(student_names(students), students, strict=True)]
+    given += [(role, role, path) for role, path in references.items() if path is not None]
+    return [_open(role, name, path, data, notes) for role, name, path in given]
 
 
-def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = runs.predict(study.teacher.model, dataset, study.config)
-    order, _ = match_labels(student.config, study.teacher.model.config)
-    return (logits if order is None else logits[:, order]), labels
+def student_names(paths: Sequence[str]) -> list[str]:
+    """ "student", or of several "student " and as much of the end of each path as tells them apart."""
+    if len(paths) == 1:
+        return ["student"]
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-count:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            return [f"student {end}" for end in ends]
+    raise ValueError(f"models are {', '.join(paths)}; expected different ones.")
 
 
-def _difference(runs: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
-    distilled, alone = ([run[split]["accuracy"] for run in runs[arm].values()] for arm in ("distilled", "alone"))
-    return paired_difference(distilled, alone)
-
-
-def _keep_student(study: Any) -> None:
-    shutil.rmtree(study.folder / "student", ignore_errors=True)
-    shutil.copytree(study.folder / f"distilled-seed{study.seeds[0]}" / "model", study.folder / "student")
-
-
-def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
-    """Captions of the sheets of where teacher and student look and of what moves them, on the first test images."""
-    before = study.trainer("distilled", study.seeds[0], study.folder).model
-    data = builders.pixels(study.data.test, study.processor)
-    rows = data.__getitems__(list(range(min(count, len(data)))))
-    pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
-    teacher, images = study.teacher, unnormalized(pixels, study.processor)
-    students, captions = {"student before": before, "student after": student}, {}
-    shown = teacher.pixels(pixels.to(teacher.model.device)) if teacher else None
+def _open(role: str, name: str, path: str, data: ImageData, notes: list[str]) -> Candidate:
     try:
-        seen = {"teacher": attention_map(teacher.model, shown)} if teacher else {}
-        seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
-        about = "Where the last block looks"
-        captions["attention"] = saliency_figure(study.folder / ATTENTION_SHEET, images, seen, about)
-    except ValueError as error:  # a model without any map; the run must not end for want of a picture
-        runs.say(study.config, f"no attention sheet: {error}")
-    moved = {}
-    if study.scored:  # in its own order of classes
-        order, _ = match_labels(student.config, teacher.model.config)
-        its = labels if order is None else torch.tensor(order)[labels]
-        moved = {"teacher": input_saliency(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
-    moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
-    about = "Which pixels move the log-probability of the image's class"
-    return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}
+        model = AutoModelForImageClassification.from_pretrained(builders.existing(path)).eval()
+    except (OSError, ValueError) as error:
+        meant = [inner for inner in ("student", "model") if Path(path, inner, "config.json").is_file()]
+        hint = f"Did you mean {Path(path, meant[0])}?" if meant else "Expected a saved image classifier."
+        raise OSError(f"{name}: {path!r} could not be opened ({error}). {hint}") from error
+    unnamed = class_names(model.config) is None
+    try:
+        data.in_order(model)  # checks the classes, and names those of a model that does not
+    except ValueError as error:
+        raise ValueError(f"{name} ({path}): {error}") from error
+    own = class_names(model.config)
+    assert own is not None
+    if unnamed:
+        notes.append(f"{name} does not name its classes: they are taken to be those of the data, in order.")
+    elif own != data.label_names:
+        notes.append(f"{name} lists its classes in another order: its answers are re-ordered, by name.")
+    order = [own.index(label) for label in data.label_names]
+    return Candidate(name, role, path, model, builders.processor_of(path, model), order)
 
 
-def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
-    rows = choose_samples(teacher, student)
-    test = study.data.test[rows]
-    images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
-    _example(study, rows[-1])
-    chances = [torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student)]
-    return sample_figure(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)
+class Evaluation:
+    """All models on the images of one split; `number` of them for what takes long."""
+
+    def __init__(
+        self, candidates: list[Candidate], data: ImageData, split: str, number: int, config: DistillationConfig
+    ):
+        self.candidates, self.config, self.names, self.split_name = candidates, config, data.label_names, split
+        self.split = getattr(data, split)
+        self.rows = some_of(self.split, number)
+        self.datasets = {one.name: builders.pixels(self.split, one.processor) for one in candidates}
+        self.references = {one.role: one for one in candidates if one.role in REFERENCES}
+
+    def section(self, degradations: Sequence[str], severities: Sequence[int]) -> dict[str, Any]:
+        """The section `evaluation` of results.json."""
+        logits = {}
+        for one in self.candidates:
+            logits[one.name], labels = one.answers(self.datasets[one.name], self.config)
+        models = self._scores(logits, labels)
+        value = {
+            "split": self.split_name,
+            "images": len(labels),
+            "batch_size": self.config.per_device_eval_batch_size,
+            "degradations_left_out": [name for name in DEGRADATIONS if name not in degradations],
+            "models": models,
+        }
+        if self.config.process_index == 0:
+            for name, found in self._cost().items():
+                models[name] |= found
+        if "teacher" in self.references and self.config.process_index == 0:
+            students = [one for one in self.candidates if one.role == "student"]
+            value["fidelity"] = {one.name: self._fidelity(one) for one in students}
+            value["disagreement"] = {one.name: self._sheet(one.name, logits, value) for one in students}
+        if degradations:
+            value["degraded"] = self._degraded(degradations, severities, models)
+        return value
+
+    def _scores(self, logits: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict[str, Any]]:
+        models = {}
+        for one in self.candidates:
+            others = {role: logits[role] for role in self.references if role != one.role}
+            found = paired_scores(logits[one.name], labels, **others)
+            models[one.name] = {
+                "role": one.role,
+                "path": one.path,
+                "runs": {one.name: {self.split_name: found}},
+                **diagnostics(logits[one.name], labels, self.names),
+                "differences": {
+                    role: images_difference(correct(logits[one.name], labels), correct(its, labels))
+                    for role, its in others.items()
+                },
+            }
+        return models
+
+    def _cost(self) -> dict[str, dict[str, Any]]:
+        size, device, models = self.config.per_device_eval_batch_size, self.config.device, {}
+        for one in self.candidates:
+            rows = self.datasets[one.name].__getitems__([i % len(self.split) for i in range(size)])
+            pixels = torch.stack([row["pixel_values"] for row in rows])
+            models[one.name] = one.model.to(device), pixels.to(device, one.model.dtype)
+        return cost(models)
+
+    def _fidelity(self, student: Candidate) -> dict[str, Any]:
+        taught, size = self.references["teacher"], self.config.per_device_eval_batch_size
+        images = builders.pixels(self.rows, student.processor)
+        indices = np.split(np.arange(len(images)), range(size, len(images), size))
+        batches = (
+            torch.stack([row["pixel_values"] for row in images.__getitems__(rows.tolist())])
+            for rows in tqdm(indices, desc="Like the teacher", leave=False, delay=2)
+        )
+        teacher = Teacher(taught.model, taught.processor)
+        return fidelity(student.model.to(self.config.device), teacher, batches, student.processor)
+
+    def _sheet(self, student: str, logits: dict[str, np.ndarray], value: dict[str, Any]) -> str:
+        rows = largest_disagreements(logits[student], logits["teacher"])
+        found = self.split[rows]
+        images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
+        chances = [torch.tensor(logits[who][rows]).float().softmax(-1).numpy() for who in ("teacher", student)]
+        Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
+        path = Path(self.config.output_dir, picture_name(value, student, "disagreement"))
+        which = "Shown are the images on which the probabilities lie furthest apart (Jensen-Shannon divergence)."
+        return sample_figure(path, images, found["label"], self.names, *chances, which)
+
+    def _degraded(
+        self, names: Sequence[str], severities: Sequence[int], models: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Accuracy of every model under every degradation, into `models`; returns what they have in common."""
+        side = max(min(dataset[0]["pixel_values"].shape[-2:]) for dataset in self.datasets.values())
+        total = len(self.candidates) * (1 + len(names) * len(severities))
+        hidden = self.config.disable_tqdm or self.config.process_index > 0
+        with tqdm(total=total, desc="Degraded images", leave=False, disable=hidden) as bar:
+            for one in self.candidates:
+
+                def accuracy(dataset: Any, one: Candidate = one) -> float:
+                    bar.update()
+                    return float(correct(*one.answers(dataset, self.config)).mean())
+
+                clean = accuracy(builders.pixels(self.rows, one.processor))
+                models[one.name]["degraded"] = {"clean": clean} | {
+                    name: [accuracy(degraded(self.rows, one.processor, name, s, side)) for s in severities]
+                    for name in names
+                }
+        return {"images": len(self.rows), "severities": list(severities), "side": side}
 
 
-def _example(study: Any, row: int) -> None:
-    """An image for the command that the recipe ends with."""
-    image = study.data.test[row]["image"]
-    decode(image["bytes"] or image["path"], "a test image").save(study.folder / "example.png")
+def some_of(split: Any, number: int) -> Any:
+    """That many images of a split, always the same ones, in their order; all where there are no more.
+
+    Drawn, because a folder's images are sorted by class.
+    """
+    if number >= len(split):
+        return split
+    rows = np.random.default_rng(0).choice(len(split), number, replace=False)
+    return split.select(np.sort(rows))

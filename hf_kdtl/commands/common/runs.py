@@ -33,7 +33,7 @@ YES = ("true", "yes", "1")
 TASK = [{"name": "task"}]
 # Settings that change where and how fast a run goes, and not what comes out.
 FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "seeds", "baseline", "disable_tqdm",
-        "dataloader_num_workers", "save_total_limit", "use_cpu", "preflight", "push_to_hub", "hub_model_id",
+        "dataloader_num_workers", "save_total_limit", "use_cpu", "push_to_hub", "hub_model_id",
         "hub_private_repo", "hub_revision", "license")  # fmt: skip
 
 
@@ -164,7 +164,9 @@ def described(recipe: str, config: DistillationConfig, *options: Any) -> dict[st
         ValueError: where a recipe is to push that trains no student.
     """
     if config.push_to_hub and recipe != "distill":
-        raise ValueError(f"recipes/{recipe}.py publishes nothing; leave out push_to_hub. A student: push_student.py.")
+        raise ValueError(
+            f"hf-kdtl {recipe.replace('_', '-')} publishes nothing; leave out push_to_hub. A student: hf-kdtl push."
+        )
     settings = {name: value for group in (*options, config) for name, value in _changed(group).items()}
     device = torch.cuda.get_device_name() if config.device.type == "cuda" else f"{platform.machine()} CPU"
     hidden = ("output_dir", "objectives", "hub_token", "push_to_hub_token")  # objectives have their own section

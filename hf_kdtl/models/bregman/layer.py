@@ -159,7 +159,7 @@ class BregmanLayer(nn.Module):
         path = Path(folder).expanduser()
         if missing := [name for name in (JSON, TENSORS) if not Path(path, name).is_file()]:
             raise FileNotFoundError(
-                f"{folder} has no {' and no '.join(missing)}; expected what recipes/fit_representation.py writes."
+                f"{folder} has no {' and no '.join(missing)}; expected what hf-kdtl fit-representation writes."
             )
         about, tensors = json.loads(Path(path, JSON).read_text(encoding="utf-8")), load_file(Path(path, TENSORS))
         if about.get("version") != 1:
@@ -184,7 +184,7 @@ class BregmanLayer(nn.Module):
             ValueError: naming both sides.
         """
         was, config = self.provenance, _config(model)
-        again = "Fit one of this teacher: recipes/fit_representation.py."
+        again = "Fit one of this teacher: hf-kdtl fit-representation."
         names = class_names(config)
         if was.of == "probabilities" and (was.classes != names or config.num_labels != was.width):
             raise ValueError(
@@ -208,7 +208,7 @@ class BregmanLayer(nn.Module):
         if found and found != was.width:
             raise ValueError(
                 f"the representation is of {was}, and here {geometry.name} gives rows of width {found} (at images of "
-                f"{geometry.image[0]} x {geometry.image[1]}). Fit one at this size: recipes/fit_representation.py."
+                f"{geometry.image[0]} x {geometry.image[1]}). Fit one at this size: hf-kdtl fit-representation."
             )
 
 

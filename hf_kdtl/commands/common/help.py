@@ -1,0 +1,118 @@
+"""What `--help` prints: a command's options by group, the objectives, and the settings of Trainer used most."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.objectives.table import first_sentence
+
+HELP = ("-h", "--help", "--help-all")
+# Of TrainingArguments, whose own help is a paragraph each.
+MOST_USED = {
+    "output_dir": "Where the run goes.",
+    "max_steps": "Steps, instead of epochs.",
+    "num_train_epochs": "Passes over the training images.",
+    "per_device_train_batch_size": "Images a step on each device.",
+    "gradient_accumulation_steps": "Micro-batches a step.",
+    "learning_rate": "Its peak.",
+    "warmup_steps": "Steps until the peak.",
+    "weight_decay": "Of AdamW.",
+    "bf16": "Forward passes in bfloat16.",
+    "eval_strategy": "When validation is scored: no, steps or epoch.",
+    "save_strategy": "When a checkpoint is written: no, steps or epoch.",
+    "seed": "Of weights, order and augmentation.",
+    "resume_from_checkpoint": "true: continue from the last complete checkpoint.",
+    "use_cpu": "Leave GPUs alone.",
+}
+
+
+class _Formatter(argparse.HelpFormatter):
+    """One spelling of each flag, and defaults where there are any."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[0]
+        many = " ..." if action.nargs == "+" else ""
+        return f"{name} {action.metavar or _kind(action)}{many}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        default = action.default
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        shown = "" if default in (None, "", False, argparse.SUPPRESS) else f" (default: {default})"
+        if action.required:
+            shown = " (required)"
+        return f"{' '.join((action.help or '').split())}{shown}"
+
+
+def _kind(action: argparse.Action) -> str:
+    if action.choices:
+        return "|".join(map(str, action.choices))
+    name = getattr(action.type, "__name__", "")
+    if name in ("dict", "list") or dataclasses.is_dataclass(action.type):
+        return "JSON"
+    return {"int": "N", "float": "X", "string_to_bool": "true"}.get(name, "TEXT")
+
+
+def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, everything: bool = False) -> str:
+    """All of `--help`, or with `everything` also each of TrainingArguments.
+
+    Args:
+        types: the dataclasses of the parser; each is a group, with the first line of its docstring as title.
+        doc: what the text begins with.
+    """
+    width = min(shutil.get_terminal_size().columns - 2, 110)
+    formatter = _Formatter("", max_help_position=32, width=width)
+    actions = {action.dest: action for action in reversed(parser._actions)}  # a --no_x comes after its --x
+    for title, names in _groups(types, everything):
+        formatter.start_section(title)
+        for name in names:
+            if names is MOST_USED and not everything:
+                actions[name].help = MOST_USED[name]
+            formatter.add_argument(actions[name])
+        formatter.end_section()
+    parts = [doc.strip(), formatter.format_help().strip()]
+    if _trains(types):
+        parts.append(objective_lines(width))
+        if not everything:
+            parts.append("--help-all adds every setting of transformers' TrainingArguments.")
+    return "\n\n".join(parts)
+
+
+def _trains(types: Sequence[Any]) -> bool:
+    return any(issubclass(kind, TrainingArguments) for kind in types)
+
+
+def _groups(types: Sequence[Any], everything: bool) -> Iterator[tuple[str, Any]]:
+    trainer = {field.name for field in dataclasses.fields(TrainingArguments)}
+    yield "Settings from a file", ["config"]
+    for kind in types:
+        title = (inspect.getdoc(kind) or "").split("\n")[0].rstrip(".")
+        names = [field.name for field in dataclasses.fields(kind) if field.init]
+        if not issubclass(kind, TrainingArguments):
+            yield title, names
+            continue
+        yield "The loss, and how it is optimized", [name for name in names if name not in trainer]
+        if everything:
+            yield "TrainingArguments", [name for name in names if name in trainer]
+        else:
+            yield "Training, as transformers' TrainingArguments (the ones used most)", MOST_USED
+
+
+def objective_lines(width: int) -> str:
+    """One line an objective, from the registry."""
+    column = max(map(len, OBJECTIVES)) + 4
+    what = {name: first_sentence(kind).split(": ")[0] for name, kind in OBJECTIVES.items()}  # before any formula
+    lines = [
+        f"  {name}".ljust(column) + textwrap.shorten(text, width - column, placeholder=" ...")
+        for name, text in what.items()
+    ]
+    return "\n".join(["Names for --objectives (their options: README.md, or help() of the class):", *lines])

@@ -1,0 +1,135 @@
+"""A YAML file of settings, read so that an error can name its line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class SettingsFile:
+    """One mapping of the same names as the flags.
+
+    Args:
+        path: the file.
+        shown: how the user named it, for errors.
+
+    Raises:
+        ValueError: for text that is no YAML, or no mapping, or that has a name twice.
+    """
+
+    def __init__(self, path: Path, shown: str):
+        self.shown = shown
+        try:
+            loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            self._root = loader.get_single_node()
+            self.values: dict[str, Any] = loader.construct_document(self._root) if self._root else {}
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise ValueError(f"{shown} is not valid YAML{line}: {error.problem or error.context}.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{shown} is not valid YAML: {error}.") from error
+        if not isinstance(self.values, dict):
+            raise ValueError(f"{shown} holds {type(self.values).__name__}, expected lines of the form `name: value`.")
+        self._lines: dict[str, int] = {}
+        for key, _ in self._root.value if self._root else ():
+            if key.value in self._lines:
+                raise ValueError(
+                    f"{self._at(key)}: {key.value} stands in line {self._lines[key.value]} too; keep one."
+                )
+            self._lines[key.value] = key.start_mark.line + 1
+
+    def where(self, name: str) -> str:
+        """ "x.yaml, line 3" for a setting."""
+        return f"{self.shown}, line {self._lines[name]}" if name in self._lines else self.shown
+
+    def locate(self, message: str) -> str:
+        """The message, preceded by where the file holds the first name that it quotes, if it does."""
+        quoted = re.search(r"'([^']+)'", message)
+        found = next((node for node in _scalars(self._root) if quoted and node.value == quoted[1]), None)
+        return message if found is None else f"{self._at(found)}: {message}"
+
+    def _at(self, node: yaml.Node) -> str:
+        return f"{self.shown}, line {node.start_mark.line + 1}"
+
+    def set_defaults(self, parser: argparse.ArgumentParser) -> None:
+        """Make these settings the parser's defaults, each as the type of its flag.
+
+        Raises:
+            ValueError: for an unknown setting (the closest one is named), or a value of another type.
+        """
+        actions: dict[str, argparse.Action] = {}
+        for action in parser._actions:
+            if action.dest != "config":
+                actions.setdefault(action.dest, action)  # a --no_x of the same dest comes after its --x
+        for name, value in self.values.items():
+            if name not in actions:
+                raise ValueError(f"{self.where(name)}: {unknown(str(name), 'setting', list(actions))}")
+            if value is not None:
+                try:
+                    value = _converted(actions[name], value, name)
+                except ValueError as error:
+                    raise ValueError(f"{self.where(name)}: {error}") from None
+                actions[name].required = False
+            parser.set_defaults(**{name: value})
+
+
+def _scalars(root: Any) -> Iterator[yaml.ScalarNode]:
+    """In the file's order. Each node once: aliases may repeat it, or make it hold itself."""
+    seen, waiting = set(), [root] if root is not None else []
+    while waiting:
+        node = waiting.pop(0)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            yield node
+        elif isinstance(node, yaml.MappingNode):
+            waiting[:0] = [one for pair in node.value for one in pair]
+        else:
+            waiting[:0] = node.value
+
+
+def unknown(name: str, what: str, valid: list[str], listed: str = "") -> str:
+    """The sentence for a name that is not valid, with the closest one."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    rest = f" Expected {listed} {', '.join(valid)}." if listed else " --help-all lists all of them."
+    return f"unknown {what}: {name!r}.{hint}{rest}"
+
+
+def _converted(action: argparse.Action, value: Any, name: str) -> Any:
+    """A YAML value as the type of its flag."""
+    if action.nargs == "+":
+        items = value if isinstance(value, list) else [value]
+        return [_scalar(action.type, item, name) for item in items]
+    value = _scalar(action.type, value, name)
+    choices = list(action.choices or [])
+    if value is False and "no" in choices:
+        return "no"  # `save_strategy: no` is false to YAML
+    if choices and value not in choices:
+        raise ValueError(unknown(str(value), f"value of {name}", list(map(str, choices)), "one of"))
+    return value
+
+
+def _scalar(kind: Any, value: Any, name: str) -> Any:
+    if kind is str and isinstance(value, bool):
+        return "true" if value else "no"  # `resume_from_checkpoint: true`
+    if kind is str and isinstance(value, int | float):
+        return str(value)
+    if kind in (int, float):
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or (kind is int and number != int(number)):
+            raise ValueError(f"{name} is {value!r}; expected {'a whole number' if kind is int else 'a number'}.")
+        return kind(number) if kind is float or not isinstance(value, int) else value
+    if getattr(kind, "__name__", "") == "string_to_bool" and not isinstance(value, bool | str):
+        raise ValueError(f"{name} is {value!r}; expected true or false.")
+    return value
