@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
+
+from hf_kdtl.utils.options import suggestion
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -108,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf_kdtl {__version__}")
         return 0
     if (load := COMMANDS.get(name.replace("_", "-"))) is None:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"error: unknown command {name!r}.{hint} Valid: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"error: unknown command: {name!r}.{suggestion(name, COMMANDS)} Valid: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command = load()
     from hf_kdtl.commands.common.arguments import run

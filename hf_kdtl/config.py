@@ -36,7 +36,8 @@ class DistillationConfig(TrainingArguments):
     """TrainingArguments with what is distilled, and how.
 
     The same list works from Python, from YAML and from the command line (`--objectives '[{"name": "task"}]'`), and
-    comes back from `to_dict()`. Everything that needs no model is checked here, before any work.
+    comes back from `to_dict()`. A name alone stands for an entry with defaults and weight 1: `["task", "logit_kd"]`,
+    `--objectives task logit_kd`. Everything that needs no model is checked here, before any work.
 
     A value inside has a dotted name, for hyperparameter_search: `objectives.logit_kd.temperature`,
     `layer_rates.momentum`.
@@ -62,7 +63,8 @@ class DistillationConfig(TrainingArguments):
 
     # This order of types matters: HfArgumentParser ends the program on `list[dict] | None`.
     objectives: list[dict] | str | None = field(
-        default=None, metadata={"help": "Terms of the loss, as JSON: a list of {name, weight, ...options}."}
+        default=None,
+        metadata={"help": "Terms of the loss: names, or a JSON list of names and {name, weight, ...options}."},
     )
     layer_rates: dict | str | None = field(default=None, metadata={"help": "Learning rates per layer, as JSON."})
     gradient_rule: dict | str | None = field(
@@ -80,7 +82,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        entries = _from_json("objectives", self.objectives)
+        entries = _entries(self.objectives)
         self.objectives = copy.deepcopy(DEFAULT_OBJECTIVES if entries is None else entries)
         self.layer_rates = _from_json("layer_rates", self.layer_rates)
         self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
@@ -263,6 +265,17 @@ def check_roles(name: str, rule: GradientRule, objectives: Mapping[str, Objectiv
             f"gradient_rule {name!r} lets each pair of layers move its own block, and {', '.join(apart)} pairs no "
             'layers. Leave it out, give it "role": "task", or take the rule "never_hurt".'
         )
+
+
+def _entries(value: Any) -> Any:
+    """`objectives` as a list of mappings: from one of names or mappings, a name, or JSON text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]  # the command line gives a list
+    if isinstance(value, str):
+        value = _from_json("objectives", value) if value.lstrip().startswith(("[", "{")) else [value]
+    if not isinstance(value, list):
+        return value
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
 
 
 def _from_json(name: str, value: Any) -> Any:

@@ -36,12 +36,23 @@ def test_the_command_line_takes_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "given", [["task", "logit_kd"], '["task", {"name": "logit_kd"}]', ["task", {"name": "logit_kd"}]]
+)
+def test_a_name_stands_for_an_entry_with_its_defaults(tmp_path, given):
+    config = DistillationConfig(str(tmp_path), objectives=given)
+    assert config.objectives == [{"name": "task"}, {"name": "logit_kd"}]
+    assert config.weights() == {"task": 1.0, "logit_kd": 1.0}
+    assert DistillationConfig(str(tmp_path), objectives="task").objectives == [{"name": "task"}]
+
+
+@pytest.mark.parametrize(
     ("objectives", "sentence"),
     [
         ([], "objectives is empty; expected at least one"),
         ("[{'name': 'task'}]", "objectives is not valid JSON"),
         ({"name": "task"}, "expected a list of mappings"),
         ([{"weight": 1}], "has no name; expected one of task"),
+        (["task", "logitkd"], "unknown objective: 'logitkd'. Did you mean 'logit_kd'?"),
         ([{"name": "logitkd"}], "unknown objective: 'logitkd'. Did you mean 'logit_kd'?"),
         ([{"name": "logit_kd", "tempreature": 2}], "Did you mean 'temperature'?"),
         ([{"name": "logit_kd", "temperature": 0}], "temperature is 0; expected a number greater than 0"),

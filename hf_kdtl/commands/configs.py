@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_kdtl.commands.common.arguments import run
 from hf_kdtl.commands.common.shipped import launch_files, training_files
-from hf_kdtl.config import check_known
+from hf_kdtl.utils.options import check_known
 
 
 def main(argv: Sequence[str] | None = None) -> None:

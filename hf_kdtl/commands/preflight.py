@@ -1,4 +1,4 @@
-"""Show which layers pair, what each objective costs and what will not run, for the settings of `distill`. Trains nothing.
+"""Show which layers pair, what each objective costs and what will not run, for settings of `distill`; train nothing.
 
 hf-kdtl preflight --config digits --teacher runs/demo_teacher/model
 hf-kdtl preflight --teacher runs/teacher/model --dataset my_images --student_layers 6 --objectives task jacobian

@@ -1,11 +1,13 @@
 """Settings from YAML and flags: who wins, and what is said when one is wrong."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common.shipped import find_config
 
 
 @dataclass
@@ -81,6 +83,54 @@ def test_lists_and_mappings_reach_their_field():
 def test_what_is_wrong_is_a_sentence(text, flags, said):
     with pytest.raises(ValueError, match=said):
         options(*write(text), *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "names"),
+    [
+        (["--objectives", "task", "logit_kd"], "", ["task", "logit_kd"]),
+        (["--objectives", "logit_kd", "--use_cpu", "true"], "", ["logit_kd"]),
+        (["--objectives=logit_kd"], "objectives: task\n", ["logit_kd"]),
+        ([], "objectives: [task, {name: logit_kd}]\n", ["task", "logit_kd"]),
+        ([], "objectives: task\n", ["task"]),
+    ],
+)
+def test_objectives_by_name(flags, text, names):
+    (config,) = cli.parse(DistillationConfig, argv=[*flags, *write(text)])
+    assert config.objectives == [{"name": name} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("objectives:\n- {name: task}\n- {name: logitkd}\n", "x.yaml, line 3: unknown objective: 'logitkd'"),
+        ("objectives:\n- name: logit_kd\n  temprature: 2\n", "x.yaml, line 3: unknown option of objective"),
+        ("seed: 1\nlayer_rates: {sorce: jacobian}\n", "x.yaml, line 2: layer_rates: unknown key 'sorce'"),
+        ("a: &a {b: *a}\nobjectives: [x]\n", "x.yaml, line 1: unknown setting: 'a'"),
+    ],
+)
+def test_a_mistake_inside_a_setting_names_its_line(text, said):
+    with pytest.raises(ValueError) as error:
+        cli.parse(DistillationConfig, argv=write(text))
+    assert str(error.value).startswith(said)
+
+
+def test_a_bare_name_is_a_shipped_file_and_a_path_is_a_file():
+    write("seed: 7\n")
+    Path("x.yaml").rename("digits.yaml")
+    assert cli.parse(DistillationConfig, argv=["--config", "digits.yaml"])[0].seed == 7
+    assert cli.parse(DistillationConfig, argv=["--config", "./digits.yaml"])[0].seed == 7
+    assert find_config("digits").parent.name == "configs" and "make demo" in find_config("digits").read_text()
+    for name, said in (
+        ("digit", "Did you mean digits?"),
+        ("ddp", "hf-kdtl configs copy ddp"),
+        ("no/digits.yaml", "Did you mean digits?"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            find_config(name)
+        assert said in str(error.value)
+    Path("mine").write_text("seed: 8\n")
+    assert find_config("mine") == Path("mine")
 
 
 def test_a_missing_file_names_the_closest_one():

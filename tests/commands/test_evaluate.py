@@ -158,7 +158,7 @@ def test_what_is_refused(evaluate):
 def test_some_images_are_drawn_and_always_the_same(command):
     from datasets import Dataset
 
-    some_of = command("common.scores").some_of
+    some_of = command("common.candidates").some_of
     split = Dataset.from_dict({"i": list(range(100))})
     few = some_of(split, 20)["i"][:]
     assert few == some_of(split, 20)["i"][:] == sorted(set(few)) and len(few) == 20

@@ -70,7 +70,7 @@ def _the_rest_of_push_student(hub, main, capsys):  # noqa: F811
         return code, told.out + told.err
 
     told = push()[1]  # also what is no trouble of the Hub says where the student is
-    assert "licence is not known" in told and "The student is whole in out/student. Push it later: python" in told
+    assert "licence is not known" in told and "The student is whole in out/student. Push it later: hf-kdtl" in told
     assert "Nothing to propose" in push("--license", "mit", "--create_pr", "true")[1]
     assert "Proposed: http" in push("--license", "cc0-1.0", "--create_pr", "true")[1]
     assert "exists and is public" in push("--license", "mit", "--private", "true")[1]

@@ -511,11 +511,11 @@ def test_the_command_merges_and_renders(capsys, monkeypatch):
         for section, value in found.items():
             if section != "schema":
                 update_results(folder, section, value)
-    main(["mine", "--evaluation", "its"])
+    main(["--runs", "mine", "--evaluation", "its"])
     assert "mine/README.md" in capsys.readouterr().out
     first = Path("mine/README.md").read_text()
     assert first.split("---\n")[2].lstrip().startswith("# mine\n") and "right in **60.0 %**" in first
-    main(["mine"])
+    main(["--runs", "mine"])
     assert Path("mine/README.md").read_text() == first
 
 

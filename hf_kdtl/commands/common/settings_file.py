@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hf_kdtl.utils.options import suggestion
 
 
 class SettingsFile:
@@ -49,9 +50,10 @@ class SettingsFile:
         return f"{self.shown}, line {self._lines[name]}" if name in self._lines else self.shown
 
     def locate(self, message: str) -> str:
-        """The message, preceded by where the file holds the first name that it quotes, if it does."""
-        quoted = re.search(r"'([^']+)'", message)
-        found = next((node for node in _scalars(self._root) if quoted and node.value == quoted[1]), None)
+        """The message, preceded by where the file holds the last name that its first part quotes, if it does."""
+        quoted = re.findall(r"'([^']+)'", re.split(r"[.;] ", message)[0])
+        nodes = {node.value: node for node in _scalars(self._root)}
+        found = next((nodes[name] for name in reversed(quoted) if name in nodes), None)
         return message if found is None else f"{self._at(found)}: {message}"
 
     def _at(self, node: yaml.Node) -> str:
@@ -97,10 +99,8 @@ def _scalars(root: Any) -> Iterator[yaml.ScalarNode]:
 
 def unknown(name: str, what: str, valid: list[str], listed: str = "") -> str:
     """The sentence for a name that is not valid, with the closest one."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     rest = f" Expected {listed} {', '.join(valid)}." if listed else " --help-all lists all of them."
-    return f"unknown {what}: {name!r}.{hint}{rest}"
+    return f"unknown {what}: {name!r}.{suggestion(name, valid)}{rest}"
 
 
 def _converted(action: argparse.Action, value: Any, name: str) -> Any:

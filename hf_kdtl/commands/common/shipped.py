@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import hf_kdtl
+from hf_kdtl.utils.options import closest
 
 FOLDER = Path(hf_kdtl.__file__).parent / "configs"
 
@@ -40,8 +40,8 @@ def find_config(name: str) -> Path:
     near = {str(other): other.name for other in sorted(file.parent.glob("*.y*ml"))} if is_path else {}
     near |= {other: other for other in known}
     wanted = file.name if is_path else name
-    close = difflib.get_close_matches(wanted, near.values(), n=1) or (
-        difflib.get_close_matches(file.stem, known, n=1) if is_path else []
+    close = closest(wanted, near.values()) or (
+        closest(file.stem, known) if is_path else []
     )
     hint = "".join(f" Did you mean {shown}?" for shown, end in near.items() if [end] == close)
     raise FileNotFoundError(
