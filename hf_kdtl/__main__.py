@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf_kdtl {__version__}")
         return 0
     if (load := COMMANDS.get(name.replace("_", "-"))) is None:
-        print(f"error: unknown command: {name!r}.{suggestion(name, COMMANDS)} Valid: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"error: unknown command: {name!r}.{suggestion(name, COMMANDS)}\n\n{overview()}", file=sys.stderr)
         return 2
     command = load()
     from hf_kdtl.commands.common.arguments import run

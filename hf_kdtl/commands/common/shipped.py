@@ -40,9 +40,7 @@ def find_config(name: str) -> Path:
     near = {str(other): other.name for other in sorted(file.parent.glob("*.y*ml"))} if is_path else {}
     near |= {other: other for other in known}
     wanted = file.name if is_path else name
-    close = closest(wanted, near.values()) or (
-        closest(file.stem, known) if is_path else []
-    )
+    close = closest(wanted, near.values()) or (closest(file.stem, known) if is_path else [])
     hint = "".join(f" Did you mean {shown}?" for shown, end in near.items() if [end] == close)
     raise FileNotFoundError(
         f"the file of --config, {name!r}, does not exist.{hint} hf-kdtl configs lists the shipped ones."
