@@ -105,7 +105,7 @@ def test_objectives_by_name(flags, text, names):
     [
         ("objectives:\n- {name: task}\n- {name: logitkd}\n", "x.yaml, line 3: unknown objective: 'logitkd'"),
         ("objectives:\n- name: logit_kd\n  temprature: 2\n", "x.yaml, line 3: unknown option of objective"),
-        ("seed: 1\nlayer_rates: {sorce: jacobian}\n", "x.yaml, line 2: layer_rates: unknown key 'sorce'"),
+        ("seed: 1\nlayer_rates: {sorce: jacobian}\n", "x.yaml, line 2: unknown key of layer_rates: 'sorce'"),
         ("a: &a {b: *a}\nobjectives: [x]\n", "x.yaml, line 1: unknown setting: 'a'"),
     ],
 )

@@ -57,4 +57,4 @@ def test_settings_from_yaml_and_what_preflight_says(command, images, teacher, ca
     assert not Path("out").exists()
     Path("run.yaml").write_text("\n".join([*lines, "layer_rates: {sorce: jacobian}"]))
     assert cli.run(lambda: preflight(["--config", "run.yaml"])) == 2
-    assert "run.yaml, line 6: layer_rates: unknown key 'sorce'. Did you mean 'source'" in capsys.readouterr().err
+    assert "run.yaml, line 6: unknown key of layer_rates: 'sorce'. Did you mean 'source'" in capsys.readouterr().err
