@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import match_labels
-from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
+from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import missing_head, open_classifier, open_processor
 
 logger = logging.get_logger(__name__)
@@ -101,11 +101,9 @@ class Teacher:
                 "re-normalised. Pass processing_class=<the student's image processor> to the trainer, or "
                 "Teacher(model) without a processor if both see the same pixels."
             )
-        source, target = PixelFormat.of(processing_class), PixelFormat.of(self.processing_class)
-        if source == target:
-            return None
-        self.notes.append(f"the teacher sees {target} (the student {source}).")
-        return PixelAdapter(source, target)
+        adapter, note = match_pixels(processing_class, self.processing_class)
+        self.notes += [note] if note else []
+        return adapter
 
     def to(self, device: torch.device) -> Teacher:
         """Move to a device. The dtype stays, and a quantised or dispatched model stays where it was put."""
@@ -132,6 +130,7 @@ class Teacher:
                     "less than it was trained on."
                 )
             pixel_values = self._pixels(pixel_values)
+        check_channels(pixel_values, self.model, "the teacher")
         dtype = next(self.model.parameters()).dtype
         return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
 
