@@ -10,36 +10,58 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hf_kdtl.utils.versions import check, too_old
+from hf_kdtl.utils.versions import check, outdated
 
 ROOT = Path(__file__).parents[1]
 
 
-def installed(**changed):
-    return lambda name: changed.get(name) or metadata.version(name)
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that other versions are installed; None is a package that is missing."""
+
+    def pretend(**versions):
+        def version(name):
+            found = versions.get(name, "absent")
+            if found is None:
+                raise metadata.PackageNotFoundError(name)
+            return real(name) if found == "absent" else found
+
+        monkeypatch.setattr(metadata, "version", version)
+
+    real = metadata.version
+    return pretend
 
 
 def test_what_is_installed_is_new_enough():
     check()
 
 
-def test_an_older_package_is_named_with_what_to_type():
-    with pytest.raises(ImportError, match=r"transformers 5\.20\.0.*pip install --upgrade 'transformers>=5\.23"):
-        check(installed=installed(transformers="5.20.0"))
+def test_an_older_package_is_named_with_what_to_type(installed):
+    installed(transformers="5.20.0", pillow="9.0")
+    with pytest.raises(ImportError) as refused:
+        check()
+    assert str(refused.value) == (
+        "hf_kdtl does not work with pillow 9.0, transformers 5.20.0. "
+        "Type: pip install --upgrade 'pillow>=11' 'transformers>=5.23'"
+    )
 
 
-def test_only_what_is_required_here_counts():
-    required = ["torch>=2", "old>=3; extra == 'test'", "future>=1; python_version < '3'", "missing>=1", "odd>=1"]
-    versions = {"torch": "1.13.1+cpu", "old": "1", "future": "0", "odd": "unknown"}
+def test_only_what_is_required_here_counts(installed):
+    installed(torch="1.13.1+cpu", missing=None, odd="unknown")
+    assert outdated(["torch>=2", "missing>=1", "odd>=1"]) == {"torch>=2": "torch 1.13.1+cpu"}
+    installed(torch="2.9.0+cu128")
+    assert outdated(["torch>=2.9"]) == {}
+    installed(torch="2.9.0.dev1")
+    assert outdated(["torch>=2.9"]) != {}
 
-    def version(name):
-        if name == "missing":
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
 
-    assert [one.name for one in too_old(required, version)] == ["torch"]
-    assert too_old(["torch>=2.9"], installed(torch="2.9.0+cu128")) == []
-    assert too_old(["torch>=2.9"], installed(torch="2.9.0.dev1")) != []
+def test_extras_are_not_required(installed):
+    installed(onnx="0.1", optuna=None)
+    check()
+
+
+def test_nothing_is_required_without_an_installation():
+    check("no-such-package")
 
 
 def test_the_error_comes_at_the_import():

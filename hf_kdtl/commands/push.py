@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation.results import FILE, read_results
-from hf_kdtl.hub import license as licence
+from hf_kdtl.hub import license as licenses
 from hf_kdtl.hub.card_results import hash_of
 from hf_kdtl.hub.card_tables import models_of
 from hf_kdtl.hub.model_card import student_card, with_evaluation
 from hf_kdtl.hub.provenance import saved_hash
 from hf_kdtl.hub.staging import is_adapter
-from hf_kdtl.hub.upload import HubError, check_access, later, publish, student_of
+from hf_kdtl.hub.upload import HubError, check_access, publish, retry_command, student_of
 from hf_kdtl.utils.redaction import anonymous
 
 
@@ -73,13 +73,13 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
     results = anonymous(results)
     where: dict[str, Any] = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     try:
-        settled = licence.settle(licence.of_parents(models_of(results)), options.license)
+        settled = licenses.resolve_license(licenses.of_parents(models_of(results)), options.license)
         name = check_access(options.hub_model_id, token, **where)
         card = student_card(results, model_id=name, license=settled)
         return publish(options.run, name, card, results=results, token=token, **where)
     except (HubError, ValueError) as error:  # at the end of a training the student is what one asks after
         flags = dataclasses.asdict(options)
-        command = later(student_of(Path(options.run)), flags.pop("run"), flags.pop("hub_model_id"), **flags)
+        command = retry_command(student_of(Path(options.run)), flags.pop("run"), flags.pop("hub_model_id"), **flags)
         raise (HubError if isinstance(error, HubError) else ValueError)(f"{error} {command}") from error
 
 
@@ -96,8 +96,8 @@ def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions |
     if not config.push_to_hub or config.process_index != 0:
         return None
     folder, token = Path(str(config.output_dir)), config.hub_token
-    known = [licence.inherited(name, token) for name in made_from if name not in (None, "self")]
-    licence.settle(licence.strictest(known), config.license)
+    known = [licenses.license_of(name, token) for name in made_from if name not in (None, "self")]
+    licenses.resolve_license(licenses.most_restrictive(known), config.license)
     where: dict[str, Any] = {"private": config.hub_private_repo, "revision": config.hub_revision}
     name = check_access(config.hub_model_id or folder.resolve().name, token, **where)
     return PushOptions(str(folder), name, license=config.license, **where)

@@ -21,26 +21,26 @@ PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3
 """Ask for a notice at most: the student may be published under any licence."""
 
 
-def inherited(teacher_name_or_path: str | Path, token: str | bool | None = None) -> str | None:
+def license_of(name_or_path: str | Path, token: str | bool | None = None) -> str | None:
     """The licence that a model's card states, as the Hub's identifier in lower case; None where it is not known.
 
     Args:
-        teacher_name_or_path: a folder with a README.md, or a name on the Hub.
+        name_or_path: a folder with a README.md, or a name on the Hub.
         token: for a gated or private model; by default the one that is logged in.
     """
-    folder = Path(teacher_name_or_path).expanduser()
+    folder = Path(name_or_path).expanduser()
     try:
         if folder.is_dir():
             card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
         else:
-            card = ModelCard.load(str(teacher_name_or_path), token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
+            card = ModelCard.load(str(name_or_path), token=token, ignore_metadata_errors=True)  # type: ignore[arg-type]
     except Exception:  # no card, no network, no such model, metadata that is no YAML: each means that it is not known
         return None
     return _word(card.data.license)
 
 
 def of_parents(models: dict[str, Any]) -> str | None:
-    """The licence that binds a student by the models that it was made from: see `strictest`.
+    """The licence that binds a student by the models that it was made from: see `most_restrictive`.
 
     Args:
         models: the section `models` of results.json, or as much of it as says of teacher and start what `origin` does.
@@ -48,9 +48,9 @@ def of_parents(models: dict[str, Any]) -> str | None:
     None where one of them is not known, and where there are none.
 
     Raises:
-        ValueError: as `strictest`.
+        ValueError: as `most_restrictive`.
     """
-    return strictest([model.get("licence") for model in parents(models)])
+    return most_restrictive([model.get("licence") for model in parents(models)])
 
 
 def parents(models: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,18 +60,18 @@ def parents(models: dict[str, Any]) -> list[dict[str, Any]]:
             if model is not None]  # fmt: skip
 
 
-def settle(inherited: str | None, asked: str | None) -> str:
+def resolve_license(inherited: str | None, asked: str | None) -> str:
     """The licence of a student.
 
     Args:
-        inherited: what its teacher's licence is, as `inherited` returns it.
+        inherited: what its teacher's licence is, as `license_of` returns it.
         asked: what the user typed, None where nothing.
 
     Raises:
         ValueError: when neither is known; when the teacher's forbids derivatives; when the one that is asked for
             would loosen the teacher's.
 
-    >>> settle("mit", "apache-2.0"), settle("cc-by-nc-4.0", None)
+    >>> resolve_license("mit", "apache-2.0"), resolve_license("cc-by-nc-4.0", None)
     ('apache-2.0', 'cc-by-nc-4.0')
     """
     its, wanted = _word(inherited), _word(asked)
@@ -102,7 +102,7 @@ def settle(inherited: str | None, asked: str | None) -> str:
     )
 
 
-def strictest(licences: list[str | None]) -> str | None:
+def most_restrictive(licenses: list[str | None]) -> str | None:
     """The licence that binds a student with several parents (its teacher and what it started from).
 
     None where one is not known. Of permissive ones the first.
@@ -110,9 +110,9 @@ def strictest(licences: list[str | None]) -> str | None:
     Raises:
         ValueError: when two of them cannot both be kept.
     """
-    if not licences or None in [_word(one) for one in licences]:
+    if not licenses or None in [_word(one) for one in licenses]:
         return None
-    found = [word for one in licences if (word := _word(one)) is not None]
+    found = [word for one in licenses if (word := _word(one)) is not None]
     binding = [one for one in dict.fromkeys(found) if one not in PERMISSIVE]
     if len(binding) > 1:
         raise ValueError(f"teacher and start have the licences {' and '.join(binding)}, which cannot both be kept.")
@@ -128,23 +128,23 @@ def _keeps(its: str, wanted: str) -> bool:
     return "sa" not in mine and "nd" not in other and mine <= other
 
 
-def _terms(licence: str) -> set[str] | None:
+def _terms(license: str) -> set[str] | None:
     """The terms of a Creative Commons licence: {"by", "nc", "sa", "nd"}; None of another."""
-    words = licence.split("-")
+    words = license.split("-")
     return set(words[1:]) & {"by", "nc", "sa", "nd"} if words[0] == "cc" else None
 
 
-def _why(licence: str) -> str:
-    terms = _terms(licence)
+def _why(license: str) -> str:
+    terms = _terms(license)
     if terms is None:
         return "it is not on our list of permissive ones, so it is kept as it is"
     said = {"nc": "non-commercial", "sa": "share-alike"}
     return " and ".join(said[term] for term in ("nc", "sa") if term in terms) or "its terms go on"
 
 
-def _word(licence: Any) -> str | None:
+def _word(license: Any) -> str | None:
     """An identifier in lower case; None for what says nothing. Of a list (a card may hold one) its only entry."""
-    if isinstance(licence, list) and len(licence) == 1:
-        licence = licence[0]
-    word = licence.strip().lower() if isinstance(licence, str) else ""
+    if isinstance(license, list) and len(license) == 1:
+        license = license[0]
+    word = license.strip().lower() if isinstance(license, str) else ""
     return None if word in UNKNOWN or not word.isprintable() or len(word) > 60 or " " in word else word

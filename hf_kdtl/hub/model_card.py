@@ -14,7 +14,7 @@ from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
 from hf_kdtl.hub.card_results import Results, check_results, results_of, with_evaluation, without_nulls
 from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
-from hf_kdtl.hub.license import of_parents, parents, settle
+from hf_kdtl.hub.license import of_parents, parents, resolve_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
 from hf_kdtl.utils.redaction import without_paths
@@ -121,7 +121,7 @@ def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
         several = "not all licences of its teacher and its start are known"
         known = {0: "none was given", 1: "its teacher's licence is not known"}.get(len(made_from), several)
         return None, f"not settled: {known}. Ask before you use it."
-    found = settle(its, asked)
+    found = resolve_license(its, asked)
     if asked is None or asked == its:
         return (
             found,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from hf_kdtl.evaluation.cost import parameters
-from hf_kdtl.hub import license as licence
+from hf_kdtl.hub import license as licenses
 from hf_kdtl.models.adapters import plain_state
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
@@ -38,7 +38,7 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
         "name": text if hub else one_line(short),
         "hub": hub,
         "revision": revision if hub else None,
-        "licence": licence.inherited(text),
+        "licence": licenses.license_of(text),
     }
 
 

@@ -17,7 +17,7 @@ from hf_kdtl.evaluation.results import FILE, to_json
 from hf_kdtl.hub.card_tables import saved_adapters
 from hf_kdtl.utils.redaction import anonymous, own_folders
 
-WHOLE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
+FULL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 SETTINGS = ("config.json", "adapter_config.json", "preprocessor_config.json", "processor_config.json")
 CARD = "README.md"
@@ -25,7 +25,7 @@ _PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+\.png)\)")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
-def stage(
+def stage_student(
     student: str | Path,
     target: str | Path,
     card: ModelCard,
@@ -51,13 +51,13 @@ def stage(
             machine in what would go up.
     """
     student, target = Path(student), Path(target)
-    other = WHOLE if is_adapter(student, results) else ADAPTER
+    other = FULL if is_adapter(student, results) else ADAPTER
     for path in sorted(path for path in student.iterdir() if path.is_file() and not _fits(path.name, other)):
         if path.name in SETTINGS:
-            _write(target / path.name, _mended(path))
+            _write(target / path.name, _sanitized(path))
         elif is_students(path.name):
             shutil.copyfile(path, target / path.name)
-    _check_whole(student, {path.name for path in target.iterdir()})
+    _check_complete(student, {path.name for path in target.iterdir()})
     _write(target / FILE, to_json(anonymous(results)))
     (target / CARD).write_text(str(card), encoding="utf-8")
     for name in _PICTURE.findall(str(card)):
@@ -70,14 +70,14 @@ def stage(
 
 def is_students(name: str) -> bool:
     """Whether a file of this name holds weights of a student, or says what they are."""
-    return _fits(name, (*WHOLE, *ADAPTER))
+    return _fits(name, (*FULL, *ADAPTER))
 
 
 def is_adapter(student: Path, results: dict[str, Any]) -> bool:
     """Whether the student in a folder is an adapter: as its results say, and where they do not, what lies there."""
     if "adapters" in results.get("models", {}).get("student", {}):
         return saved_adapters(results)
-    whole = any(_fits(path.name, WHOLE) and path.suffix == ".safetensors" for path in student.iterdir())
+    whole = any(_fits(path.name, FULL) and path.suffix == ".safetensors" for path in student.iterdir())
     return (student / "adapter_config.json").is_file() and not whole
 
 
@@ -100,11 +100,11 @@ def refuse_secrets(what: str, content: bytes, token: str | None = None) -> None:
             )
 
 
-def _mended(path: Path) -> Any:
+def _sanitized(path: Path) -> Any:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if path.name == "adapter_config.json":
         check_base(settings.get("base_model_name_or_path"))
-    return _nameless(settings)
+    return _drop_local_names(settings)
 
 
 def check_base(base: str | None) -> None:
@@ -120,14 +120,16 @@ def check_base(base: str | None) -> None:
     )
 
 
-def _nameless(settings: Any) -> Any:
+def _drop_local_names(settings: Any) -> Any:
     """Without `_name_or_path` where it is a folder, in nested configs too."""
     if isinstance(settings, list):
-        return [_nameless(item) for item in settings]
+        return [_drop_local_names(item) for item in settings]
     if not isinstance(settings, dict):
         return settings
     return {
-        name: _nameless(value) for name, value in settings.items() if name != "_name_or_path" or not _is_local(value)
+        name: _drop_local_names(value)
+        for name, value in settings.items()
+        if name != "_name_or_path" or not _is_local(value)
     }
 
 
@@ -136,7 +138,7 @@ def _is_local(name: Any) -> bool:
     return Path(str(name)).expanduser().exists() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) is None
 
 
-def _check_whole(student: Path, names: Collection[str]) -> None:
+def _check_complete(student: Path, names: Collection[str]) -> None:
     weights = any(name.endswith(".safetensors") for name in names)
     if weights and ("config.json" in names or "adapter_config.json" in names):
         return

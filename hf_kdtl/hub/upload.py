@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
-from hf_kdtl.hub.staging import is_students, refuse_secrets, stage
+from hf_kdtl.hub.staging import is_students, refuse_secrets, stage_student
 
 # What a repository may hold that was made on the web site and not used yet.
 BLANK = (".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -54,7 +54,7 @@ def check_access(
             "(https://huggingface.co/settings/tokens) and type `hf auth login`, or set HF_TOKEN."
         )
     api = HfApi(token=token)
-    with _told(repo_id):
+    with _hub_errors(repo_id):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError(
@@ -96,18 +96,18 @@ def publish(
         results: goes up as results.json; by default the folder's.
 
     Raises:
-        ValueError, FileNotFoundError: as `check_access` and `hf_kdtl.hub.staging.stage`.
+        ValueError, FileNotFoundError: as `check_access` and `hf_kdtl.hub.staging.stage_student`.
         HubError: the Hub refused, or could not be reached; calling it again sends only what is not there yet.
     """
     folder = Path(folder)
     results = read_results(folder) if results is None else results
     with TemporaryDirectory(prefix="student-") as staged:
-        stage(student_of(folder), staged, card, results, folder, token)
+        stage_student(student_of(folder), staged, card, results, folder, token)
         name = check_access(repo_id, token, private, revision=revision, create_pr=create_pr)
-        return send(staged, name, token, revision, commit_message, create_pr)
+        return create_commit(staged, name, token, revision, commit_message, create_pr)
 
 
-def later(student: str | Path, run: str | Path, repo_id: str, **flags: Any) -> str:
+def retry_command(student: str | Path, run: str | Path, repo_id: str, **flags: Any) -> str:
     """Where a student is that could not be sent, and the command that sends it."""
     settings = {"run": run, "hub_model_id": repo_id} | {name: value for name, value in flags.items() if value}
     words = [f"--{name} {'true' if value is True else shlex.quote(str(value))}" for name, value in settings.items()]
@@ -141,13 +141,13 @@ def _is_a_students(path: Path) -> bool:
         return False
 
 
-def send(
+def create_commit(
     staged: str | Path, name: str, token: str | None, revision: str | None, message: str, create_pr: bool = False
 ) -> CommitInfo:
     """One commit of a staged folder. A student of another kind that the repository holds goes: it would be loaded."""
     refuse_secrets("the commit message", message.encode(), token)
     api = HfApi(token=token, library_name="hf_kdtl")
-    with _told(name):
+    with _hub_errors(name):
         files = {path.name: path for path in sorted(Path(staged).iterdir())}
         there = api.list_repo_files(name, revision=None if create_pr else revision)
         stale = [CommitOperationDelete(path) for path in there if is_students(path) and path not in files]
@@ -158,19 +158,19 @@ def send(
 
 
 @contextmanager
-def _told(repo_id: str) -> Iterator[None]:
+def _hub_errors(repo_id: str) -> Iterator[None]:
     """Errors of the Hub and of the way there as a HubError."""
     try:
         yield
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
-        raise HubError(_sentence(error, repo_id)) from error
+        raise HubError(_explain(error, repo_id)) from error
     except RuntimeError as error:  # how the client tells that an upload failed
         if not isinstance(error.__cause__, HTTPError | ConnectionError):
             raise
-        raise HubError(_sentence(error.__cause__, repo_id)) from error
+        raise HubError(_explain(error.__cause__, repo_id)) from error
 
 
-def _sentence(error: Exception, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str) -> str:
     """What went wrong, and what to type."""
     if not isinstance(error, HfHubHTTPError):
         said = " ".join(str(error).split()) or "the connection was cut"

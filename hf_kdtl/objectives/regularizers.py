@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
@@ -248,6 +247,8 @@ def linear_probe(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     x, like = features.double().cpu(), precise(features)
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
+    from sklearn.linear_model import LogisticRegression  # for those who use `delta` alone
+
     regression = LogisticRegression(C=PROBE_C, max_iter=1000, tol=1e-6)
     regression.fit(((x - mean) / std).numpy(), targets.cpu().numpy())
     weight, bias = (torch.as_tensor(array) for array in (regression.coef_, regression.intercept_))

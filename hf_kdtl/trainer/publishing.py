@@ -1,4 +1,8 @@
-"""A Trainer that publishes its student alone."""
+"""A Trainer that publishes its student alone.
+
+What makes cards and talks to the Hub is imported by the methods that do so: it brings scikit-learn, scipy and
+matplotlib, which training does not need.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,6 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_kdtl.config import DistillationConfig
-from hf_kdtl.evaluation.results import FILE, read_results, update_results
-from hf_kdtl.hub import license as licence
-from hf_kdtl.hub import provenance
-from hf_kdtl.hub.card_results import hash_of, recipes_results
-from hf_kdtl.hub.model_card import results_of, student_card
-from hf_kdtl.hub.staging import check_base, stage
-from hf_kdtl.hub.upload import HubError, check_access, later, send
 from hf_kdtl.trainer.sharding import ShardingTrainer
 from hf_kdtl.utils.redaction import anonymous
 
@@ -47,6 +44,10 @@ class PublishingTrainer(ShardingTrainer):
         """
         if not self.is_world_process_zero():
             return
+        from hf_kdtl.hub.card_results import recipes_results
+        from hf_kdtl.hub.staging import check_base
+        from hf_kdtl.hub.upload import check_access
+
         private = self.args.hub_private_repo if private is None else private
         token, revision = token or self.args.hub_token, self.args.hub_revision
         if self.args.push_to_hub:
@@ -105,6 +106,8 @@ class PublishingTrainer(ShardingTrainer):
         Raises:
             ValueError, HubError: as `publish`. The student is saved by then.
         """
+        from hf_kdtl.hub.upload import HubError, retry_command
+
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -125,11 +128,13 @@ class PublishingTrainer(ShardingTrainer):
                 raise HubError(f"{error} The student is whole in {folder}; do trainer.push_to_hub() again.") from error
             asked = {"license": kwargs.get("license") or self.args.license, "private": private, "revision": revision,
                      "create_pr": create_pr}  # fmt: skip
-            command = later(folder, folder, self._repo_name(), **asked)
+            command = retry_command(folder, folder, self._repo_name(), **asked)
             raise HubError(f"{error} {command}, or trainer.push_to_hub().") from error
 
     def _looked_at(self, token: str | None, revision: str | None, private: bool | None, create_pr: bool) -> str:
         """The name of the repository, once what will be written to was looked at."""
+        from hf_kdtl.hub.upload import check_access
+
         if create_pr:
             return check_access(self._repo_name(), token, create_pr=True)
         if self.hub_model_id is None:
@@ -179,14 +184,21 @@ class PublishingTrainer(ShardingTrainer):
 
     def _licence(self, asked: str | None) -> str:
         """The student's licence: what is asked for, as far as those of its teacher and its start allow it."""
+        from hf_kdtl.hub.license import of_parents, resolve_license
+        from hf_kdtl.hub.provenance import made_from
+
         asked = self.args.license if asked is None else asked
-        return licence.settle(licence.of_parents(provenance.made_from(self)), asked)
+        return resolve_license(of_parents(made_from(self)), asked)
 
     def _results(self) -> dict[str, Any]:
         """What is known about this run, without paths."""
+        from hf_kdtl.hub.card_results import results_of
+
         return anonymous(results_of(self))
 
     def _card(self, results: dict[str, Any], name: str | None, **given: Any) -> ModelCard:
+        from hf_kdtl.hub.model_card import student_card
+
         given["license"] = given.get("license") or self.args.license
         given["model_name"] = given.get("model_name") or (name or self._repo_name()).split("/")[-1]
         tags = given.get("tags") or []
@@ -197,14 +209,18 @@ class PublishingTrainer(ShardingTrainer):
     def _staged(
         self, student: Path, results: dict[str, Any], card: ModelCard, token: str | None
     ) -> TemporaryDirectory[str]:
+        from hf_kdtl.hub.staging import stage_student
+
         folder = TemporaryDirectory(prefix="student-")
-        stage(student, folder.name, card, results, self._run_folder, token)
+        stage_student(student, folder.name, card, results, self._run_folder, token)
         return folder
 
 
 def _send_and_remove(folder: TemporaryDirectory[str], *how: Any) -> CommitInfo:
+    from hf_kdtl.hub.upload import create_commit
+
     with folder as staged:
-        return send(staged, *how)
+        return create_commit(staged, *how)
 
 
 def _say_failed(when: str, error: BaseException | None) -> None:
@@ -214,6 +230,9 @@ def _say_failed(when: str, error: BaseException | None) -> None:
 def _keep(folder: Path, results: dict[str, Any]) -> bool:
     """Write results.json for a later push; whether the folder is fit for one. What a recipe wrote of another student
     stays as it is."""
+    from hf_kdtl.evaluation.results import FILE, read_results, update_results
+    from hf_kdtl.hub.card_results import hash_of
+
     if (folder / FILE).is_file() and read_results(folder).get("run", {}).get("recipe") is not None:
         return hash_of(read_results(folder)) == hash_of(results)
     (folder / FILE).unlink(missing_ok=True)

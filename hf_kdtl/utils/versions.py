@@ -1,16 +1,14 @@
-"""Whether the packages that are installed are new enough: an older one fails later, in words that say nothing."""
+"""Whether the installed packages are recent enough: an older one fails later, in words that say nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from importlib import metadata
 
-from packaging.requirements import Requirement
-from packaging.version import InvalidVersion, Version
+from transformers.utils.versions import require_version
 
 
-def check(package: str = "hf_kdtl", installed: Callable[[str], str] = metadata.version) -> None:
-    """Compare what is installed with what `package` requires.
+def check(package: str = "hf_kdtl") -> None:
+    """Compare what is installed with what `package` requires, its extras aside.
 
     Raises:
         ImportError: naming what is too old, and what to type.
@@ -19,22 +17,21 @@ def check(package: str = "hf_kdtl", installed: Callable[[str], str] = metadata.v
         required = metadata.requires(package) or []
     except metadata.PackageNotFoundError:  # run from its sources, without an installation
         return
-    if old := too_old(required, installed):
-        found = ", ".join(f"{one.name} {installed(one.name)}" for one in old)
-        wanted = " ".join(f"'{one.name}{one.specifier}'" for one in old)
-        raise ImportError(f"{package} does not work with {found}. Type: pip install --upgrade {wanted}")
+    if old := outdated([one for one in required if "extra ==" not in one]):
+        names = " ".join(f"'{one}'" for one in old)
+        raise ImportError(
+            f"{package} does not work with {', '.join(old.values())}. Type: pip install --upgrade {names}"
+        )
 
 
-def too_old(required: Iterable[str], installed: Callable[[str], str]) -> list[Requirement]:
-    """The requirements that what is installed does not meet. A package that is missing says so itself, and better."""
-    unmet = []
-    for text in required:
-        one = Requirement(text)
-        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
-            continue
+def outdated(requirements: list[str]) -> dict[str, str]:
+    """{a requirement that is not met: what is installed}. A package that is missing reports itself, and better."""
+    found = {}
+    for requirement in requirements:
         try:
-            if not one.specifier.contains(Version(installed(one.name)), prereleases=True):
-                unmet.append(one)
-        except (metadata.PackageNotFoundError, InvalidVersion):
+            require_version(requirement)
+        except (metadata.PackageNotFoundError, ValueError):  # missing, or of a version that cannot be compared
             continue
-    return unmet
+        except ImportError as error:
+            found[requirement] = str(error).split("found ")[-1].split(".\n")[0].rstrip(".").replace("==", " ")
+    return found

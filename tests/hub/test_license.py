@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hf_kdtl.hub import license as licence
-from hf_kdtl.hub.license import inherited, of_parents, settle, strictest
+from hf_kdtl.hub import license as licenses
+from hf_kdtl.hub.license import license_of, most_restrictive, of_parents, resolve_license
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from hf_kdtl.hub.license import inherited, of_parents, settle, strictest
     ],
 )
 def test_what_is_compatible_is_taken(its, asked, found):
-    assert settle(its, asked) == found
+    assert resolve_license(its, asked) == found
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,15 @@ def test_what_is_compatible_is_taken(its, asked, found):
 )
 def test_what_is_not_is_refused(its, asked, said):
     with pytest.raises(ValueError, match=said):
-        settle(its, asked)
+        resolve_license(its, asked)
 
 
 def test_of_several_parents_the_strictest_binds():
-    assert strictest(["mit", "apache-2.0"]) == "mit"
-    assert strictest(["mit", "cc-by-nc-4.0", "cc-by-nc-4.0"]) == "cc-by-nc-4.0"
-    assert strictest(["mit", None]) is None and strictest([]) is None
+    assert most_restrictive(["mit", "apache-2.0"]) == "mit"
+    assert most_restrictive(["mit", "cc-by-nc-4.0", "cc-by-nc-4.0"]) == "cc-by-nc-4.0"
+    assert most_restrictive(["mit", None]) is None and most_restrictive([]) is None
     with pytest.raises(ValueError, match=r"gpl-3.0 and cc-by-nc-4.0, which cannot both be kept"):
-        strictest(["gpl-3.0", "cc-by-nc-4.0"])
+        most_restrictive(["gpl-3.0", "cc-by-nc-4.0"])
 
 
 def test_a_parent_without_a_known_licence_makes_it_unknown():
@@ -65,7 +65,7 @@ def test_a_parent_without_a_known_licence_makes_it_unknown():
     assert of_parents({"teacher": {"licence": "mit"}, "student": {"start": {"how": "random"}}}) == "mit"
     for asked in (None, ""):
         with pytest.raises(ValueError, match=r"--license apache-2\.0.* in Python DistillationConfig\(license="):
-            settle(None, asked)
+            resolve_license(None, asked)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_a_parent_without_a_known_licence_makes_it_unknown():
 def test_a_folders_card_is_read(text, found):
     Path("teacher").mkdir()
     Path("teacher/README.md").write_text(text)
-    assert inherited("teacher") == found
+    assert license_of("teacher") == found
 
 
 def test_no_card_and_no_network_are_not_known(monkeypatch):
     Path("bare").mkdir()
-    assert inherited("bare") is None
-    assert inherited("owner/name") is None  # offline
+    assert license_of("bare") is None
+    assert license_of("owner/name") is None  # offline
     for error in (LocalEntryNotFoundError("no network"), TimeoutError("slow"), ConnectionResetError("cut")):
 
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr(licence.ModelCard, "load", fail)
-        assert inherited("owner/name", token="x") is None
+        monkeypatch.setattr(licenses.ModelCard, "load", fail)
+        assert license_of("owner/name", token="x") is None

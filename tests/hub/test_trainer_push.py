@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTIm
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.evaluation.results import update_results
-from hf_kdtl.hub.upload import HubError, send
-from hf_kdtl.trainer import publishing
+from hf_kdtl.hub import upload
+from hf_kdtl.hub.upload import HubError, create_commit
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault
 from tests.support.helpers import Images, config
@@ -98,9 +98,9 @@ def test_a_slow_push_is_not_overtaken_by_the_next(hub, monkeypatch):  # noqa: F8
         if message.endswith("step 1"):
             time.sleep(0.5)
             assert begun == [message]
-        return send(staged, name, token, revision, message, *more)
+        return create_commit(staged, name, token, revision, message, *more)
 
-    monkeypatch.setattr(publishing, "send", slow)
+    monkeypatch.setattr(upload, "create_commit", slow)
     trainer(**PUSH, save_strategy="steps", save_steps=1, hub_always_push=True).train()
     assert hub.messages("tester/small")[1:] == begun == [f"Training in progress, step {step}" for step in (1, 2)]
 
@@ -195,7 +195,7 @@ def test_the_licence_of_a_gated_teacher_is_read_and_kept_to(hub):  # noqa: F811
 
 def test_nothing_that_is_wrong_with_a_push_stops_training(hub, monkeypatch, caplog):  # noqa: F811
     one = trainer(**PUSH, save_strategy="steps", save_steps=1)
-    monkeypatch.setattr("hf_kdtl.trainer.publishing.stage", lambda *_: [][0])
+    monkeypatch.setattr("hf_kdtl.hub.staging.stage_student", lambda *_: [][0])
     one.train()
     assert one.state.global_step == 2 and "the push of step 2 failed, training goes on: list index" in caplog.text
 

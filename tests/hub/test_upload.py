@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.hub.provenance import saved_hash
-from hf_kdtl.hub.staging import refuse_secrets, stage
+from hf_kdtl.hub.staging import refuse_secrets, stage_student
 from hf_kdtl.hub.upload import HubError, check_access, publish
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.utils.redaction import anonymous
@@ -233,7 +233,7 @@ def test_of_two_students_in_a_folder_the_one_of_the_results_goes_up(run, tmp_pat
     for name, (about, mine) in said.items():
         (tmp_path / f"to{name}").mkdir()
         found = {"models": {"student": about}, "curves": {"run": [{"loss": float("nan")}]}}
-        names = {path.name for path in stage(student, tmp_path / f"to{name}", CARD, found).iterdir()}
+        names = {path.name for path in stage_student(student, tmp_path / f"to{name}", CARD, found).iterdir()}
         assert names & (whole | adapter) == mine
         assert json.loads((tmp_path / f"to{name}/results.json").read_text())["curves"] == {"run": [{"loss": None}]}
     expected = fingerprint(AutoModelForImageClassification.from_pretrained(tmp_path / "towhole"))
