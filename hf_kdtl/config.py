@@ -27,19 +27,19 @@ DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
     {"name": "task", "weight": 0.1},
     {"name": "logit_kd", "weight": 0.9, "temperature": 4.0},
 ]
-# What any entry of `objectives` may hold beside the objective's own options.
+# What any entry of `objectives` may hold in addition to the objective's own options.
 ENTRY_KEYS = ("name", "key", "weight", "role")
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
-    """TrainingArguments with what is distilled, and how.
+    """TrainingArguments with what to distill, and how.
 
     The same list works from Python, from YAML and from the command line (`--objectives '[{"name": "task"}]'`), and
     comes back from `to_dict()`. A name alone stands for an entry with defaults and weight 1: `["task", "logit_kd"]`,
     `--objectives task logit_kd`. Everything that needs no model is checked here, before any work.
 
-    A value inside has a dotted name, for hyperparameter_search: `objectives.logit_kd.temperature`,
+    In hyperparameter_search a value inside a setting has a dotted name: `objectives.logit_kd.temperature`,
     `layer_rates.momentum`.
 
     Args:
@@ -51,10 +51,10 @@ class DistillationConfig(TrainingArguments):
         gradient_rule: how the gradients of task and transfer objectives are combined, such as
             `{"name": "never_hurt", "form": "one_sided"}`; see `hf_kdtl.gradient_rules`. None: their sum.
         start: the model that `l2_sp`, `delta` and `lwf` (source: start) hold the student to, as a folder or Hub name.
-            None: the student as it is when the trainer first looks at it, in `train` or `evaluate`; a second `train`
-            keeps it. It is kept with the run, for resuming.
+            None: the student as it is when the trainer first uses it, in `train` or `evaluate`; a second `train`
+            keeps it. It is saved with the run, for resuming.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
-        license: under which licence `push_to_hub` publishes the student, such as "apache-2.0". None: its
+        license: the license under which `push_to_hub` publishes the student, such as "apache-2.0". None: its
             teacher's, which must then be known and allow it.
 
     Raises:
@@ -78,7 +78,7 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "Licence of the published student; by default its teacher's."}
+        default=None, metadata={"help": "License of the published student; by default its teacher's."}
     )
 
     def __post_init__(self):
@@ -87,16 +87,20 @@ class DistillationConfig(TrainingArguments):
         self.layer_rates = _from_json("layer_rates", self.layer_rates)
         self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
         super().__post_init__()
-        self.build_objectives()
-        if self.rate_options is not None:
-            check_optimizer_name(self)
-        self.build_rule()
+        self.check()
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"hub_strategy is {str(HubStrategy(self.hub_strategy).value)!r}, which would publish the training "
                 "state: optimizer, random states and a pickle of the arguments with paths of this machine. Use "
                 "'every_save' or 'end'; to continue on another machine, copy the checkpoint folder."
             )
+
+    def check(self) -> None:
+        """Raises ValueError for an unknown name, key or value of objectives, layer_rates and gradient_rule."""
+        self.build_objectives()
+        if self.rate_options is not None:
+            check_optimizer_name(self)
+        self.build_rule()
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -113,7 +117,7 @@ class DistillationConfig(TrainingArguments):
         """New objectives by key, in the order of the list, without parameters yet (those need the models' widths).
 
         Raises:
-            ValueError: as the class says.
+            ValueError: as the class does.
         """
         entries = self.objectives
         if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
@@ -176,37 +180,33 @@ class DistillationConfig(TrainingArguments):
         """Weight of each objective, by key."""
         return {entry_key(entry): entry_weight(entry) for entry in self.entries}
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached only for what is no attribute: a dotted name, as hyperparameter_search asks for.
-        if "." not in name:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        holder, key = self._holder(name)
-        value = holder.get(key)
-        # Trainer gives a trial's value the type of the old one: a weight of 1 would make 0.3 a 0.
-        options = inspect.signature(OBJECTIVES[holder["name"]]).parameters if name.startswith("objectives.") else {}
-        fraction = key == "weight" or (key in options and isinstance(options[key].default, float))
-        return float(value) if fraction and type(value) is int else value
+    def with_dotted(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a hyperparameter search, with dotted names such as `objectives.logit_kd.temperature` or
+        `layer_rates.momentum` replaced by the setting that they are part of.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if "." not in name:
-            return super().__setattr__(name, value)
-        holder, key = self._holder(name)
-        holder[key] = value
-        self.build_objectives()
-        self.build_rule()
-        _ = self.rate_options  # checks it
-
-    def _holder(self, name: str) -> tuple[dict, str]:
-        root, *path = name.split(".")
-        holder = self.__dict__.get(root)
-        if root == "objectives" and isinstance(holder, list):
-            holder = {entry_key(entry): entry for entry in holder}.get(path.pop(0))
-        if len(path) != 1 or not isinstance(holder, dict):
-            raise AttributeError(
-                f"{name!r} names no setting; expected objectives.<key>.<option>, such as "
-                "objectives.logit_kd.temperature, layer_rates.<option> or gradient_rule.<option>."
-            )
-        return holder, path[0]
+        Raises:
+            ValueError: for a dotted name that is not part of a setting, or a value that it cannot have.
+        """
+        found = {name: value for name, value in values.items() if "." not in name}
+        dotted = {name: value for name, value in values.items() if "." in name}
+        for root in dict.fromkeys(name.partition(".")[0] for name in dotted):
+            found[root] = copy.deepcopy(getattr(self, root, None))
+        for name, value in dotted.items():
+            root, *path = name.split(".")
+            holder = found[root]
+            if root == "objectives" and len(path) == 2:
+                holder = {entry_key(entry): entry for entry in holder}.get(path.pop(0))
+            if len(path) != 1 or not isinstance(holder, dict):
+                raise ValueError(
+                    f"{name!r} names no setting; expected objectives.<key>.<option>, such as "
+                    "objectives.logit_kd.temperature, layer_rates.<option> or gradient_rule.<option>."
+                )
+            holder[path[0]] = value
+        if dotted:
+            checked = copy.copy(self)
+            vars(checked).update(found)
+            checked.check()
+        return found
 
 
 def entry_key(entry: Mapping[str, Any]) -> str:

@@ -79,10 +79,9 @@ def test_a_gradient_rule_round_trips(tmp_path):
     rule = {"name": "never_hurt", "form": "orthogonal", "alpha": 0.2}
     config = DistillationConfig(str(tmp_path), gradient_rule=json.dumps(rule))
     assert config.gradient_rule == config.to_dict()["gradient_rule"] == rule
-    config.__setattr__("gradient_rule.alpha", 0.3)
-    assert config.build_rule().alpha == 0.3
+    assert config.with_dotted({"gradient_rule.alpha": 0.3}) == {"gradient_rule": rule | {"alpha": 0.3}}
     with pytest.raises(ValueError, match="alpha is -1"):
-        config.__setattr__("gradient_rule.alpha", -1.0)
+        config.with_dotted({"gradient_rule.alpha": -1.0})
 
 
 def test_two_label_smoothings_are_refused(tmp_path):
@@ -93,19 +92,23 @@ def test_two_label_smoothings_are_refused(tmp_path):
     assert config.build_objectives()["task"].label_smoothing == 0.1
 
 
-def test_dotted_names_reach_into_the_list(tmp_path):
-    config = DistillationConfig(str(tmp_path))
-    setattr(config, "objectives.logit_kd.temperature", 2.0)
-    assert getattr(config, "objectives.logit_kd.temperature") == config.objectives[1]["temperature"] == 2.0
-    assert not hasattr(config, "objectives.nothing.temperature") and not hasattr(config, "learning.rate.now")
-    with pytest.raises(ValueError, match="expected a number greater than 0"):
-        setattr(config, "objectives.logit_kd.temperature", -1)
-    assert copy.deepcopy(config).objectives == config.objectives
-
-
-def test_a_whole_number_does_not_round_what_a_search_tries(tmp_path):
-    config = DistillationConfig(str(tmp_path), objectives=[{"name": "logit_kd", "weight": 1, "temperature": 4}])
-    for name in ("objectives.logit_kd.weight", "objectives.logit_kd.temperature"):
-        assert type(getattr(config, name)) is float  # Trainer gives a trial's value the type of the old one
-    probes = DistillationConfig(str(tmp_path), objectives=[{"name": "noisy_kd", "probes": 2}])
-    assert type(getattr(probes, "objectives.noisy_kd.probes")) is int
+def test_dotted_names_of_a_search_reach_into_a_setting(tmp_path):
+    config = DistillationConfig(str(tmp_path), layer_rates={"mode": "discrepancy"})
+    before = copy.deepcopy(config.objectives)
+    tried = {"learning_rate": 1e-3, "objectives.logit_kd.temperature": 2.0, "objectives.task.weight": 0.3}
+    found = config.with_dotted(tried | {"layer_rates.momentum": 0.5})
+    task, logit_kd = before
+    expected = [task | {"weight": 0.3}, logit_kd | {"temperature": 2.0}]
+    rates = {"mode": "discrepancy", "momentum": 0.5}
+    assert found == {"learning_rate": 1e-3, "objectives": expected, "layer_rates": rates}
+    assert config.objectives == before and config.with_dotted({"seed": 3}) == {"seed": 3}
+    for name in ("objectives.nothing.temperature", "learning.rate.now", "objectives.logit_kd", "layer_rates.a.b"):
+        with pytest.raises(ValueError, match=rf"'{name}' names no setting; expected objectives"):
+            config.with_dotted({name: 1.0})
+    for name, value, said in (
+        ("objectives.logit_kd.temperature", -1, "expected a number greater than 0"),
+        ("layer_rates.momentum", 2, "momentum is 2"),
+        ("objectives.logit_kd.temperatur", 2, "Did you mean 'temperature'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config.with_dotted({name: value})

@@ -1,9 +1,9 @@
-"""The folder of a checkpoint: whether it is whole, which one to continue from, which ones to remove.
+"""The files of a checkpoint: listed with their checksums, and verified.
 
-Beside Trainer's files a checkpoint has a list of them, with size and checksum, written when all the others are there;
-`trainer_state.json` is put in its place last. So a save that was broken off lacks it, and what was cut, changed or
-lost later is found by its checksum. Nothing is unpickled to find out. The list also names the run and the time, so
-that two runs in one folder are not taken for one.
+In addition to Trainer's files a checkpoint has a manifest of them, with size and checksum, written after all the
+others; `trainer_state.json` gets its name last. So an interrupted save lacks it, and what was truncated, changed or
+lost later is found by its checksum. Nothing is unpickled to find out. The manifest also names the run and the
+time, so that two runs in one folder are not confused.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import hf_kdtl
 
 FILES = "checkpoint_files.json"
 UNLISTED = f"{TRAINER_STATE_NAME}.part"
-"""The name of `trainer_state.json` until the list is written."""
+"""The name of `trainer_state.json` until the manifest is written."""
 _FIELDS = {"run": str, "time": int, "written_with": dict, "files": dict}
 
 
 def verify(folder: str | Path, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint: one text for each file, naming it. Empty where the checkpoint is whole.
+    """What is wrong with a checkpoint: one text for each file, naming it. Empty where the checkpoint is complete.
 
     Args:
         folder: the checkpoint.
@@ -50,14 +50,14 @@ def verify(folder: str | Path, contents: bool = True) -> list[str]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint's list says: its `files`, its `run`, its `time`, what it was `written_with`.
+    """A checkpoint's manifest: its `files`, its `run`, its `time`, what it was `written_with`.
 
     Raises:
         ValueError: when it is missing or not what was written.
     """
     content = _read(Path(folder, FILES))
-    whole = all(isinstance(content.get(name), kind) for name, kind in _FIELDS.items())
-    if not whole or not all(
+    typed = all(isinstance(content.get(name), kind) for name, kind in _FIELDS.items())
+    if not typed or not all(
         isinstance(v, list) and [type(n) for n in v] == [int, int] for v in content["files"].values()
     ):
         raise ValueError(f"{FILES} is not what was written")
@@ -67,14 +67,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, processes: int, needed: list[str], run: str = "", **facts: Any) -> None:
-    """List the files of a checkpoint, with size and checksum, when all are written, and finish it: `UNLISTED` gets
-    its name.
+    """List the files of a checkpoint with size and checksum, when all are written; then `UNLISTED` gets its name.
 
     Args:
         folder: the checkpoint.
-        processes, **facts: what belongs to what it was written with.
+        processes, **facts: recorded under `written_with`.
         needed: files that must be there.
-        run: the run it is of.
+        run: the run that it belongs to.
 
     Raises:
         FileNotFoundError: when one of `needed` is not there.
@@ -95,7 +94,7 @@ def write_manifest(folder: Path, processes: int, needed: list[str], run: str = "
 
 
 def changed_since(folder: Path, **facts: Any) -> str:
-    """What is otherwise now than when this checkpoint was written, in words; empty where nothing."""
+    """What has changed since this checkpoint was written, as text; empty where nothing has."""
     before, now = read_manifest(folder)["written_with"], _software() | facts
     return ", ".join(
         f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
@@ -103,10 +102,10 @@ def changed_since(folder: Path, **facts: Any) -> str:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Have a checkpoint on the disk itself, where a machine that loses power finds it.
+    """Flush a checkpoint to disk, so that it survives a loss of power.
 
     Raises:
-        OSError: where the disk only now says that it is full; the checkpoint is then not whole.
+        OSError: where the disk only now reports that it is full; the checkpoint is then not complete.
     """
     for path in [*folder.rglob("*"), folder, folder.parent]:
         try:
@@ -123,7 +122,7 @@ def fsync_tree(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.name} is missing: it was lost, or this is no checkpoint of hf_kdtl's trainer")
+        raise ValueError(f"{path.name} is missing: it was lost, or hf_kdtl's trainer did not write this checkpoint")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

@@ -11,13 +11,13 @@ from hf_kdtl.checkpoints.manifest import read_manifest, verify
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder, whole or not, by step."""
+    """The checkpoints in a run's folder, complete or not, by step."""
     found = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(found, key=_step)
 
 
 def latest_complete(folder: str | Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The last whole checkpoint of the run that wrote into a folder last, and why each of a later step is not it."""
+    """The latest complete checkpoint of the run that wrote to a folder last, and why each later one is not it."""
     damaged: dict[Path, list[str]] = {}
     runs = {checkpoint: _written(checkpoint) for checkpoint in checkpoints(folder)}
     newest = max(runs, key=lambda path: runs[path], default=None)
@@ -34,11 +34,11 @@ def resolve_checkpoint(asked: str | Path | Literal[True], folder: str | Path) ->
     """The checkpoint to continue from, and what is wrong with those that are skipped for it.
 
     Args:
-        asked: True for the last whole one, or the path of one.
-        folder: where True looks.
+        asked: True for the latest complete one, or the path of one.
+        folder: where True searches.
 
     Raises:
-        ValueError: when the one asked for is not whole, or none is: naming the files, and what else there is.
+        ValueError: when the requested one is not complete, or none is: naming the files, and the alternative.
     """
     run = Path(folder) if asked is True else Path(asked).parent
     restore_backup(run)
@@ -46,13 +46,13 @@ def resolve_checkpoint(asked: str | Path | Literal[True], folder: str | Path) ->
         return Path(asked), {}
     last, damaged = latest_complete(run)
     if asked is not True:
-        instead = f"The last whole one is {last}." if last else f"No other one in {run} is whole."
-        raise ValueError(f"{asked} is not a whole checkpoint: {'; '.join(wrong)}. {instead}")
+        instead = f"The latest complete one is {last}." if last else f"No other one in {run} is complete."
+        raise ValueError(f"{asked} is not a complete checkpoint: {'; '.join(wrong)}. {instead}")
     if last is None:
         found = "; ".join(f"{c.name}: {', '.join(wrong)}" for c, wrong in damaged.items()) or "there is none"
         raise ValueError(
-            f"No whole checkpoint in {run} ({found}). Train without resume_from_checkpoint to begin anew, or name the "
-            "path of one."
+            f"No complete checkpoint in {run} ({found}). Train without resume_from_checkpoint to start from the "
+            "beginning, or give the path of one."
         )
     return last, damaged
 
@@ -65,21 +65,21 @@ def to_prune(newest: Path, limit: int | None, best: str | None, damaged: frozens
     """
     keep = {newest.resolve()} | ({Path(best).resolve()} if best is not None and Path(best).is_dir() else set())
     others = [path for path in checkpoints(newest.parent) if path.resolve() not in keep]
-    whole = {path: path not in damaged and not verify(path, contents=False) for path in others}
-    others.sort(key=lambda path: (whole[path], _step(path) < _step(newest), _step(path)))
+    complete = {path: path not in damaged and not verify(path, contents=False) for path in others}
+    others.sort(key=lambda path: (complete[path], _step(path) < _step(newest), _step(path)))
     spare = len(others) - max(0, limit - len(keep)) if limit is not None and limit > 0 else 0
     return [*others[: max(0, spare)], *([_old(newest)] if _old(newest).exists() else [])]
 
 
 def back_up(folder: Path) -> None:
-    """Make room for a checkpoint: an older one of its step must not mix with it, and is kept until it is whole."""
+    """Rename an older checkpoint of the same step: they must not mix, and it stays until the new one is complete."""
     if folder.exists():
         shutil.rmtree(_old(folder), ignore_errors=True)
         folder.rename(_old(folder))
 
 
 def restore_backup(run: Path) -> None:
-    """Undo `back_up` where the new checkpoint did not become whole."""
+    """Undo `back_up` where the new checkpoint was not completed."""
     for old in run.glob("checkpoint-*.old"):
         new = old.with_suffix("")
         if verify(new):
@@ -94,7 +94,7 @@ def _old(folder: Path) -> Path:
 
 
 def _written(folder: Path) -> tuple[int, str]:
-    """When a checkpoint was written, and by which run: by the list, since a copy has other times."""
+    """When a checkpoint was written, and by which run: from the manifest, since a copy has other times."""
     try:
         content = read_manifest(folder)
     except (OSError, ValueError):

@@ -1,149 +1,199 @@
-"""Writing and reading checkpoints: a clean student, and beside it what only the training needs."""
+"""What a checkpoint holds in addition to the student: named parts, each with `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.start import StartingPoint
-from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.utils.distributed import load_full_state_dict, unsharded_class
 
 logger = logging.get_logger(__name__)
 
 VERSION = 1
+TENSORS = "distillation_state"
+"""The name of the part that holds the objectives' tensors."""
 STATE_JSON = "distillation_state.json"
-STATE_TENSORS = "distillation_state.safetensors"
+STATE_TENSORS = f"{TENSORS}.safetensors"
 START = "start"
-"""The folder beside a run's checkpoints that holds what its student started from, where an objective needs it."""
+"""The folder next to a run's checkpoints that holds its starting point, where an objective needs it."""
 
 
-def save_distillation_state(
-    folder: str | Path,
-    tensors: dict[str, Tensor],
-    entries: list[dict[str, Any]],
-    rates: LayerRates | None = None,
-    gradients: GradientAccumulator | None = None,
-    start: StartingPoint | None = None,
-) -> None:
-    """Write the objectives' tensors (safetensors); the list they were made from, the layers' rates and what a gradient
-    rule met (JSON)."""
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    if tensors:
-        save_file(tensors, Path(folder, STATE_TENSORS))
-    state: dict[str, Any] = {"version": VERSION, "objectives": entries}
-    if rates is not None:
-        state["layer_rates"] = rates.state_dict()
-    if gradients is not None:
-        state["gradient_rule"] = gradients.state_dict()
-    if start is not None:
-        state["start"] = start.fingerprint
-    Path(folder, STATE_JSON).write_text(json.dumps(state, indent=2) + "\n")
+class CheckpointPart(Protocol):
+    """Something that training needs again. A new one is a class with these two methods, and a line in
+    `DistillationTrainer._checkpoint_parts`."""
+
+    def state_dict(self) -> Any:
+        """JSON data, or a mapping of tensors; None where there is nothing to save."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore it. `state` is None where the checkpoint has none. Raises ValueError where the two do not match."""
 
 
-def load_distillation_state(folder: str | Path, objectives: nn.ModuleDict, entries: list[dict[str, Any]]) -> None:
-    """Load the objectives that `save_distillation_state` wrote, strictly.
-
-    Raises:
-        ValueError: when the checkpoint is of other objectives, or its file is missing.
-    """
-    check_objectives(folder, entries)
-    for before, now in zip(_state(folder)["objectives"], entries, strict=True):
-        if before != now:
-            logger.warning(f"{folder} was trained with the objective {before}; it goes on with {now}.")
-    tensors = load_file(Path(folder, STATE_TENSORS)) if Path(folder, STATE_TENSORS).is_file() else {}
-    load_full_state_dict(objectives, tensors)
-
-
-def check_objectives(folder: str | Path, entries: list[dict[str, Any]]) -> None:
-    """Raises ValueError when a checkpoint is of other objectives."""
-    saved = _state(folder)["objectives"]
-    if _names(saved) != _names(entries):
-        raise ValueError(
-            f"{folder} was trained with the objectives {_names(saved)} and this run has {_names(entries)}. Resume "
-            "with the same objectives, or start a new run from the checkpoint's weights."
-        )
+def save_parts(folder: str | Path, parts: Mapping[str, CheckpointPart]) -> None:
+    """Write the parts: tensors to `<name>.safetensors`, anything else under its name in distillation_state.json."""
+    data: dict[str, Any] = {"version": VERSION}
+    for name, part in parts.items():
+        state = part.state_dict()
+        if isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values()):
+            if state:
+                save_file({k: v.contiguous() for k, v in state.items()}, Path(folder, f"{name}.safetensors"))
+        elif state is not None:
+            data[name] = state
+    Path(folder, STATE_JSON).write_text(json.dumps(data, indent=2) + "\n")
 
 
-def load_start(trainer: Any, folder: str | Path) -> StartingPoint:
-    """What the student of a checkpoint's run started from, as the run kept it beside its checkpoints.
+def load_parts(folder: str | Path, parts: Mapping[str, CheckpointPart]) -> None:
+    """Restore the parts that `save_parts` wrote.
 
     Raises:
-        ValueError: when it is missing, cannot be read, or is not what the checkpoint was held to.
+        ValueError: when the folder holds none, or they do not match this run.
     """
-    kept = Path(folder).parent / START
-    try:
-        start = _kept_start(trainer, kept)
-        found = start.fingerprint
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{kept} cannot be read ({error}): the run kept there what its student started from. Put it back as it "
-            "was, or start a new run from the checkpoint's weights."
-        ) from error
-    if _state(folder).get("start") != found:
-        raise ValueError(
-            f"the weights in {kept} are not those that {folder} started from: another run was begun in this folder "
-            "since, or they were damaged. Put the start of the checkpoint's own run there, or start a new run from "
-            "its weights."
-        )
-    return start
+    data = _read_json(folder)
+    for name, part in parts.items():
+        tensors = Path(folder, f"{name}.safetensors")
+        try:
+            part.load_state_dict(load_file(tensors) if tensors.is_file() else data.get(name))
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {folder}: {error}") from error
 
 
-def _kept_start(trainer: Any, folder: Path) -> StartingPoint:
-    """What the student of a run that is resumed started from, as the run kept it.
+class ObjectiveEntries:
+    """The list of objectives: a checkpoint belongs to the run that has the same names and keys."""
 
-    Raises:
-        ValueError: when it is not there.
+    def __init__(self, entries: list[dict[str, Any]]):
+        self.entries = entries
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return self.entries
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        if _names(state) != _names(self.entries):
+            raise ValueError(
+                f"it was trained with the objectives {_names(state)} and this run has {_names(self.entries)}. Resume "
+                "with the same objectives, or start a new run from the checkpoint's weights."
+            )
+        for before, now in zip(state, self.entries, strict=True):
+            if before != now:
+                logger.warning(f"the checkpoint was trained with the objective {before}; continuing with {now}.")
+
+
+class ObjectiveTensors:
+    """The objectives' parameters and buffers.
+
+    Args:
+        trainer: whose distiller has them; it is built late, so this and the following parts ask for it late.
+        full: their gathered tensors, where they are sharded and being saved.
     """
-    student = trainer.model
-    if adapted(student):
-        return StartingPoint(student)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is missing: the run kept there what its student started from, and its objectives hold the "
-            "student to it. Put the folder back beside the checkpoints, or start a new run from the checkpoint's "
-            "weights."
-        )
-    start = StartingPoint.from_path(folder, student, trainer.processing_class)
-    start.kept = folder
-    return start.to(trainer.accelerator.device)
+
+    def __init__(self, trainer: Any, full: Mapping[str, Tensor] | None = None):
+        self.trainer, self.full = trainer, full
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.trainer.distiller.objectives.state_dict() if self.full is None else self.full
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
+        load_full_state_dict(self.trainer.distiller.objectives, state or {})
 
 
-def load_layer_rates(folder: str | Path, rates: LayerRates | None) -> None:
-    """Go on with the layers' rates of a checkpoint.
+class StartState:
+    """The weights that the student started from: a folder next to the checkpoints, and their hash in each checkpoint.
 
-    Raises:
-        ValueError: when only one of checkpoint and run has any (their optimizers have other param groups), or they
-            are of other layers or another mode.
+    Args:
+        trainer: whose distiller has the starting point, or none.
+        folder: where the run keeps it.
     """
-    saved = _state(folder).get("layer_rates")
-    if (saved is None) != (rates is None):
-        found, now = (("no layer_rates", "has them"), ("layer_rates", "has none"))[saved is not None]
-        raise ValueError(
-            f"{folder} was trained with {found} and this run {now}. Resume with the same layer_rates, or start a new "
-            "run from the checkpoint's weights."
-        )
-    if rates is not None and saved is not None:
-        rates.load_state_dict(saved)
+
+    def __init__(self, trainer: Any, folder: Path):
+        self.trainer, self.folder = trainer, folder
+
+    def state_dict(self) -> str | None:
+        start = self.trainer.distiller.start
+        if start is not None:
+            start.save(self.folder)
+        return None if start is None else start.fingerprint
+
+    def load_state_dict(self, state: str | None) -> None:
+        if self.trainer.distiller.start is None:
+            return
+        try:
+            start = self._kept()
+            found = start.fingerprint
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.folder} cannot be read ({error}). The run saved its starting point there: restore the folder, "
+                "or start a new run from the checkpoint's weights."
+            ) from error
+        if state != found:
+            raise ValueError(
+                f"the weights in {self.folder} are not those that it started from: another run has used this folder "
+                "since, or they were damaged. Restore the run's own starting point, or start a new run from the "
+                "checkpoint's weights."
+            )
+        self.trainer.distiller.start = start
+
+    def _kept(self) -> StartingPoint:
+        student = self.trainer.model
+        if adapted(student):
+            return StartingPoint(student)  # the base model, which adapters leave as it was
+        if not self.folder.is_dir():
+            raise ValueError(
+                f"{self.folder} is missing. The run saved its starting point there, which its objectives compare the "
+                "student with: restore the folder, or start a new run from the checkpoint's weights."
+            )
+        start = StartingPoint.from_path(self.folder, student, self.trainer.processing_class)
+        start.kept = self.folder
+        return start.to(self.trainer.accelerator.device)
 
 
-def load_gradient_rule(folder: str | Path, options: Any, gradients: GradientAccumulator | None) -> None:
-    """Go on with the history of a checkpoint's gradient rule. Another rule, or none, is said."""
-    saved = _state(folder).get("gradient_rule")
-    found, now = None if saved is None else saved["options"], None if gradients is None else gradients.options
-    if found != now:
-        logger.warning(f"{folder} was trained with the gradient_rule {found}; it goes on with {options}.")
-    elif gradients is not None and saved is not None:
-        gradients.load_state_dict(saved)
+class LayerRatesState:
+    """The learning rates of the layers; a run with them has other param groups than one without."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any] | None:
+        rates = self.trainer.layer_rates
+        return None if rates is None else rates.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        rates = self.trainer.layer_rates
+        if (state is None) != (rates is None):
+            found, now = (("no layer_rates", "has them"), ("layer_rates", "has none"))[state is not None]
+            raise ValueError(
+                f"it was trained with {found} and this run {now}. Resume with the same layer_rates, or start a new "
+                "run from the checkpoint's weights."
+            )
+        if rates is not None:
+            rates.load_state_dict(state)
+
+
+class GradientRuleState:
+    """The history of a gradient rule. Another rule, or none, may continue; it is reported."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any] | None:
+        gradients = self.trainer.gradient_rule
+        return None if gradients is None else gradients.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        gradients = self.trainer.gradient_rule
+        found, now = None if state is None else state["options"], None if gradients is None else gradients.options
+        if found != now:
+            logger.warning(f"the checkpoint was trained with the gradient_rule {found}; continuing with {now}.")
+        elif gradients is not None:
+            gradients.load_state_dict(state)
 
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:
@@ -163,7 +213,7 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     lost = sorted(info["missing_keys"]) + [str(item) for item in info["mismatched_keys"]]
     if lost or info["unexpected_keys"]:
         raise ValueError(
-            f"{folder} does not fit {unsharded_class(student).__name__}: missing or of another shape {lost[:5]}, "
+            f"{folder} does not match {unsharded_class(student).__name__}: missing or of another shape {lost[:5]}, "
             f"unexpected {sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made "
             "from."
         )
@@ -180,7 +230,7 @@ def _check_architecture(student: PreTrainedModel, path: Path) -> None:
         )
 
 
-def _state(folder: str | Path) -> dict[str, Any]:
+def _read_json(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, STATE_JSON)
     if not path.is_file():
         raise ValueError(
@@ -190,8 +240,8 @@ def _state(folder: str | Path) -> dict[str, Any]:
     state = json.loads(path.read_text())
     if (found := state["version"]) > VERSION:
         raise ValueError(
-            f"{path} is of version {found} and this hf_kdtl reads up to {VERSION}: it was written by a newer one. "
-            "Install that one to resume."
+            f"{path} has version {found} and this hf_kdtl reads up to {VERSION}: a newer hf_kdtl wrote it. Install "
+            "that one to resume."
         )
     return state
 

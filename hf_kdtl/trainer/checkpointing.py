@@ -1,18 +1,19 @@
-"""A Trainer whose checkpoints are whole or are not used."""
+"""A Trainer that resumes only from complete, verified checkpoints."""
 
 from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from hf_kdtl.checkpoints.manifest import UNLISTED, changed_since, fsync_tree, read_manifest, verify, write_manifest
@@ -24,6 +25,7 @@ from hf_kdtl.checkpoints.rotation import (
     restore_backup,
     to_prune,
 )
+from hf_kdtl.checkpoints.state import CheckpointPart, save_parts
 
 logger = logging.get_logger(__name__)
 
@@ -31,40 +33,65 @@ CONTINUE = "trainer.train(resume_from_checkpoint=True), or the same command with
 _CANNOT_WRITE = (OSError, SafetensorError, RuntimeError)  # the last is torch.save's, and names its C++ writer
 
 
-class SaveAborted(Exception):
-    """Leave a save on every process, because one could not write."""
-
-
 class CheckpointingTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or are not used.
+    """A Trainer that resumes only from complete, verified checkpoints.
 
-    - `train(resume_from_checkpoint=True)` continues from the last whole checkpoint and says which it skips and why;
-      the path of a damaged one is refused. Process 0 decides.
-    - A run that is finished makes no further step when it is resumed (Trainer's makes one where the last step is not
+    - `train(resume_from_checkpoint=True)` continues from the latest complete checkpoint and reports which it skips and
+      why; the path of a damaged one is refused. Process 0 decides.
+    - A run that is complete makes no further step when it is resumed (Trainer's makes one where the last step is not
       the last of its epoch).
-    - A save that fails (no space left) ends on every process, with the last whole checkpoint untouched.
-    - `save_total_limit` removes nothing before the new checkpoint is whole, and never that one.
+    - A save that fails (no space left) ends on every process, and the latest complete checkpoint stays.
+    - `save_total_limit` removes nothing before the new checkpoint is complete, and never that one.
     """
 
-    _folder: Path | None = None  # of the save under way
-    _error: Exception | None = None  # of this process, in that save
     _damaged: frozenset[Path] = frozenset()
+    _doomed: list[Path]  # checkpoints that the save in progress replaces
     _run = ""  # its name, kept when it is resumed
 
-    def __init__(self, model=None, args=None, *positional, **keywords):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        model_init=None,
+        compute_loss_func=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        optimizer_cls_and_kwargs=None,
+        preprocess_logits_for_metrics=None,
+    ):
         folder = Path("." if args is None else str(args.output_dir)).absolute()
         if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
             raise ValueError(f"output_dir is {args.output_dir} and {file} is a file; name a folder, new or not.")
-        super().__init__(model, args, *positional, **keywords)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
 
-    def _save_beside(self, folder: Path) -> None:
-        """Write what else belongs to a checkpoint, on the process that writes the model."""
+    def _checkpoint_parts(self, folder: Path) -> dict[str, CheckpointPart]:
+        """What the checkpoint in `folder` holds in addition to Trainer's files, by name."""
+        return {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As Trainer's.
 
         Raises:
-            ValueError: when there is no whole checkpoint to continue from, or it is of another optimizer.
+            ValueError: when there is no complete checkpoint to continue from, or it is of another optimizer.
             OSError: when a checkpoint could not be written.
         """
         # Every process comes here, whatever it was asked: one that did not would leave the others waiting.
@@ -86,7 +113,7 @@ class CheckpointingTrainer(Trainer):
             if others := checkpoints(folder):
                 logger.warning(
                     f"{folder} holds checkpoints of another run, up to {others[-1].name}. This run replaces those of "
-                    "its own steps, and is continued from its own. Name another output_dir to keep the two apart."
+                    "its own steps, and is resumed from its own. Use another output_dir to keep the two apart."
                 )
             return uuid.uuid4().hex, None, frozenset()
         if asked is not True and (asked == "" or not isinstance(asked, str | Path)):
@@ -95,19 +122,21 @@ class CheckpointingTrainer(Trainer):
         for skipped, wrong in damaged.items():
             logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
         if changed := changed_since(path, processes=self.args.world_size, seed=self.args.seed):
-            logger.warning(f"{path} was written with {changed}: it goes on, and not bitwise as if never stopped.")
+            logger.warning(
+                f"{path} was written with {changed}: resuming, but not bit-identical to an uninterrupted run."
+            )
         return read_manifest(path)["run"], str(path), frozenset(damaged)
 
-    def _on_rank_zero(self, decide: Any) -> Any:
+    def _on_rank_zero(self, decide: Callable[[], Any]) -> Any:
         """What process 0 decides, or raises, on every process."""
         decided, error = None, None
         if self.args.process_index == 0:
             try:
                 decided = decide()
-            except Exception as met:
-                known = isinstance(met, OSError | ValueError)  # others may not go through a pickle
-                error = met if known else RuntimeError(f"{type(met).__name__}: {met}")
-                error.__cause__ = None if known else met
+            except Exception as raised:
+                known = isinstance(raised, OSError | ValueError)  # others may not go through a pickle
+                error = raised if known else RuntimeError(f"{type(raised).__name__}: {raised}")
+                error.__cause__ = None if known else raised
         decided, error = broadcast_object_list([decided, error])
         if error is not None:
             raise error
@@ -118,15 +147,15 @@ class CheckpointingTrainer(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
-        begun = super()._init_training_state(
+        progress = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         if resume_from_checkpoint is None or self.state.global_step < max_steps:
-            return begun
+            return progress
         if self.is_world_process_zero():
             logger.warning(
-                f"{resume_from_checkpoint} is of step {self.state.global_step} and the run has {max_steps}: it is "
-                "finished, and is loaded as it is."
+                f"{resume_from_checkpoint} is at step {self.state.global_step} of {max_steps}: training is already "
+                "complete, and the model is loaded as it is."
             )
         return num_train_epochs, 0  # no epoch is left: else the rest of its last one would begin
 
@@ -145,60 +174,73 @@ class CheckpointingTrainer(Trainer):
     # ---- Saving ----
 
     def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's steps, with these changes: an error in one of them stops all processes after it; the manifest is
+        written before trainer_state.json gets its name; and nothing is removed before all that is verified."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        limit, doomed = self.args.save_total_limit, []
-        self._folder, self._error = folder, None
-        try:
-            with self._collect_errors():
-                if self.args.should_save:
-                    back_up(folder)
-            with self._collect_errors():
-                if not self._rank_errors():
-                    vars(self.state)["save_to_json"] = self._write_state
-                    super()._save_checkpoint(model, trial)
-                if self.args.should_save and self._error is None:
-                    doomed = self._finalize(folder, limit)
-        finally:
-            vars(self.state).pop("save_to_json", None)
-            self._folder, self.args.save_total_limit = None, limit
-        if reasons := self._rank_errors():
-            self._abort_save(folder, reasons)
-        for path in doomed:
-            shutil.rmtree(path, ignore_errors=True)
+        steps: list[Callable[[str], None]] = [self._back_up, lambda path: self.save_model(path, _internal_call=True)]
+        if not self.args.save_only_model:
+            steps += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
+        steps += [self._write_state, self._finalize]
+        if self.args.push_to_hub:
+            steps.append(self._push_from_checkpoint)
+        self._doomed = []
+        for step in steps:
+            error = None
+            try:
+                step(str(folder))
+            except Exception as raised:
+                error = raised
+            if reasons := self._rank_errors(error):
+                self._abort_save(folder, error, reasons)
+        for superseded in self._doomed:
+            shutil.rmtree(superseded, ignore_errors=True)
 
-    def _finalize(self, folder: Path, limit: int | None) -> list[Path]:
-        """What can be removed now that this checkpoint is whole."""
-        if wrong := verify(folder, contents=False):
-            raise OSError("; ".join(wrong))
-        if doomed := to_prune(folder, limit, self.state.best_model_checkpoint, self._damaged):
-            fsync_tree(folder)
-        return doomed
+    def _back_up(self, output_dir: str) -> None:
+        if self.args.should_save:
+            back_up(Path(output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self._collect_errors():
-            if _internal_call and output_dir is not None and self.args.should_save:
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._save_beside(Path(output_dir))
-            super().save_model(output_dir, _internal_call)
-        if self._folder is not None and self.args.save_only_model:
-            self._sync_before_state()
+        if _internal_call and output_dir is not None and self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if parts := self._checkpoint_parts(folder):
+                save_parts(folder, parts)
+        super().save_model(output_dir, _internal_call)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._collect_errors():
-            super()._save_optimizer_and_scheduler(output_dir)
+    def _write_state(self, output_dir: str) -> None:
+        """Write trainer_state.json under another name, list all files in the manifest, and give it its name."""
+        folder = Path(output_dir)
+        if self.state.best_global_step and self.args.save_strategy != SaveStrategy.NO:
+            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.exists() else self.state.best_model_checkpoint
+        if not self.args.should_save:
+            return
+        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                kept[name] = [*kept[name], state] if isinstance(kept[name], list) else state
+        self.state.save_to_json(str(folder / UNLISTED))
+        optimizer = None if self.args.save_only_model else self._optimizer_name()
+        facts = {"seed": self.args.seed, "optimizer": optimizer}
+        write_manifest(folder, self.args.world_size, self._needed(), self._run, **facts)
 
-    def _save_scaler(self, output_dir: str) -> None:
-        with self._collect_errors():
-            super()._save_scaler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._collect_errors():
-            super()._save_rng_state(output_dir)
-        if self._folder is not None:
-            self._sync_before_state()
+    def _finalize(self, output_dir: str) -> None:
+        """Verify the checkpoint, and find what can be removed now that it is complete."""
+        folder = Path(output_dir)
+        if not self.args.should_save:
+            return
+        if wrong := verify(folder, contents=False):
+            raise OSError("; ".join(wrong))
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if doomed := to_prune(folder, limit, best, self._damaged):
+            fsync_tree(folder)
+        self._doomed = doomed
 
     def _needed(self) -> list[str]:
-        """Trainer's own files beside the model."""
+        """Trainer's own files beyond the model."""
         if self.args.save_only_model:
             return []
         world = range(self.args.world_size) if not self.args.save_on_each_node else [self.args.process_index]
@@ -207,39 +249,14 @@ class CheckpointingTrainer(Trainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # those have folders
         return random + scaler + ([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])
 
-    def _sync_before_state(self) -> None:
-        """What every process has written is there, and trainer_state.json is next."""
-        if self._rank_errors():
-            raise SaveAborted
-        self.args.save_total_limit = None  # Trainer's own rotation does not know what is whole
-
-    def _write_state(self, path: str) -> None:
-        """In the place of `TrainerState.save_to_json`: the file is listed before it has its name."""
-        folder = Path(path).parent
-        TrainerState.save_to_json(self.state, str(folder / UNLISTED))
-        optimizer = None if self.args.save_only_model else self._optimizer_name()
-        facts = {"seed": self.args.seed, "optimizer": optimizer}
-        write_manifest(folder, self.args.world_size, self._needed(), self._run, **facts)
-
-    @contextmanager
-    def _collect_errors(self) -> Iterator[None]:
-        """Keep an error until the processes compare: one that leaves a save alone leaves the others waiting for it."""
-        try:
-            yield
-        except SaveAborted:
-            pass
-        except Exception as error:
-            if self._folder is None:
-                raise
-            self._error = self._error or error
-
-    def _rank_errors(self) -> list[str]:
-        """Why processes could not write; the same on all of them."""
-        mine = None if self._error is None else str(self._error) or type(self._error).__name__
+    def _rank_errors(self, error: Exception | None) -> list[str]:
+        """Why processes could not write; the same on all of them. One that left alone would leave the others
+        waiting."""
+        mine = None if error is None else str(error) or type(error).__name__
         return [reason for reason in gather_object([mine]) if reason is not None]
 
-    def _abort_save(self, folder: Path, reasons: list[str]) -> None:
-        error, kept = self._error, self._on_rank_zero(lambda: not verify(folder))
+    def _abort_save(self, folder: Path, error: Exception | None, reasons: list[str]) -> None:
+        kept = self._on_rank_zero(lambda: not verify(folder))
         if self.args.should_save and not kept:
             shutil.rmtree(folder, ignore_errors=True)
             restore_backup(folder.parent)
@@ -249,10 +266,11 @@ class CheckpointingTrainer(Trainer):
         if kept:  # a push failed, say
             raise RuntimeError(f"another process stopped after it had written {folder}: {'; '.join(reasons)}.")
         last, _ = latest_complete(folder.parent)
-        how = f"The last whole one is {last}: make room and continue with {CONTINUE}" if last else "There is no other"
+        how = f"The latest complete one is {last}: free some space and continue with {CONTINUE}"
         free = shutil.disk_usage(folder.parent).free
         raise OSError(
-            f"{folder} could not be written and was removed: {'; '.join(reasons)} ({free:,} bytes are free). {how}."
+            f"{folder} could not be written and was removed: {'; '.join(reasons)} ({free:,} bytes are free). "
+            f"{how if last else 'There is no other'}."
         ) from error
 
     # ---- The best one ----
@@ -265,7 +283,7 @@ class CheckpointingTrainer(Trainer):
         """The best checkpoint.
 
         Raises:
-            ValueError: when it is not whole; the last state is then in a checkpoint.
+            ValueError: when it is not complete; the last state is then in a checkpoint.
         """
         best = self.state.best_model_checkpoint
         assert best is not None
@@ -275,6 +293,6 @@ class CheckpointingTrainer(Trainer):
         if self._on_rank_zero(lambda: verify(last)):
             self._save_checkpoint(self.model, None)
         raise ValueError(
-            f"training is finished, and the best checkpoint {best} cannot be loaded: {'; '.join(wrong)}. The model as "
+            f"training is complete, and the best checkpoint {best} cannot be loaded: {'; '.join(wrong)}. The model as "
             f"it was at the last step is in {last}; load_best_model_at_end=False ends with that one."
         )

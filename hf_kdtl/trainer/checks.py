@@ -6,6 +6,7 @@ import math
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
@@ -238,6 +239,15 @@ def check_optimizer(optimizer: Any, objectives: nn.Module, rates: LayerRates | N
         )
     if rates is not None:
         rates.apply(optimizer)
+
+
+def check_finite(trainer: Any, result: dict[str, Any]) -> None:
+    """Raises FloatingPointError where the loss of a micro-batch, as `Distiller` returns it, is nan or infinite."""
+    if not torch.isfinite(result["loss"]):
+        counted, weights = result["counted"], trainer.distiller.weights
+        terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        raise non_finite_loss_error(step, result["loss"].item(), terms, folder)
 
 
 def non_finite_loss_error(

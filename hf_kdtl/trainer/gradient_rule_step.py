@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,44 +43,42 @@ def build_accumulator(rule: GradientRule | None, distiller: Distiller) -> Gradie
 Parts = dict[str, Tensor | list[Tensor]]
 
 
-@contextmanager
-def separate_backward(trainer: Any, model: nn.Module, gradients: GradientAccumulator | None) -> Iterator[None]:
-    """Around Trainer's training_step: its one backward pass becomes the rule's two, and the window's end the rule.
+def separate_backward(
+    trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, gradients: GradientAccumulator
+) -> Tensor:
+    """Trainer's training_step with two backward passes in place of one; the window's last one applies the rule.
 
-    DDP, which knows one gradient, does not synchronise here: each of the two is reduced once, at the window's end.
+    DDP, which knows one gradient, does not synchronize here: each of the two is reduced once, at the window's end.
+
+    Returns:
+        the loss, detached.
     """
-    if gradients is None:
-        yield
-        return
-    accelerator, args = trainer.accelerator, trainer.args
-    called = []
-
-    def backward(loss: Tensor, **kwargs: Any) -> None:
-        # Taken away, so that the graph does not live until the next forward.
-        parts, trainer._term_losses = trainer._term_losses, {}
-        gradients.add(*_sides(parts, trainer.distiller))
-        called.append(True)
-
-    accelerator.backward = backward  # hides the method
-    try:
-        # A compiled graph gives its buffers away in its first backward pass, and there are two.
-        with accelerator.no_sync(model), functorch.patch(donated_buffer=False):
-            yield
-    finally:
-        del accelerator.backward
-    if not called:
-        raise RuntimeError(
-            "Trainer's training_step did not call accelerator.backward, where gradient_rule takes its two gradients: "
-            "this version of transformers is not supported with a gradient_rule. Use one that pyproject.toml allows."
-        )
+    accelerator = trainer.accelerator
+    model.train()
+    if callable(getattr(trainer.optimizer, "train", None)):  # a schedule-free optimizer
+        trainer.optimizer.train()
+    inputs = trainer._prepare_inputs(inputs)
+    # A compiled graph gives its buffers away in its first backward pass, and there are two.
+    with accelerator.no_sync(model), functorch.patch(donated_buffer=False):
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # Taken away, so that the graph does not live until the next forward pass.
+        term_losses, trainer._term_losses = trainer._term_losses, {}
+        gradients.add(*_sides(term_losses, trainer.distiller))
     if accelerator.sync_gradients:
-        step = trainer.state.global_step + 1
-        every = (trainer.state.logging_steps or 1) if args.logging_strategy == "steps" else 1
-        gradients.watch = step % every == 0 or (step == 1 and args.logging_first_step)
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        gradients.write(int(trainer.state.epoch or 0), _mean_over_ranks if several else None)
-        for buffer in trainer.distiller.buffers() if several else ():
-            dist.broadcast(buffer, 0)  # BatchNorm's statistics, which DDP would have sent with its next forward
+        _write(trainer, gradients)
+    return loss.detach()
+
+
+def _write(trainer: Any, gradients: GradientAccumulator) -> None:
+    """The rule's gradient, of the whole accumulated batch on all processes."""
+    args, step = trainer.args, trainer.state.global_step + 1
+    every = (trainer.state.logging_steps or 1) if args.logging_strategy == "steps" else 1
+    gradients.watch = step % every == 0 or (step == 1 and args.logging_first_step)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    gradients.write(int(trainer.state.epoch or 0), _mean_over_ranks if several else None)
+    for buffer in trainer.distiller.buffers() if several else ():
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics, which DDP would have sent with its next forward pass
 
 
 def _sides(parts: Parts, distiller: Distiller) -> tuple[Tensor | None, Parts, dict[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""Means of the objectives' values between two lines of the log."""
+"""Means of the objectives between two lines of the log."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class TermMeter:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, sums: dict[str, Tensor], counted: dict[str, Tensor]) -> None:
-        """Take in one micro-batch: each term's sum, and the number of images it counted."""
+        """Add one micro-batch: each term's sum, and the number of images it counted."""
         for key, total in sums.items():
             pair = torch.stack([total.float(), counted[key].to(total.device).float()])
             self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def flush(self, weights: dict[str, float], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """{key: mean, key_share: its part of the (absolute, weighted) total}, and start anew."""
+        """{key: mean, key_share: its fraction of the (absolute, weighted) total}; the sums are then empty."""
         if not self._sums:
             return {}
         keys = list(self._sums)
         pairs = gather(torch.stack([self._sums[key] for key in keys])[None]).sum(0).tolist()
         self._sums.clear()
         means = {key: total / max(count, 1.0) for key, (total, count) in zip(keys, pairs, strict=True)}
-        parts = {key: abs(weights[key] * mean) for key, mean in means.items()}
-        whole = sum(parts.values()) or 1.0
-        return means | {f"{key}_share": part / whole for key, part in parts.items()}
+        weighted = {key: abs(weights[key] * mean) for key, mean in means.items()}
+        total = sum(weighted.values()) or 1.0
+        return means | {f"{key}_share": value / total for key, value in weighted.items()}

@@ -1,4 +1,4 @@
-"""A Trainer whose container is sharded by FSDP2 where the launcher asks for it, and whose checkpoints are whole."""
+"""A Trainer that shards by FSDP2 where the launcher requests it, and saves unsharded checkpoints."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hf_kdtl.utils.distributed import LAUNCHED, fsdp_requested, gather_full, sha
 
 
 def shard(distiller: Distiller, **options: Any) -> Distiller:
-    """Put every block, what is around them and every objective with parameters into a unit of FSDP2; the teacher too.
+    """Make every block, the modules around them and every objective with parameters a unit of FSDP2; the teacher too.
 
-    DistillationTrainer calls it where `accelerate launch` asks for FSDP2. In a loop of your own build the container
+    DistillationTrainer calls it where `accelerate launch` requests FSDP2. In your own loop build the container
     with `context=RunContext.of(student, teacher, sharded=True)`, by which objectives choose what is exact here or
     refuse; then shard it; then make the optimizer. Every process calls it, for equal weights.
 
-    The student is a unit of its own within the container: a derivative's inner backward pass ends with the weights of
-    the outermost unit given back, and the student runs again after it.
+    The student is a unit of its own within the container: a derivative's inner backward pass ends by resharding the
+    outermost unit, and the student runs again after it.
 
     Args:
         options: of `torch.distributed.fsdp.fully_shard`, such as mesh.
@@ -37,21 +37,21 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
         the container, changed in place.
 
     Raises:
-        ValueError: for a container that a gradient rule wants apart; when the blocks of a model cannot be found.
+        ValueError: for a container that splits its terms for a gradient rule; when a model's blocks are not found.
     """
     if distiller.split_terms is not None:
         raise ValueError(
-            "a gradient_rule compares whole gradients, and FSDP2 leaves each process a part of them. Use DDP, or no "
+            "a gradient_rule compares full gradients, and FSDP2 leaves each process a shard of them. Use DDP, or no "
             "gradient_rule."
         )
     teacher = None if distiller.teacher is None else distiller.teacher.model
     models: list[Any] = [distiller.student] + ([] if teacher in (None, distiller.student) else [teacher])
     for model in models:
         if isinstance(model, FSDPModule):
-            continue  # a teacher that has served another run
+            continue  # a teacher that another run has sharded
         for _, block in find_blocks(model):
             fully_shard(block, **options)
-        # Given back after the backward pass only: one that begins inside the model fetches nothing around the blocks.
+        # Resharded after the backward pass only: one that begins inside the model fetches nothing around the blocks.
         fully_shard(model, **options, reshard_after_forward=False)
     for objective in distiller.objectives.values():
         if any(True for _ in objective.parameters()):
@@ -63,8 +63,8 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
 
 
 def _begin(distiller: Distiller) -> None:
-    """Run the container without content: FSDP2 takes the first module that runs for the outermost, and the student may
-    run alone before a training step (to be evaluated, to have its layers counted)."""
+    """Run the container with an empty forward: FSDP2 takes the first module that runs for the outermost, and the
+    student may run alone before a training step (to be evaluated, to have its layers counted)."""
     vars(distiller)["forward"] = lambda: None
     try:
         distiller()
@@ -73,17 +73,17 @@ def _begin(distiller: Distiller) -> None:
 
 
 class ShardingTrainer(CheckpointingTrainer):
-    """A Trainer that shards as `hf_kdtl.utils.distributed` does, where `accelerate launch` was told to use FSDP.
+    """A Trainer that shards as `shard` does, where `accelerate launch` is configured for FSDP.
 
-    Accelerate starts the processes and is told nothing more. Its own way finds an optimizer's parameters again by
-    their addresses, which the empty parts of small ones share; Trainer's saves tensors in parts, by the student's
-    names. Here a checkpoint is that of one process, and one process, DDP and FSDP2 continue each other's.
+    Accelerate only starts the processes. Its own sharding finds an optimizer's parameters again by their addresses,
+    which the empty shards of small ones share; Trainer's saves sharded tensors, by the student's names. Here a
+    checkpoint is that of one process, and one process, DDP and FSDP2 resume each other's.
     """
 
     sharded = False
     """Whether training shards."""
 
-    _full_state: Mapping[str, dict[str, Tensor]] = {}  # what is being saved, of models in parts
+    _full_state: Mapping[str, dict[str, Tensor]] = {}  # of sharded modules, while they are saved
 
     @property
     def distiller(self) -> Distiller:
@@ -95,7 +95,7 @@ class ShardingTrainer(CheckpointingTrainer):
             super().create_accelerator_and_postprocess()
 
     def _shard(self) -> None:
-        """Put the container into parts, equal on all processes, and have it prepared. Once: later calls keep it."""
+        """Shard the container, equal on all processes, and prepare it. Once: later calls keep it."""
         container, args = self.distiller, self.args
         if not isinstance(container, FSDPModule):
             # As DDP does when it wraps: a head with random weights may be another one on every process.
@@ -108,7 +108,9 @@ class ShardingTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        assert not self.sharded or all(isinstance(p, DTensor) for p in held), "whole copies, which are thrown away"
+        assert not self.sharded or all(isinstance(p, DTensor) for p in held), (
+            "the optimizer holds unsharded copies, which are discarded"
+        )
         return optimizer
 
     def evaluation_loop(self, *args, **kwargs):
@@ -116,13 +118,13 @@ class ShardingTrainer(CheckpointingTrainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             if isinstance(self.model, FSDPModule):
-                self.model.reshard()  # what is around the blocks waits for a backward pass
+                self.model.reshard()  # the modules around the blocks wait for a backward pass
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    # ---- Saving: by all processes together before one writes: one that cannot would leave the others waiting ----
+    # ---- Saving: all processes gather before one writes: one that cannot would leave the others waiting ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if isinstance(self.model, FSDPModule):
@@ -156,7 +158,7 @@ class ShardingTrainer(CheckpointingTrainer):
 
 
 def _shard_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's whole state, as its parameters are in parts; the others are per parameter (a step)."""
+    """An optimizer's full state, sharded as its parameters are; other values are one per parameter (a step)."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = {i: {k: shard_like(v, own[i]) for k, v in values.items()} for i, values in state["state"].items()}
     return state | {"state": found}
@@ -164,7 +166,7 @@ def _shard_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, A
 
 @contextmanager
 def _only_launched() -> Iterator[None]:
-    """Hide from accelerate that it was to shard."""
+    """Hide from accelerate that it is to shard."""
     before = os.environ.pop(LAUNCHED, None)
     try:
         yield

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -18,17 +16,18 @@ from transformers.utils import logging
 
 from hf_kdtl.checkpoints.state import (
     START,
-    check_objectives,
-    load_distillation_state,
-    load_gradient_rule,
-    load_layer_rates,
-    load_start,
+    TENSORS,
+    CheckpointPart,
+    GradientRuleState,
+    LayerRatesState,
+    ObjectiveEntries,
+    ObjectiveTensors,
+    StartState,
+    load_parts,
     load_student,
-    save_distillation_state,
 )
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.functional.derivatives import math_attention
-from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
@@ -38,15 +37,15 @@ from hf_kdtl.trainer import checks
 from hf_kdtl.trainer.build import assemble
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
+from hf_kdtl.trainer.evaluation import EvaluatingTrainer
 from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.process_checks import check_ranks
-from hf_kdtl.trainer.publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(EvaluatingTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; what is saved, evaluated and
@@ -82,7 +81,12 @@ class DistillationTrainer(PublishingTrainer):
     args: DistillationConfig
     model: Any
 
-    def __init__(self, model=None, args: DistillationConfig | None = None, *positional, teacher=None, **keywords):
+    def __init__(
+        self, model=None, args: DistillationConfig | None = None, data_collator=None, train_dataset=None,
+        eval_dataset=None, processing_class=None, model_init=None, compute_loss_func=None, compute_metrics=None,
+        callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None,
+        *, teacher=None,
+    ):  # fmt: skip
         args = DistillationConfig("tmp_trainer") if args is None else args
         if not isinstance(args, DistillationConfig):
             raise TypeError(
@@ -94,12 +98,13 @@ class DistillationTrainer(PublishingTrainer):
         self._distiller: Distiller | None = None
         self._built_from: tuple[Any, ...] = ()
         self._gradients: GradientAccumulator | None = None
-        self._micro_step = 0
         self._term_losses: Parts = {}
         self._meter = TermMeter()
-        self._eval_terms: dict[str, list[Tensor]] | None = None
         self._stop = StopOnSignal()
-        super().__init__(model, args, *positional, **keywords)
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
+            compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+        )  # fmt: skip
         checks.check_setting(self)
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
@@ -124,6 +129,9 @@ class DistillationTrainer(PublishingTrainer):
         assert self._distiller is not None
         return self._distiller
 
+    def _settings(self) -> tuple[Any, ...]:
+        return self.args.objectives, self.args.layer_rates, self.args.gradient_rule, self.args.start
+
     @property
     def layer_rates(self) -> LayerRates | None:
         """The learning rates of the student's layers and their history; None where `args.layer_rates` is."""
@@ -135,9 +143,6 @@ class DistillationTrainer(PublishingTrainer):
         _ = self.distiller
         return self._gradients
 
-    def _settings(self) -> tuple[Any, ...]:
-        return self.args.objectives, self.args.layer_rates, self.args.gradient_rule, self.args.start
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if ours.rates is not None and not foreign:
@@ -145,7 +150,7 @@ class DistillationTrainer(PublishingTrainer):
         return super().create_optimizer(ours if model is None else model)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # Trainer prepares, clips, zeroes and accumulates self.model: for the while of this call that is the container.
+        # Trainer prepares, clips, zeroes and accumulates self.model: within this call that is the container.
         self._meter = TermMeter()
         student = self.model
         if self.sharded:
@@ -165,7 +170,7 @@ class DistillationTrainer(PublishingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._micro_step = 0
         if self._gradients is not None:
-            self._gradients.clear()  # of a window that was broken off
+            self._gradients.clear()  # of an interrupted window
         if self.layer_rates is not None:
             self.layer_rates.begin(self.state.global_step)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -182,12 +187,15 @@ class DistillationTrainer(PublishingTrainer):
             both = self.accelerator.gather(both).view(-1, 2).sum(0)
         return {"images": both[0], "labelled": both[1]}
 
-    def training_step(self, model, *args, **kwargs) -> Tensor:
-        # Blocks that are recomputed in the backward pass must meet the kernel that their forward ran.
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        # Blocks that are recomputed in the backward pass must use the kernel that their forward pass used.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
         math = recomputed and self.distiller.student_needs.order >= 2
-        with math_attention() if math else nullcontext(), separate_backward(self, model, self._gradients):
-            loss = super().training_step(model, *args, **kwargs)
+        with math_attention() if math else nullcontext():
+            if self._gradients is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = separate_backward(self, model, inputs, num_items_in_batch, self._gradients)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)
         return loss
@@ -200,30 +208,13 @@ class DistillationTrainer(PublishingTrainer):
         if self.accelerator.unwrap_model(model, keep_torch_compile=False) is not self._distiller:
             return self._task_loss(model, inputs, return_outputs, counts)
         if self._gradients is not None and isinstance(model, DistributedDataParallel):
-            model = model.module  # it is not to synchronise here, and would tie all terms together
+            model = model.module  # it must not synchronize here, and would tie all terms together
         result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
         self._micro_step += 1
         self._term_losses = result.pop("terms")
-        self._check_finite(result)
+        checks.check_finite(self, result)
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result) if return_outputs else result["loss"]
-
-    def _task_loss(self, model, inputs, return_outputs, counts: Counts):
-        """`eval_loss`: the task loss whatever the objectives, so that runs compare. As Trainer's, batch by batch."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = convert_to_fp32(model(**inputs))
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=counts["labelled"])
-        else:
-            values = cross_entropy(outputs["logits"], labels, self._task_smoothing())
-            loss = values.sum() / counts["labelled"].clamp(min=1)
-        loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def _task_smoothing(self) -> float:
-        smoothed = [getattr(o, "label_smoothing", None) for o in self.distiller.objectives.values()]
-        return next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
 
     def _draws(self, inputs: dict[str, Any]) -> Draws:
         """Randomness by the image's place in the whole batch (in evaluation: in the data set), so that micro-batches
@@ -246,17 +237,9 @@ class DistillationTrainer(PublishingTrainer):
 
     # ---- Never silently wrong ----
 
-    def _check_finite(self, result: dict[str, Any]) -> None:
-        if not torch.isfinite(result["loss"]):
-            counted, weights = result["counted"], self.distiller.weights
-            terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
-            raise checks.non_finite_loss_error(
-                self.state.global_step, result["loss"].item(), terms, self.args.output_dir
-            )
-
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 the scaler meets infinite gradients on purpose, and skips the step.
+        # With fp16 the scaler expects infinite gradients, and skips the step.
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
             raise checks.non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
         return norm
@@ -277,39 +260,19 @@ class DistillationTrainer(PublishingTrainer):
             logs.update(self.gradient_rule.log(self.state.global_step) if self.gradient_rule is not None else {})
         super().log(logs, start_time)
 
-    # ---- Evaluation: the student alone, as Trainer does it ----
+    # ---- Hyperparameter search: values inside objectives, layer_rates and gradient_rule, by dotted names ----
 
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        self._eval_terms = defaultdict(list) if self.args.eval_objectives else None
-        self._micro_step = 0
-        # Accelerate patched the container's forward for mixed precision, not the student's.
-        with self.accelerator.autocast():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        for key, values in (self._eval_terms or {}).items():
-            terms = torch.cat(values)
-            assert output.metrics is not None
-            output.metrics[f"{metric_key_prefix}_{key}"] = terms[~terms.isnan()].mean().item()
-        return output
+    def hyperparameter_search(self, hp_space=None, *args, **kwargs):
+        """As Trainer's. A name such as `objectives.logit_kd.temperature` reaches into a setting."""
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self._eval_terms is not None:
-            for key, value in self.objective_terms(inputs).items():
-                self._eval_terms[key].append(self.gather_function(self._per_image(key, value.detach(), inputs)).cpu())
-            self._micro_step += 1
-        return result
+        def space(trial: Any) -> dict[str, Any]:
+            values = hp_space(trial)
+            return values if trial is None else self.args.with_dotted(values)  # None: a backend asks for the space
 
-    def _per_image(self, key: str, value: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """A term as one number an image; nan marks an image it does not count."""
-        labels = inputs.get("labels")
-        value = value.float().expand(inputs["pixel_values"].shape[0])
-        if self.distiller.objective(key).counts == "labelled" and labels is not None:
-            value = torch.where(labelled(labels).to(value.device), value, torch.nan)
-        return value
+        return super().hyperparameter_search(None if hp_space is None else space, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(self.args.with_dotted(trial) if isinstance(trial, dict) else trial)
 
     # ---- Checkpoints ----
 
@@ -320,25 +283,26 @@ class DistillationTrainer(PublishingTrainer):
         self._stop.raise_if_told_late(self.args)
         return output
 
-    def _save_beside(self, folder: Path) -> None:
-        start, rates = self.distiller.start, self.layer_rates
-        tensors = self._full_state.get("objectives", self.distiller.objectives.state_dict())
-        save_distillation_state(folder, tensors, self._built_from[0], rates, self.gradient_rule, start)
-        if start is not None:
-            start.save(folder.parent / START)
+    def _checkpoint_parts(self, folder: Path) -> dict[str, CheckpointPart]:
+        return {
+            "objectives": ObjectiveEntries(self.args.entries),
+            "start": StartState(self, folder.parent / START),
+            TENSORS: ObjectiveTensors(self, self._full_state.get("objectives")),
+            "layer_rates": LayerRatesState(self),
+            "gradient_rule": GradientRuleState(self),
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        plain = super()._load_from_checkpoint
-        check_objectives(resume_from_checkpoint, self.args.entries)
-        if self.distiller.start is not None:
-            # As it was when the run began: the student has moved on since.
-            self.distiller.start = load_start(self, resume_from_checkpoint)
-        self._load_weights(resume_from_checkpoint, lambda: plain(resume_from_checkpoint, model))
-        load_layer_rates(resume_from_checkpoint, self.layer_rates)
-        load_gradient_rule(resume_from_checkpoint, self.args.gradient_rule, self.gradient_rule)
+        parts, trainers_own = self._checkpoint_parts(Path(resume_from_checkpoint)), super()._load_from_checkpoint
+        first = {name: parts.pop(name) for name in ("objectives", "start")}  # while the student has its first weights
+        load_parts(resume_from_checkpoint, first)
+        self._load_weights(resume_from_checkpoint, lambda: trainers_own(resume_from_checkpoint, model))
+        load_parts(resume_from_checkpoint, parts)
 
     def _load_best_model(self) -> None:
-        self._load_weights(self._best(), super()._load_best_model)
+        best = self._best()
+        self._load_weights(best, super()._load_best_model)
+        load_parts(best, {TENSORS: ObjectiveTensors(self)})
 
     def _load_weights(self, folder: str, otherwise: Callable[[], None]) -> None:
         if isinstance(self.model, PreTrainedModel):
@@ -347,4 +311,3 @@ class DistillationTrainer(PublishingTrainer):
             load_adapters(self.model, folder)
         else:
             otherwise()
-        load_distillation_state(folder, self.distiller.objectives, self._built_from[0])

@@ -1,4 +1,4 @@
-"""Student, objectives and teacher spread over processes by FSDP2; their tensors made whole, and parts again."""
+"""Tensors that FSDP2 shards over processes: gathered, and sharded again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LAUNCHED = "ACCELERATE_USE_FSDP"
 
 
 def fsdp_requested() -> bool:
-    """Whether the launcher asks for FSDP."""
+    """Whether the launcher requests FSDP."""
     return os.environ.get(LAUNCHED, "").lower() == "true"
 
 
 def gather_full(tensors: Mapping[str, Any], keep: bool = True) -> dict[str, Any]:
-    """Every tensor of a state_dict, whole and on the CPU. Every process must call it; `keep=False` returns nothing."""
+    """Every tensor of a state_dict, gathered on the CPU. Every process must call it; `keep=False` returns nothing."""
     found = {}
     for name, value in tensors.items():
         if isinstance(value, DTensor):
@@ -31,15 +31,15 @@ def gather_full(tensors: Mapping[str, Any], keep: bool = True) -> dict[str, Any]
 
 
 def shard_like(value: Any, like: Any) -> Any:
-    """This process's part of a whole tensor, as `like` is in parts; anything else as it is."""
+    """This process's shard of a full tensor, placed as `like` is; anything else unchanged."""
     if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape or isinstance(value, DTensor):
         return value
-    # Each process has the whole one, so none sends any.
+    # Each process has the full tensor, so none sends any.
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_full_state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into a module that may be in parts, strictly."""
+    """Load full tensors into a module that may be sharded, strictly."""
     own = module.state_dict()
     module.load_state_dict({name: shard_like(value, own.get(name)) for name, value in tensors.items()}, strict=True)
 

@@ -225,7 +225,7 @@ def main(folder, kills, seed):
         found = ended(here)
         different += [f"{here.name}: {key}" for key in expected if not same(expected[key], found[key])]
         said = (here / "said.txt").read_text()
-        skipped, finished = skipped + said.count("is skipped"), finished + said.count("it is finished")
+        skipped, finished = skipped + said.count("is skipped"), finished + said.count("training is already complete")
         chains += 1
     count = {kind: sum(k == kind for k, _, _ in done) for kind in (*KINDS, LATE)}
     report = {"kills": sum(count[kind] for kind in KINDS), "by_kind": count, "chains": chains}

@@ -40,7 +40,7 @@ def test_where_one_cannot_write_all_end_with_the_same_sentence_and_resume(tmp_pa
     met = start(tmp_path / "out", tmp_path / "run", fails=[rank, 4])
     for one in met:
         assert "checkpoint-4 could not be written and was removed: [Errno 28] No space" in one["said"], met
-        assert "checkpoint-2: make room" in one["said"]
+        assert "checkpoint-2: free some space" in one["said"]
     assert steps(tmp_path / "run") == [2]
     assert [one["said"] for one in start(tmp_path / "out", tmp_path / "run", resume=True)] == ["", ""]
     found, expected = outcome(tmp_path, 8), outcome(undisturbed, 8)

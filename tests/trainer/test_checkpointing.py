@@ -154,7 +154,7 @@ def test_what_was_asked_for_and_is_not_whole_is_refused(run_folder, tmp_path):
     run = runner(run_folder)
     last = run_folder / "checkpoint-6"
     with pytest.raises(
-        ValueError, match=rf"checkpoint-4 is not a whole .*scheduler.pt has 0 .*last whole one is {last}"
+        ValueError, match=rf"checkpoint-4 is not a complete .*scheduler.pt has 0 .*latest complete one is {last}"
     ):
         run.train(resume_from_checkpoint=str(run_folder / "checkpoint-4"))
     with pytest.raises(ValueError, match=rf"checkpoint-5 is not .*no such folder.*{last}"):
@@ -162,16 +162,16 @@ def test_what_was_asked_for_and_is_not_whole_is_refused(run_folder, tmp_path):
     for folder in checkpoints(run_folder):
         (folder / "trainer_state.json").unlink()
     with pytest.raises(
-        ValueError, match=r"No whole checkpoint.*checkpoint-6: trainer_state.json is missing.*begin anew"
+        ValueError, match=r"No complete checkpoint.*checkpoint-6: trainer_state.json is missing.*from the beginning"
     ):
         run.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"No whole checkpoint in .*nothing \(there is none\)"):
+    with pytest.raises(ValueError, match=r"No complete checkpoint in .*nothing \(there is none\)"):
         runner(tmp_path / "nothing").train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_plain_trainer_is_said_to_be_one(run_folder):
     (run_folder / "checkpoint-6" / FILES).unlink()
-    with pytest.raises(ValueError, match=f"{FILES} is missing: it was lost, or this is no checkpoint of hf_kdtl"):
+    with pytest.raises(ValueError, match=f"{FILES} is missing: it was lost, or hf_kdtl's trainer did not"):
         runner(run_folder).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
 
 
@@ -181,7 +181,7 @@ def test_other_software_and_other_processes_are_said(run_folder, caplog):
     content["written_with"] |= {"transformers": "5.1.0", "processes": 2}
     path.write_text(json.dumps(content))
     runner(run_folder).train(resume_from_checkpoint=True)
-    assert "transformers 5.1.0 (now" in caplog.text and "processes 2 (now 1): it goes on, and not" in caplog.text
+    assert "transformers 5.1.0 (now" in caplog.text and "processes 2 (now 1): resuming, but not" in caplog.text
 
 
 # ---- Two runs in one folder ----
@@ -265,7 +265,7 @@ def test_another_optimizer_is_refused_and_another_seed_is_said(run_folder, caplo
         runner(run_folder, optim="sgd", max_steps=7).train(resume_from_checkpoint=True)
     assert "was written with" not in caplog.text
     runner(run_folder, seed=7).train(resume_from_checkpoint=True)
-    assert "was written with seed 42 (now 7): it goes on, and not bitwise" in caplog.text
+    assert "was written with seed 42 (now 7): resuming, but not bit-identical" in caplog.text
 
 
 # ---- A save that fails ----
@@ -311,8 +311,8 @@ def test_a_disk_that_is_full_at_any_file_of_a_save(run_folder, monkeypatch, whic
     before = contents(last)
     run = runner(run_folder, save_total_limit=1, max_steps=7)
     begun = failing(monkeypatch, error, which, lambda: run.state.global_step == 7)
-    said = rf"checkpoint-7 could not be written and was removed: .*{str(error)[-12:]}.*bytes are free\). The last "
-    with pytest.raises(OSError, match=said + rf"whole one is {last}: make room and continue"):
+    said = rf"checkpoint-7 could not be written and was removed: .*{str(error)[-12:]}.*bytes are free\). The latest "
+    with pytest.raises(OSError, match=said + rf"complete one is {last}: free some space and continue"):
         run.train(resume_from_checkpoint=True)
     assert len(begun) >= which and run.args.save_total_limit == 1
     assert left(run_folder) == [2, 4, 6] and contents(last) == before and verify(last) == []
@@ -336,7 +336,7 @@ def test_a_real_limit_on_the_size_of_a_file(tmp_path, kilobytes):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = runner(tmp_path, callbacks=[Full()])
     try:
-        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*checkpoint-2: make room"):
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*checkpoint-2: free some space"):
             run.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -501,7 +501,7 @@ def test_nothing_is_removed_before_the_new_one_is_on_the_disk(run_folder, monkey
 
     fail(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(
-        OSError, match=r"point-7 could not be written and was removed: .*Disk quota.* is .*point-6: make"
+        OSError, match=r"point-7 could not be written and was removed: .*Disk quota.* is .*point-6: free"
     ):
         runner(run_folder, save_total_limit=1, max_steps=7).train(resume_from_checkpoint=True)
     assert left(run_folder) == [2, 4, 6]
@@ -543,7 +543,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced_and_not_mixed(tmp_path, monke
     run = runner(tmp_path, max_steps=2, learning_rate=1.0)
     failing(monkeypatch, NO_SPACE, 5, lambda: True)
     with pytest.raises(
-        OSError, match=r"checkpoint-2 could not be written and was removed.*last whole one is .*point-2:"
+        OSError, match=r"checkpoint-2 could not be written and was removed.*latest complete one is .*point-2:"
     ):
         run.train()
     assert verify(stale) == [] and (stale / "optimizer.pt").read_bytes() == kept

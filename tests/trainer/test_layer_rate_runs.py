@@ -428,10 +428,6 @@ def test_bad_settings_are_refused_by_the_config(tmp_path, rates, said):
 def test_the_config_is_data(tmp_path):
     made = DistillationConfig(str(tmp_path), layer_rates='{"source": "jacobian"}')
     assert made.layer_rates == {"source": "jacobian"} == made.to_dict()["layer_rates"]
-    setattr(made, "layer_rates.momentum", 0.5)
-    assert getattr(made, "layer_rates.momentum") == 0.5 == made.rate_options.momentum
-    with pytest.raises(ValueError, match="momentum is 2"):
-        setattr(made, "layer_rates.momentum", 2)
     assert DistillationConfig(str(tmp_path), layer_rates={}).rate_options.mode == "discrepancy", "the defaults"
     with pytest.raises(ValueError, match="optim is 'lomo', which cannot have a learning rate per layer"):
         DistillationConfig(str(tmp_path), layer_rates={"mode": "llrd"}, optim="lomo")

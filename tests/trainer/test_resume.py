@@ -1,6 +1,7 @@
 """A stopped run continues as if it had never stopped, and the best checkpoint is loaded whole."""
 
 import importlib
+import json
 import os
 import signal
 
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainerState
 
-from hf_kdtl.checkpoints.manifest import write_manifest
+from hf_kdtl import DistillationTrainer
+from hf_kdtl.checkpoints.manifest import read_manifest, write_manifest
 from hf_kdtl.checkpoints.state import STATE_JSON
+from hf_kdtl.models.teachers.start import StartingPoint
 from tests.support.helpers import Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
 
@@ -96,7 +99,7 @@ def test_a_run_that_is_finished_makes_no_further_step(tmp_path, steps, best, cap
     assert again.train(resume_from_checkpoint=True).global_step == whole.state.global_step
     assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
-    assert "it is finished, and is loaded as it is" in caplog.text
+    assert "training is already complete, and the model is loaded" in caplog.text
     assert not best or again.state.best_global_step == 1
 
 
@@ -130,7 +133,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path):
     tensors.pop(next(name for name in tensors if "classifier.weight" in name))
     save_file(tensors, path, metadata={"format": "pt"})
     write_manifest(path.parent, 1, [])  # as if it had been written so
-    with pytest.raises(ValueError, match=r"does not fit ViTForImageClassification.*classifier.weight"):
+    with pytest.raises(ValueError, match=r"does not match ViTForImageClassification.*classifier.weight"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(str(tmp_path / "checkpoint-4"))
 
 
@@ -149,7 +152,7 @@ def test_a_checkpoint_of_another_architecture_or_a_newer_version_is_refused(tmp_
     path = tmp_path / "checkpoint-6" / STATE_JSON
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     write_manifest(path.parent, 1, [])
-    with pytest.raises(ValueError, match=r"is of version 2 and this hf_kdtl reads up to 1: .*newer one. Install"):
+    with pytest.raises(ValueError, match=r"has version 2 and this hf_kdtl reads up to 1: a newer .*. Install"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
 
 
@@ -159,13 +162,13 @@ def test_a_start_that_was_damaged_stops_the_resume(tmp_path):
     weights_file, config_file = (tmp_path / "start" / name for name in ("model.safetensors", "config.json"))
     whole = weights_file.read_bytes()
     for path, content, said in (
-        (weights_file, b"", r"start cannot be read \(.*Put it back as it was"),
+        (weights_file, b"", r"start cannot be read \(.*restore the folder"),
         (
             weights_file,
             whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
             r"are not those that .* or they were damaged",
         ),
-        (config_file, b"{", r"start cannot be read \(.*Put it back as it was"),
+        (config_file, b"{", r"start cannot be read \(.*restore the folder"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=said):
@@ -296,4 +299,66 @@ def test_resuming_with_another_option_is_said(tmp_path, caplog):
     other = [{"name": "task", "weight": 0.3}, {"name": "logit_kd", "weight": 0.7, "temperature": 2.0}]
     runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=other, **RUN)
     runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert "'temperature': 2.0" in caplog.text and "it goes on with" in caplog.text
+    assert "'temperature': 2.0" in caplog.text and "continuing with" in caplog.text
+
+
+def test_a_checkpoint_in_the_form_of_the_first_version_resumes(tmp_path):
+    """Written here as version 0.1 wrote it: one JSON file, one safetensors file, the start next to the checkpoints."""
+    objectives = [{"name": "task"}, {"name": "hidden_states"}, {"name": "l2_sp", "weight": 0.1}]
+    more = {"layer_rates": {"mode": "discrepancy", "source": "attention"}, "gradient_rule": {"name": "never_hurt"}}
+
+    def run():
+        teacher = build("vit", seed=5, hidden_size=48, num_attention_heads=3)
+        return trainer(tmp_path, build("vit"), teacher, objectives=objectives, **RUN | more)
+
+    first = run()
+    first.train()
+    folder = tmp_path / "checkpoint-4"
+    state = json.loads((folder / STATE_JSON).read_text())
+    old = {
+        "version": 1,
+        "objectives": objectives,
+        "layer_rates": state["layer_rates"],
+        "gradient_rule": {"options": state["gradient_rule"]["options"], "history": state["gradient_rule"]["history"]},
+        "start": StartingPoint.from_path(tmp_path / "start", build("vit"), None).fingerprint,
+    }
+    assert state == old and {"options", "rates", "history"} == old["layer_rates"].keys()
+    (folder / STATE_JSON).write_text(json.dumps(old, indent=2))
+    tensors = load_file(folder / "distillation_state.safetensors")
+    assert tensors.keys() == first.distiller.objectives.state_dict().keys() and len(tensors) > 0
+    write_manifest(folder, 1, [], read_manifest(folder)["run"])
+    again = run()
+    again.train(resume_from_checkpoint=str(folder))
+    assert largest_difference(weights(first.distiller), weights(again.distiller)) == 0.0
+    assert again.gradient_rule.history == first.gradient_rule.history
+    assert again.layer_rates.state_dict() == first.layer_rates.state_dict()
+
+
+def test_a_new_part_of_a_checkpoint_is_one_line(tmp_path):
+    class Counter:
+        def __init__(self):
+            self.loaded = None
+
+        def state_dict(self):
+            return {"seen": torch.arange(3.0)}
+
+        def load_state_dict(self, state):
+            self.loaded = state
+
+    counters = []
+
+    class WithCounter(DistillationTrainer):
+        def _checkpoint_parts(self, folder):
+            counters.append(Counter())
+            return super()._checkpoint_parts(folder) | {"counter": counters[-1]}
+
+    def run():
+        settings = config(tmp_path, objectives=[{"name": "task"}], **RUN | {"max_steps": 2})
+        return WithCounter(build("resnet"), settings, train_dataset=Images(8))
+
+    run().train()
+    run().train(resume_from_checkpoint=True)
+    assert counters[-1].loaded["seen"].tolist() == [0.0, 1.0, 2.0]
+    (tmp_path / "checkpoint-2" / "counter.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"counter\.safetensors is missing"):
+        run().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

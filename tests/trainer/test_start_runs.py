@@ -52,7 +52,7 @@ def test_a_start_that_went_missing_stops_the_resume(tmp_path):
     trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN).train()
     (tmp_path / "start").rename(tmp_path / "elsewhere")
     again = trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN)
-    with pytest.raises(ValueError, match=r"start is missing.*Put the folder back"):
+    with pytest.raises(ValueError, match=r"start is missing.*restore the folder"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -202,7 +202,7 @@ def test_the_start_of_another_run_is_refused(tmp_path):
     trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN).train()
     trainer(tmp_path, build("vit", seed=3), objectives=L2_SP, **RUN | {"max_steps": 2}).train()
     again = trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN)
-    with pytest.raises(ValueError, match="another run was begun in this folder since"):
+    with pytest.raises(ValueError, match="another run has used this folder since"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

@@ -1,0 +1,90 @@
+"""A Trainer that evaluates the student alone, and reports the objectives' terms where they are asked for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate.utils import convert_to_fp32
+from torch import Tensor
+
+from hf_kdtl.functional.divergences import cross_entropy, labelled
+from hf_kdtl.objectives import Objective
+from hf_kdtl.trainer.distiller import Counts
+from hf_kdtl.trainer.publishing import PublishingTrainer
+
+
+class EvaluatingTrainer(PublishingTrainer):
+    """A Trainer whose `eval_loss` is the task loss, and whose `eval_objectives` adds eval_<key> for every term."""
+
+    _eval_terms: EvaluationTerms | None = None
+    _micro_step = 0
+
+    def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._eval_terms = EvaluationTerms() if self.args.eval_objectives else None
+        self._micro_step = 0
+        # Accelerate patched the container's forward for mixed precision, not the student's.
+        with self.accelerator.autocast():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if self._eval_terms is not None:
+            assert output.metrics is not None
+            means = self._eval_terms.means()
+            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._eval_terms is not None:
+            for key, value in self.objective_terms(inputs).items():
+                value = per_image(self.distiller.objective(key), value.detach(), inputs)
+                self._eval_terms.add(key, self.gather_function(value))
+            self._micro_step += 1
+        return result
+
+    def _task_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, counts: Counts) -> Any:
+        """`eval_loss`: the task loss whatever the objectives, so that runs compare. As Trainer's, batch by batch."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = convert_to_fp32(model(**inputs))
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=counts["labelled"])
+        else:
+            smoothed = [getattr(o, "label_smoothing", None) for o in self.distiller.objectives.values()]
+            smoothing = next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
+            values = cross_entropy(outputs["logits"], labels, smoothing)
+            loss = values.sum() / counts["labelled"].clamp(min=1)
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+class EvaluationTerms:
+    """The mean of each objective over the evaluation data, for `eval_objectives`."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, key: str, values: Tensor) -> None:
+        """Add one batch: a value per image, nan where the term does not count the image."""
+        self._values[key].append(values.cpu())
+
+    def means(self) -> dict[str, float]:
+        """{key: mean over the images that it counts}."""
+        terms = {key: torch.cat(values) for key, values in self._values.items()}
+        return {key: values[~values.isnan()].mean().item() for key, values in terms.items()}
+
+
+def per_image(objective: Objective, value: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """A term as one number per image; nan marks an image that it does not count."""
+    labels = inputs.get("labels")
+    value = value.float().expand(inputs["pixel_values"].shape[0])
+    if objective.counts == "labelled" and labels is not None:
+        value = torch.where(labelled(labels).to(value.device), value, torch.nan)
+    return value
