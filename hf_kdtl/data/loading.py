@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from hf_kdtl.data.bit_depth import CHOICES, check_bit_depths
 from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, with_two_columns
 from hf_kdtl.data.decoding import decode_row
-from hf_kdtl.data.sources import open_source
+from hf_kdtl.data.duplicates import check_duplicates
+from hf_kdtl.data.sources import Source, open_source, source_name
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.utils.text import some
 
@@ -83,7 +84,7 @@ class ImageData:
 
 
 def load_images(
-    source: str = "digits",
+    source: Source = "digits",
     *,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -96,11 +97,19 @@ def load_images(
     """Load images with labels, and make the splits that are missing.
 
     Args:
-        source: "digits" (the 1797 handwritten digits that scikit-learn carries, 8 x 8, even if
-            a folder of that name is here: "./digits"), a folder of images (a
-            sub-folder for each class; or train, validation and test folders of these), a parquet file, a folder or a
-            glob of parquet files (a name that begins with train, validation, valid, val, dev or test goes to that
-            split), a dataset written by save_to_disk, or else the name of a dataset on the Hub.
+        source: one of
+
+            - "digits": the 1797 handwritten digits that scikit-learn carries, 8 x 8, even if a folder of that name is
+              here ("./digits");
+            - a folder of images: a sub-folder for each class; or train, validation and test folders of these (also
+              val, valid, dev, ...; also one level down). `unlabelled` is no class: its images train without a label.
+              A metadata.csv or .jsonl (file_name, label) names the classes where the folders do not;
+            - a glob of class folders, such as "photos/*/*", where the folders can be read in more than one way;
+            - a csv, tsv or jsonl file of paths (file_name, path, ...), labels and, as it may be, split;
+            - a parquet file, a folder or a glob of parquet files, or of WebDataset archives (.tar): a name that begins
+              with train, validation, valid, val, dev or test goes to that split;
+            - a dataset written by save_to_disk, a `datasets.Dataset` or `DatasetDict`;
+            - or else the name of a dataset on the Hub.
         image_column, label_column: needed where there is not exactly one candidate. By default the column whose
             feature is an Image, and the one that is a ClassLabel, or else the only one of strings or integers.
         validation_fraction, test_fraction: share of the labelled images of train, in (0, 1), that a missing split
@@ -124,16 +133,21 @@ def load_images(
         if not 0 < fraction < 1:
             raise ValueError(f"{name}_fraction is {fraction}, expected a share between 0 and 1, such as 0.15.")
     notes: list[str] = []
-    splits = with_two_columns(open_source(source, notes), image_column, label_column, notes)
+    splits = with_two_columns(
+        open_source(source, notes, image_column, label_column), image_column, label_column, notes
+    )
     if on_bad_image == "skip":
         splits = {name: _readable(split, name, notes) for name, split in splits.items()}
     missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
     if missing:
         splits |= _cut(splits["train"], missing, seed, notes)
     _check_labels(splits, notes)
+    check_duplicates(splits, notes)
     splits = check_bit_depths(splits, high_bit_depth, notes)
     names = splits["train"].features["label"].names
-    return ImageData(splits["train"], splits["validation"], splits["test"], names, notes, source, high_bit_depth)
+    return ImageData(
+        splits["train"], splits["validation"], splits["test"], names, notes, source_name(source), high_bit_depth
+    )
 
 
 def _readable(split: Dataset, name: str, notes: list[str]) -> Dataset:

@@ -6,30 +6,25 @@ import io
 import re
 from glob import glob, has_magic
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from hf_kdtl.utils.options import closest
+from hf_kdtl.data.folders import SPLITS, open_class_folders, open_folder, split_name
+from hf_kdtl.data.tables import METADATA, open_table
+from hf_kdtl.data.webdataset import open_webdataset
+from hf_kdtl.utils.options import closest, suggestion
 
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
+Source: TypeAlias = str | Path | Dataset | DatasetDict
 
 
-def open_source(source: str, notes: list[str]) -> dict[str, Dataset]:
+def open_source(
+    source: Source, notes: list[str], image_column: str | None = None, label_column: str | None = None
+) -> dict[str, Dataset]:
     """{"train": ..., any of "validation" and "test"}, with the columns and features that the source has.
 
     What was decided on the way is appended to `notes`. The meaning of `source` is that of `load_images`.
@@ -38,40 +33,77 @@ def open_source(source: str, notes: list[str]) -> dict[str, Dataset]:
         ValueError: when there is nothing at `source`, or no training split in it.
     """
     splits: dict[str, Dataset] = {}
-    opened = _open(source, notes)
+    name_of = source_name(source)
+    if isinstance(source, Dataset | DatasetDict | dict):
+        opened = _given(source, notes)
+    elif isinstance(source, str | Path):
+        opened = _open(str(source), notes, image_column, label_column)
+    else:
+        raise ValueError(
+            f"The source is a {type(source).__name__}, expected a path, a name, a datasets.Dataset or a DatasetDict."
+        )
     for name, split in opened.items():
-        if (known := SPLITS.get(str(name).lower())) is None:
-            notes.append(f"The split {name!r} of {source} ({len(split)} images) was not used.")
+        if (known := split_name(str(name))) is None:
+            notes.append(f"The split {name!r} of {name_of} ({len(split)} images) was not used.")
         elif known in splits:
             raise ValueError(
-                f"{source!r} has two {known} splits ({', '.join(map(str, opened))}), expected one of each."
+                f"{name_of!r} has two {known} splits ({', '.join(map(str, opened))}), expected one of each."
             )
         else:
             splits[known] = split
     if "train" not in splits:
-        raise ValueError(f"{source!r} has the splits {', '.join(map(str, opened))}, expected one called 'train'.")
+        raise ValueError(f"{name_of!r} has the splits {', '.join(map(str, opened))}, expected one called 'train'.")
     return splits
 
 
-def _open(source: str, notes: list[str]) -> dict[str, Dataset]:
+def source_name(source: Source) -> str:
+    """The source in a few words, for notes and reports."""
+    return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__} in memory"
+
+
+def _given(source: Dataset | DatasetDict | dict[str, Dataset], notes: list[str]) -> dict[str, Dataset]:
+    splits = {"train": source} if isinstance(source, Dataset) else dict(source)
+    if odd := [name for name, split in splits.items() if not isinstance(split, Dataset)]:
+        raise ValueError(
+            f"The split {odd[0]!r} is a {type(splits[odd[0]]).__name__}, expected a datasets.Dataset (a stream has no "
+            "length: load it without streaming=True)."
+        )
+    if any(split.format["type"] == "custom" for split in splits.values()):
+        notes.append("The transform of the dataset (set_transform) is not applied: ImageDataset makes the pixels.")
+    return {name: split.with_format(None) for name, split in splits.items()}
+
+
+def _open(
+    source: str, notes: list[str], image_column: str | None = None, label_column: str | None = None
+) -> dict[str, Dataset]:
     if source == "digits":
         return {"train": _digits()}
     path = Path(source).expanduser()
-    if has_magic(source):
-        files = sorted(Path(name) for name in glob(str(path), recursive=True))
-        return _open_parquet(files, source)
+    if has_magic(source) and not path.exists():
+        found = sorted(Path(name) for name in glob(str(path), recursive=True))
+        folders = [entry for entry in found if entry.is_dir()]
+        if folders and (len(folders) == len(found) or not any(entry.suffix == ".parquet" for entry in found)):
+            return open_class_folders(folders, source, notes)
+        return _open_files(found, source)
+    if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():
+        return open_table(path, image_column, notes)
     if path.is_file():
-        return _open_parquet([path], source)
+        return _open_files([path], source)
     if path.is_dir():
-        return _open_folder(path, notes)
+        return _open_folder(path, label_column, notes)
     _refuse_missing_path(source, path)
     try:
         return dict(datasets.load_dataset(source))
     except Exception as error:
         raise ValueError(
             f"{source!r} is no file or folder here, and could not be loaded from the Hub ({type(error).__name__}: "
-            f"{error}). Expected a path, the name of a dataset on the Hub, or 'digits'."
+            f"{error}). Expected a path, the name of a dataset on the Hub, or 'digits'.{_near(source)}"
         ) from error
+
+
+def _near(source: str) -> str:
+    here = [entry.name for entry in Path().iterdir() if not entry.name.startswith(".")]
+    return suggestion(source, ["digits", *here])
 
 
 def _refuse_missing_path(source: str, path: Path) -> None:
@@ -90,6 +122,8 @@ def _refuse_missing_path(source: str, path: Path) -> None:
 
 
 def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = [{"bytes": _png(np.rint(image * (255 / 16)).astype(np.uint8)), "path": None} for image in digits.images]
     features = datasets.Features(
@@ -104,43 +138,26 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _open_folder(folder: Path, notes: list[str]) -> dict[str, Dataset]:
+def _open_folder(folder: Path, label_column: str | None, notes: list[str]) -> dict[str, Dataset]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         saved = datasets.load_from_disk(str(folder))
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-    if parquet := sorted(folder.rglob("*.parquet")):
-        return _open_parquet(parquet, str(folder))
-    extensions = set(ImageFolder.EXTENSIONS)
-    if not any(file.suffix.lower() in extensions for file in folder.rglob("*")):
-        raise ValueError(
-            f"The folder {str(folder)!r} holds no images, expected a sub-folder of images (png, jpg, ...) for each "
-            "class, parquet files, or a dataset written by save_to_disk."
-        )
-    return {name: _imagefolder(part) for name, part in _split_folders(folder, notes).items()}
+    tables = [file for file in sorted(folder.rglob("*.parquet")) if file.name not in METADATA]
+    archives = [] if tables else sorted(folder.glob("*.tar"))
+    if tables or (archives and not any(entry.is_dir() for entry in folder.iterdir())):
+        return _open_files(tables or archives, str(folder))
+    return open_folder(folder, label_column, notes)
 
 
-def _split_folders(folder: Path, notes: list[str]) -> dict[str, Path]:
-    """{split: folder}. Not left to `datasets`: it takes a class called "train" or "test tube" for a split, and drops
-    the other classes without a word."""
-    subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    splits = {SPLITS[entry.name.lower()]: entry for entry in subfolders if entry.name.lower() in SPLITS}
-    others = [entry.name for entry in subfolders if entry.name.lower() not in SPLITS]
-    holds_classes = "train" in splits and any(entry.is_dir() for entry in splits["train"].iterdir())
-    if "train" not in splits or (others and not holds_classes):
-        return {"train": folder}
-    if others:
-        notes.append(f"Folders beside {splits['train'].name} that are no splits were not used: {', '.join(others)}.")
-    return splits
-
-
-def _imagefolder(folder: Path) -> Dataset:
-    return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files={"train": "**"}, split="train")
-
-
-def _open_parquet(files: list[Path], source: str) -> dict[str, Dataset]:
-    if not files or any(file.suffix != ".parquet" for file in files):
+def _open_files(files: list[Path], source: str) -> dict[str, Dataset]:
+    parquet = bool(files) and all(file.suffix == ".parquet" for file in files)
+    if not parquet and not (files and all(file.name.endswith((".tar", ".tar.gz", ".tgz")) for file in files)):
         found = ", ".join(file.name for file in files[:5]) or "no file"
-        raise ValueError(f"{source!r} matches {found}, expected parquet files or a folder of images.")
+        unpack = " Unpack it first, and name the folder." if any(file.suffix == ".zip" for file in files) else ""
+        raise ValueError(
+            f"{source!r} matches {found}, expected parquet files or a folder of images; or WebDataset archives "
+            f"(.tar), or one table of paths and labels (.csv, .tsv, .jsonl).{unpack}{'' if files else _near(source)}"
+        )
     groups: dict[str, list[Path]] = {}
     for file in files:
         prefix = re.match(r"[a-z]*", file.stem.lower())
@@ -148,7 +165,8 @@ def _open_parquet(files: list[Path], source: str) -> dict[str, Dataset]:
     if "" in groups and len(groups) > 1:
         names = ", ".join(file.name for file in groups[""][:5])
         raise ValueError(f"The split of {names} is unknown, expected names that begin with train, validation or test.")
-    return {name or "train": _read_parquet(group) for name, group in groups.items()}
+    read = _read_parquet if parquet else open_webdataset
+    return {name or "train": read(group) for name, group in groups.items()}
 
 
 def _read_parquet(files: list[Path]) -> Dataset:

@@ -51,6 +51,10 @@ def counts(split: Dataset) -> list[int]:
     return np.bincount(split["label"][:]).tolist()
 
 
+def sizes(data: ImageData) -> list[int]:
+    return [len(split) for split in (data.train, data.validation, data.test)]
+
+
 def check(data: ImageData) -> None:
     for split in (data.train, data.validation, data.test):
         assert split.features == Features(image=datasets.Image(decode=False), label=ClassLabel(names=data.label_names))
@@ -241,6 +245,40 @@ def test_a_hub_name_is_loaded_without_further_arguments(monkeypatch):
     assert len(data.validation) == 2
 
 
+def test_a_wrong_name_suggests_the_close_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(folder(tmp_path, {"flowers": 1}))
+    with pytest.raises(ValueError, match="Did you mean 'digits'"):
+        load_images("digit")
+    with pytest.raises(ValueError, match="Did you mean 'flowers'"):
+        load_images("flower")
+
+
+def test_datasets_in_memory_are_taken_as_they_are(tmp_path):
+    one = table([0, 1] * 20)
+    data = load_images(one)
+    check(data)
+    assert (data.source, sizes(data)) == ("a Dataset in memory", [28, 6, 6])
+    both = load_images(DatasetDict(train=one, dev=table([1, 0])))
+    assert sizes(both) == [34, 2, 6]
+    assert sizes(load_images({"train": one, "test": table([1, 0])})) == [34, 6, 2]
+    split = folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    assert sizes(load_images(split)) == [28, 6, 6]  # a Path
+
+
+def test_the_transform_of_a_dataset_is_noted_and_not_applied():
+    data = load_images(table([0, 1] * 20).with_transform(lambda rows: {"pixel_values": [0] * len(rows["label"])}))
+    check(data)
+    assert any("set_transform" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(("source", "what"), [(7, "a int"), (iter([]), "iterator")])
+def test_sources_of_another_type(source, what):
+    with pytest.raises(ValueError, match=rf"{what}.*, expected a path, a name, a datasets\.Dataset"):
+        load_images(source)
+    with pytest.raises(ValueError, match=r"'train' is a IterableDataset.*without streaming"):
+        load_images({"train": table([0, 1]).to_iterable_dataset()})
+
+
 @pytest.mark.parametrize("file", [None, "notes.txt"])
 def test_a_folder_without_images(tmp_path, file):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
@@ -251,7 +289,9 @@ def test_a_folder_without_images(tmp_path, file):
 
 
 def test_no_label_column(tmp_path):
-    with pytest.raises(ValueError, match=r"no column that could be the label.*'image' \(Image\).*sub-folder"):
+    with pytest.raises(
+        ValueError, match=r"no column that could be the label.*holds 3 images and no class.*sub-folder"
+    ):
         load_images(str(folder(tmp_path / "flat", {".": 3})))
 
 
@@ -317,9 +357,10 @@ def test_bad_parquet(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"train\.parquet could not be read, expected parquet"):
         load_images(str(tmp_path / "train.parquet"))
-    (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"matches data\.csv, expected parquet"):
-        load_images(str(tmp_path / "data.csv"))
+    for name, unpack in (("data.npz", ""), ("data.zip", ".* Unpack it first")):
+        (tmp_path / name).write_text("a,b")
+        with pytest.raises(ValueError, match=rf"matches {name}, expected parquet{unpack}"):
+            load_images(str(tmp_path / name))
     with pytest.raises(ValueError, match="matches no file"):
         load_images(str(tmp_path / "*.nothing"))
 

@@ -1,0 +1,63 @@
+"""Images that are in two splits, byte for byte: what is measured on them is memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+
+_BUDGET = 2**30
+"""So many bytes are read at most; only files whose size occurs in another split are read at all."""
+
+
+def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
+    """Note how many images of validation and test are also in train, or in each other."""
+    sizes = {name: list(_sizes(split)) for name, split in splits.items()}
+    seen_in = Counter(size for own in sizes.values() for size in set(own))
+    wanted = {name: [row for row, size in enumerate(own) if size and seen_in[size] > 1] for name, own in sizes.items()}
+    left = _BUDGET
+    digests: dict[str, Counter[bytes]] = {}
+    for name in sorted(wanted, key=lambda name: len(wanted[name])):  # train, the largest, last
+        digests[name] = Counter()
+        for content in _contents(splits[name].select(wanted[name])):
+            digests[name][hashlib.blake2b(content, digest_size=16).digest()] += 1
+            if (left := left - len(content)) < 0:
+                notes.append(f"Whether images are in two splits was not checked for all: that takes over {_BUDGET} B.")
+                return
+    for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        both = sum(count for digest, count in digests[name].items() if digest in digests[other])
+        if both:
+            notes.append(
+                f"{both} of {len(splits[name])} images of {name} are in {other} too, byte for byte: figures on them "
+                "measure memory. Remove them from one of the two."
+            )
+
+
+def _sizes(split: Dataset) -> Iterator[int]:
+    import pyarrow.compute as pc
+
+    for batch in split.select_columns("image").with_format("arrow").iter(1000):
+        cells: Any = batch["image"].combine_chunks()
+        lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()
+        for length, path in zip(lengths, pc.struct_field(cells, "path").to_pylist(), strict=True):
+            yield length if length is not None else _size_of(path)
+
+
+def _size_of(path: str | None) -> int:
+    try:
+        return os.stat(path or "").st_size
+    except OSError:  # a missing file is reported when it is decoded
+        return 0
+
+
+def _contents(split: Dataset) -> Iterator[bytes]:
+    for image in split.with_format(None)["image"]:
+        if image["bytes"] is not None:
+            yield image["bytes"]
+        else:
+            with open(image["path"], "rb") as file:
+                yield file.read()

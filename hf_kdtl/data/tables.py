@@ -1,0 +1,132 @@
+"""Tables of paths and labels: csv, tsv and jsonl files, and the metadata file of a folder of images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from datasets import Dataset
+
+from hf_kdtl.utils.options import suggestion
+from hf_kdtl.utils.text import some
+
+METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
+_PATHS = ("file_name", "filename", "path", "file", "image", "image_path", "filepath", "file_path")
+_LABELS = {"label", "labels", "class", "class_name", "target", "category"}
+
+
+def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[str, Dataset]:
+    """The images that a csv, tsv or jsonl file names, by the column `split` where it has one.
+
+    Paths are absolute, or relative to the folder of the table.
+
+    Raises:
+        ValueError: when the file cannot be read, has no column of paths, or none of the files exists.
+    """
+    table = _read(file)
+    column = _path_column(table, image_column, file)
+    paths = [None if p is None else str(file.absolute().parent / p) for p in table[column].to_pylist()]
+    missing = [str(path) for path in paths if path is None or not os.path.exists(path)]
+    if len(missing) == len(paths):
+        raise ValueError(
+            f"None of the {len(paths)} files that column {column!r} of {file.name} names exists (the first is "
+            f"{some(missing, 1)}), expected paths relative to {str(file.absolute().parent)!r}, or absolute ones."
+        )
+    if missing:
+        notes.append(f"{len(missing)} of {len(paths)} files that {file.name} names do not exist: {some(missing, 3)}.")
+    divided = "split" in table.column_names
+    names = [str(name) for name in table["split"].to_pylist()] if divided else ["train"] * len(paths)
+    images = _with_images(
+        table.drop_columns([c for c in ("split", column) if c in table.column_names]), paths, image_column or "image"
+    )
+    return {name: images.select([i for i, own in enumerate(names) if own == name]) for name in dict.fromkeys(names)}
+
+
+def metadata_split(
+    split: str, file: Path, images: list[Path], has_classes: bool, label_column: str | None, notes: list[str]
+) -> Dataset | None:
+    """The images that a folder's metadata file names, with its columns; None where the class folders decide.
+
+    They do where there are some, unless the file has a column named label (or class, ...), or `label_column`.
+
+    Raises:
+        ValueError: when the file cannot be read, or names files outside of the folder.
+    """
+    table = _read(file)
+    columns = [name for name in table.column_names if name not in ("file_name", "split")]
+    if has_classes and not (label_column in columns or _LABELS & {name.lower() for name in columns}):
+        notes.append(f"The classes of {split} are its folders; columns of {file.name} were not used: {some(columns)}.")
+        return None
+    column = _path_column(table, None, file)
+    named = [None if p is None else os.path.normpath(p.replace("\\", "/")) for p in table[column].to_pylist()]
+    # A downloaded folder must not name files elsewhere on this machine.
+    if outside := [p for p in named if p is not None and (os.path.isabs(p) or p.split(os.sep)[0] == "..")]:
+        raise ValueError(f"{file} names {outside[0]!r}, expected paths inside of its folder, relative to it.")
+    here = {str(path) for path in images}
+    paths = [None if p is None else str(file.parent / p) for p in named]
+    _note_differences(split, file, here, paths, notes)
+    kept = [i for i, path in enumerate(paths) if path in here]
+    if not kept:
+        raise ValueError(
+            f"{file} names none of the {len(here)} images in its folder (it names {some(named, 3)}), expected a "
+            "column file_name of paths relative to it."
+        )
+    return _with_images(table.drop_columns([column]), paths, "image").select(kept)
+
+
+def _note_differences(split: str, file: Path, here: set[str], paths: list[str | None], notes: list[str]) -> None:
+    unnamed = sorted(here - {path for path in paths if path})
+    absent = [str(path) for path in paths if path not in here]
+    if unnamed:
+        shown = some([os.path.basename(path) for path in unnamed], 3)
+        notes.append(
+            f"{len(unnamed)} of {len(here)} images of {split} are not named in {file.name} and were left out: {shown}."
+        )
+    if absent:
+        shown = some([os.path.basename(path) for path in absent], 3)
+        notes.append(f"{len(absent)} rows of {file.name} name no image of {split} and were left out: {shown}.")
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        if file.suffix == ".jsonl":
+            return pa.json.read_json(file)
+        if file.suffix == ".parquet":
+            return pa.parquet.read_table(file)
+        with open(file, encoding="utf-8-sig", errors="replace") as opened:
+            header = opened.readline()
+        # Only these mean "no value": a class may be called NA, None or null.
+        delimiter = max(",;\t", key=header.count)
+        table = pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(delimiter=delimiter))
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{str(file)!r} could not be read as a table ({error}), expected UTF-8 with a header line, the same "
+            "number of columns in every line."
+        ) from error
+    empty = [pc.if_else(pc.equal(c, ""), None, c) if pa.types.is_string(c.type) else c for c in table.columns]
+    return pa.table(dict(zip(table.column_names, empty, strict=True)))
+
+
+def _path_column(table: pa.Table, named: str | None, file: Path) -> str:
+    names = table.column_names
+    found = [name for name in _PATHS if name in names] if named is None else [named] if named in names else []
+    if not found:
+        hint = suggestion(named, names) if named else ""
+        raise ValueError(
+            f"{file.name} has the columns {some(names)}, expected one of paths of images called "
+            f"{named or 'file_name or path'}; or name it with image_column=...{hint}"
+        )
+    return found[0]
+
+
+def _with_images(table: pa.Table, paths: list[str | None], name: str) -> Dataset:
+    cells = [None if path is None else {"bytes": None, "path": path} for path in paths]
+    images = Dataset.from_dict({name: cells}, features=datasets.Features({name: datasets.Image(decode=False)}))
+    rest = Dataset(table.drop_columns([name]) if name in table.column_names else table)
+    return datasets.concatenate_datasets([images, rest], axis=1) if rest.column_names else images

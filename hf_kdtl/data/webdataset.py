@@ -1,0 +1,78 @@
+"""WebDataset archives: a tar whose files `key.jpg` and `key.cls` (or `key.json`) are an image and its label."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Value
+
+from hf_kdtl.data.scan import image_suffixes
+
+_LABELS = ("label", "cls", "class", "class_name")
+
+
+def open_webdataset(files: list[Path]) -> Dataset:
+    """The samples of the archives as columns `image` (bytes) and `label`; a sample without a label is unlabelled.
+
+    Raises:
+        ValueError: for an archive that cannot be read, or none of whose images has a label.
+    """
+    stamps = [(str(file), file.stat().st_mtime_ns) for file in files]  # the cache must not outlive the file
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": Value("string")})
+    try:
+        found: Any = Dataset.from_generator(_samples, features=features, gen_kwargs={"files": stamps})
+    except (tarfile.TarError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{files[0]} could not be read ({cause}), expected WebDataset archives (tar).") from error
+    labels = [label for label in found["label"][:] if label is not None]
+    if not labels:
+        raise ValueError(
+            f"{len(found)} images in {files[0]} have no label, expected a WebDataset archive: beside each key.jpg a "
+            'key.cls with its class, or a key.json with {"label": ...}.'
+        )
+    if all(label.lstrip("-").isdigit() for label in labels):
+        return found.cast_column("label", Value("int64"))
+    return found
+
+
+def _samples(files: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    for file, _ in files:
+        with tarfile.open(file) as archive:
+            key, sample = None, _empty()
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, name = os.path.split(member.name)
+                stem, _, ending = name.partition(".")
+                if (folder, stem) != key:
+                    yield from _complete(sample)
+                    key, sample = (folder, stem), _empty()
+                content = archive.extractfile(member)
+                assert content is not None
+                _add(sample, ending.lower(), content.read(), f"{file}/{member.name}")
+            yield from _complete(sample)
+
+
+def _empty() -> dict[str, Any]:
+    return {"image": None, "label": None}
+
+
+def _complete(sample: dict[str, Any]) -> list[dict[str, Any]]:
+    return [sample] if sample["image"] is not None else []
+
+
+def _add(sample: dict[str, Any], ending: str, content: bytes, name: str) -> None:
+    if ending in ("cls", "cls.txt"):
+        sample["label"] = content.decode("utf-8").strip()
+    elif ending == "json":
+        fields = json.loads(content)
+        label = next((fields[key] for key in _LABELS if key in fields), None) if isinstance(fields, dict) else None
+        sample["label"] = sample["label"] if label is None else str(label)
+    elif f".{ending.rpartition('.')[2]}" in image_suffixes():
+        sample["image"] = {"bytes": content, "path": name}
