@@ -16,7 +16,7 @@ from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, with_two_columns
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.duplicates import check_duplicates
 from hf_kdtl.data.sources import Source, open_source, source_name
-from hf_kdtl.models.labels import class_names
+from hf_kdtl.models.labels import class_names, label_order, same_classes, set_class_names
 from hf_kdtl.utils.text import some
 
 if TYPE_CHECKING:
@@ -60,18 +60,17 @@ class ImageData:
         """
         names = class_names(model.config)
         if names is None and model.config.num_labels == len(self.label_names):
-            model.config.id2label = dict(enumerate(self.label_names))
-            model.config.label2id = {name: index for index, name in enumerate(self.label_names)}
+            set_class_names(model.config, self.label_names)
             return self
-        if names is None or set(names) != set(self.label_names):
+        if names is None or not same_classes(names, self.label_names):
             has = f"{model.config.num_labels} unnamed" if names is None else some(names)
             raise ValueError(
                 f"the data has the classes {some(self.label_names)} and the model {has}. Give the model the classes "
                 "of the data: from_pretrained(..., num_labels=<their number>, ignore_mismatched_sizes=True)."
             )
-        if names == self.label_names:
+        place = label_order(self.label_names, names, ("data", "model"))
+        if place is None:
             return self
-        place = [names.index(name) for name in self.label_names]
 
         def reordered(split: Dataset) -> Dataset:
             labels = [place[label] if label >= 0 else label for label in split["label"][:]]

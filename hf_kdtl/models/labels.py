@@ -3,15 +3,69 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 
 def class_names(config: Any) -> list[str] | None:
-    """Names by class index, or None where they are transformers' defaults (LABEL_0, LABEL_1, ...)."""
+    """Names by class index, or None where they are transformers' defaults (LABEL_0, LABEL_1, ...).
+
+    The keys of `id2label` may be numbers or their text ("0", as JSON has them), and count from 0 or from 1.
+
+    Raises:
+        ValueError: for other keys.
+    """
     if config.id2label is None:  # PVT's config leaves it so
         return None
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    names = [str(name) for _, name in sorted(_by_index(config.id2label).items())]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _by_index(id2label: dict[Any, Any]) -> dict[int, Any]:
+    keys = list(id2label)
+    numbers = [int(key) if re.fullmatch(r"\d+", str(key)) else -1 for key in keys]
+    first = min(numbers, default=0)
+    if first not in (0, 1) or sorted(numbers) != list(range(first, first + len(keys))):
+        hint = " Is it label2id?" if all(isinstance(value, int) for value in id2label.values()) else ""
+        raise ValueError(f"id2label has the keys {keys[:5]}; expected the class indices 0 to {len(keys) - 1}.{hint}")
+    return {number - first: id2label[key] for number, key in zip(numbers, keys, strict=True)}
+
+
+def set_class_names(config: Any, names: Sequence[str]) -> None:
+    """Write class names into a model's config, by index."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists hold the same class names, in any order; composed and decomposed accents are the same."""
+    return sorted(_composed(one)) == sorted(_composed(other))
+
+
+def label_order(wanted: Sequence[str], found: Sequence[str], who: tuple[str, str] = ("student", "teacher")) -> Any:
+    """order[k]: where in `found` the class `wanted[k]` stands; None where the two lists are equal.
+
+    Equal lists may repeat a name (ImageNet has "crane" and "maillot" twice); in another order that is ambiguous.
+
+    Raises:
+        ValueError: when the classes differ or cannot be told apart, showing them.
+    """
+    ours, its = _composed(wanted), _composed(found)
+    if ours == its:
+        return None
+    if set(ours) != set(its):
+        raise ValueError(
+            f"{who[0]} and {who[1]} have different classes. Only the {who[0]}: {_few(set(ours) - set(its))}. Only the "
+            f"{who[1]}: {_few(set(its) - set(ours))}. Use a {who[1]} with these classes, rename its config.id2label, "
+            "or use objectives that compare no class outputs."
+        )
+    if repeated := {name for names in (ours, its) for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"the classes {_few(repeated)} occur more than once, and {who[0]} and {who[1]} list them in different "
+            "orders, so they cannot be told apart by name. Give each class a name of its own in config.id2label."
+        )
+    return [its.index(name) for name in ours]
 
 
 def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
@@ -35,19 +89,60 @@ def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
                 "objectives that compare no class outputs."
             )
         return None, f"labels matched by position: {unnamed} no class names."
-    for who, names in (("student", names_s), ("teacher", names_t)):
-        if repeated := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"the {who}'s classes {_few(repeated)} occur more than once; class names must be unique.")
-    if set(names_s) != set(names_t):
-        raise ValueError(
-            f"student and teacher have different classes. Only the student: {_few(set(names_s) - set(names_t))}. Only "
-            f"the teacher: {_few(set(names_t) - set(names_s))}. Use a teacher trained on these classes, rename its "
-            "config.id2label, or use objectives that compare no class outputs."
-        )
-    if names_s == names_t:
+    order = label_order(names_s, names_t)
+    if order is None:
         return None, "labels match by name, in the same order."
-    order = [names_t.index(name) for name in names_s]
     return order, "labels match by name in another order: the teacher's logits are re-ordered to the student's."
+
+
+def dataset_class_names(dataset: Any) -> list[str] | None:
+    """The names of label 0, 1, ... where a dataset has them: ImageDataset, features of `datasets`, torchvision."""
+    while type(dataset).__name__ == "Subset":
+        dataset = dataset.dataset
+    inner = getattr(dataset, "split", None)  # of an ImageDataset; of a datasets.Dataset it is only a name
+    features = getattr(inner, "features", None) or getattr(dataset, "features", None)
+    found = [getattr(features.get(key), "names", None) for key in ("label", "labels")] if features else []
+    found += [getattr(dataset, "classes", None)]
+    return next((list(names) for names in found if names and all(isinstance(name, str) for name in names)), None)
+
+
+def adopt_class_names(model: Any, names: Sequence[str] | None) -> None:
+    """Name the classes of a model that names none, after the data it is trained on or its teacher.
+
+    Otherwise a teacher would be matched to it by position, and teach cat where the data says dog.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "id2label"):
+        return
+    own = class_names(config)
+    if own is None and names is not None and len(names) == config.num_labels:
+        set_class_names(config, names)
+    elif own is not None and list(config.id2label) != list(range(len(own))):
+        set_class_names(config, own)
+
+
+def class_problem(model: Any, dataset: Any) -> str | None:
+    """Why label i of a dataset does not mean the model's class i, with what to type; None where it does."""
+    config, data = getattr(model, "config", None), dataset_class_names(dataset)
+    own = class_names(config) if data and config is not None else None
+    if data is None or own is None:
+        return None
+    if not same_classes(data, own):
+        ours, its = set(_composed(data)), set(_composed(own))
+        return (
+            f"the data's classes and the student's differ: only the data has {_few(ours - its, 5)}, only the student "
+            f"{_few(its - ours, 5)}. Use a student with the data's classes (num_labels, id2label), or other data."
+        )
+    if _composed(data) == _composed(own):
+        return None
+    return (
+        f"the data lists its classes as {data[:5]} and the student as {own[:5]}: label 0 would mean another class. "
+        "Re-order the data: hf_kdtl.data.loading.load_images(...).in_order(student)."
+    )
+
+
+def _composed(names: Sequence[str]) -> list[str]:
+    return [normalize("NFC", str(name)) for name in names]
 
 
 def _few(names: set[str] | list[str], most: int = 10) -> str:

@@ -15,7 +15,7 @@ from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.rotation import checkpoints
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
-from hf_kdtl.models.labels import class_names
+from hf_kdtl.models.labels import adopt_class_names, class_problem, dataset_class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
 
@@ -77,8 +77,10 @@ def check_setting(trainer: Trainer) -> None:
     if args.layer_rates is not None and trainer.optimizer is not None:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    adopt_class_names(trainer.model, dataset_class_names(trainer.train_dataset))
     for dataset in (trainer.train_dataset, *eval_sets.values()):
-        problems += class_problems(dataset, trainer.model)
+        problem = class_problem(trainer.model, dataset)
+        problems += [problem] if problem else []
     if problems:
         raise ValueError(problems[0])
 
@@ -200,28 +202,6 @@ def static_graph_problem(keys: list[str]) -> str:
         f"the objectives {', '.join(keys)} take a gradient inside the step, after which DDP with static_graph=True no "
         "longer synchronises the processes, silently. Leave ddp_static_graph (and accelerate's) at False."
     )
-
-
-def class_problems(dataset: Any, student: Any) -> list[str]:
-    """Where a dataset names its classes: whether label i means the student's class i."""
-    inner = getattr(dataset, "split", None)  # of an ImageDataset; of a datasets.Dataset it is only a name
-    features = getattr(inner, "features", None) or getattr(dataset, "features", None)
-    named = [getattr(features.get(key), "names", None) for key in ("label", "labels")] if features else []
-    data = next((names for names in named if names), None)
-    config = getattr(student, "config", None)
-    model = class_names(config) if data and config is not None else None
-    if data is None or model is None or list(data) == model:
-        return []
-    if set(data) == set(model):
-        return [
-            f"the data lists its classes as {data[:5]} and the student as {model[:5]}: label 0 would mean another "
-            "class. Re-order the data: hf_kdtl.data.loading.load_images(...).in_order(student)."
-        ]
-    return [
-        f"the data's classes and the student's differ: only the data has {sorted(set(data) - set(model))[:5]}, only "
-        f"the student {sorted(set(model) - set(data))[:5]}. Use a student with the data's classes (num_labels, "
-        "id2label), or other data."
-    ]
 
 
 def check_optimizer(optimizer: Any, objectives: nn.Module, rates: LayerRates | None) -> None:

@@ -31,6 +31,7 @@ from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
+from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import checks
@@ -246,8 +247,11 @@ class DistillationTrainer(EvaluatingTrainer):
 
     def _match_teacher(self) -> None:
         assert self.teacher is not None
+        adopt_class_names(self.model, dataset_class_names(self.train_dataset))  # model_init makes new ones
         compare = any(objective.compares_classes for objective in self.args.build_objectives().values())
         self.teacher.match(self.model, self.processing_class, compare)
+        if compare:
+            adopt_class_names(self.model, self.teacher.class_names)
         for note in self.teacher.notes if self.is_world_process_zero() else ():
             logger.warning_once(note)
 

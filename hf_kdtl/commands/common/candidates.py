@@ -24,7 +24,7 @@ from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.labels import class_names
+from hf_kdtl.models.labels import class_names, label_order
 from hf_kdtl.reports.evaluation_sections import picture_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
 from hf_kdtl.reports.figures.samples import sample_figure
@@ -93,9 +93,9 @@ def _open(role: str, name: str, path: str, data: ImageData, notes: list[str]) ->
     assert own is not None
     if unnamed:
         notes.append(f"{name} does not name its classes: they are taken to be those of the data, in order.")
-    elif own != data.label_names:
+    elif label_order(data.label_names, own, ("data", "model")) is not None:
         notes.append(f"{name} lists its classes in another order: its answers are re-ordered, by name.")
-    order = [own.index(label) for label in data.label_names]
+    order = label_order(data.label_names, own, ("data", "model")) or list(range(len(own)))
     return Candidate(name, role, path, model, builders.processor_of(path, model), order)
 
 

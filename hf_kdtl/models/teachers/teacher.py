@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import ModelGeometry
-from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.labels import class_names, match_labels
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import missing_head, open_classifier, open_processor
 
@@ -41,6 +41,13 @@ class Teacher:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
+            )
+        if not hasattr(model, "config"):
+            inner = "teacher.module" if isinstance(getattr(model, "module", None), nn.Module) else None
+            raise TypeError(
+                f"the teacher is a {type(model).__name__} without a config; expected an image classifier of "
+                "transformers, whose config says what its classes are and whose forward takes pixel_values and gives "
+                f"logits. {f'Pass {inner}' if inner else 'A model of timm opens as one: teacher=<timm/its Hub name>'}."
             )
         self.model = model.eval().requires_grad_(False)
         self.processing_class = processing_class
@@ -133,6 +140,11 @@ class Teacher:
         check_channels(pixel_values, self.model, "the teacher")
         dtype = next(self.model.parameters()).dtype
         return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of its classes, in its own order; None where it has none."""
+        return class_names(self.model.config)
 
     @property
     def order(self) -> list[int] | None:

@@ -86,7 +86,7 @@ def test_labels_in_another_order_are_reordered_and_said():
     [
         (["cat", "dog", "ship"], ["cat", "dog", "truck"], "Only the student: 'ship'. Only the teacher: 'truck'"),
         (["cat", "dog", "ship"], ["cat", "dog"], "Only the student: 'ship'. Only the teacher: none"),
-        (["cat", "cat", "ship"], ["cat", "dog", "ship"], "occur more than once"),
+        (["cat", "cat", "ship"], ["ship", "cat", "cat"], "occur more than once"),
         (["LABEL_0", "LABEL_1", "LABEL_2"], ["cat", "dog"], "the student has 3 classes and the teacher 2"),
     ],
 )
