@@ -180,9 +180,8 @@ class _Fidelity:
         if len(x) >= FEWEST:
             self.cka.update(_features(mine), _features(its))
         if self.pairs:
-            sides = (
-                (pair, mine.attention[pair.student_layer], its.attention[pair.teacher_layer]) for pair in self.pairs
-            )
+            here = [pair.at(mine.geometry, its.geometry) for pair in self.pairs]
+            sides = ((pair, mine.attention[pair.student_layer], its.attention[pair.teacher_layer]) for pair in here)
             self.agreements.append(torch.stack([attention_agreement(*side) for side in sides], 1))
 
     def result(self) -> dict[str, Any]:

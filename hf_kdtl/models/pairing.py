@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ class Pair:
 
     def __str__(self) -> str:
         return f"student block {self.student_layer} <-> teacher block {self.teacher_layer}"
+
+    def at(self, student: ModelGeometry | None, teacher: ModelGeometry | None) -> Pair:
+        """The same pair with the grids that a batch has: its images may be of another size than the plan's."""
+        mine = self.student if student is None else student.layers[self.student_layer]
+        its = self.teacher if teacher is None else teacher.layers[self.teacher_layer]
+        return self if mine is self.student and its is self.teacher else replace(self, student=mine, teacher=its)
 
 
 @dataclass(frozen=True)

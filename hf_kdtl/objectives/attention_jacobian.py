@@ -91,6 +91,8 @@ class AttentionJacobian(DerivativeObjective):
         return torch.stack([self._one(pair, student, teacher) for pair in self.pairs], dim=1)
 
     def _one(self, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
+        pair = pair.at(student.geometry, teacher.geometry)
+        check_grids(pair)
         its = self._pooled(teacher, pair.teacher_layer, pair.teacher, pair.student)
         place = its.detach().argmax(1, keepdim=True)
         target = teacher.input_gradient(its.gather(1, place)[:, 0], create_graph=False)

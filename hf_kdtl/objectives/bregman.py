@@ -116,7 +116,8 @@ class Bregman(Objective):
         if self.pair is None:
             c = precise(self.head(student.pooled))
         else:
-            c, y = self._tokens(self.head(as_tokens(student.hidden_states[self.pair.student_layer])), y, self.pair)
+            pair = self.pair.at(student.geometry, teacher.geometry)
+            c, y = self._tokens(self.head(as_tokens(student.hidden_states[pair.student_layer])), y, pair)
         value = self.layer.link.divergence(self.layer.before(c), y)
         if self.coefficients:
             value = value + self.coefficients * (c - self.layer.encode(y).to(c)).square().sum(-1)

@@ -28,11 +28,12 @@ class PairedObjective(Objective):
         super().__init__()
         self.layers = layers
         self.pairs: list[Pair] = []
+        self.plan: PairingPlan | None = None
 
     def build(self, plan: PairingPlan | None) -> None:
         if plan is None:
             raise ValueError("it pairs layers of a student and a teacher, and there is no teacher.")
-        self.pairs = plan.pair(self.layers)
+        self.plan, self.pairs = plan, plan.pair(self.layers)
         for pair in self.pairs:
             self.check(pair, plan)
 
@@ -51,7 +52,15 @@ class PairedObjective(Objective):
 
     def entries(self, student: Capture, teacher: Capture) -> list[Tensor]:
         """Each pair's value, (B,), with a graph that leads through no other pair's."""
-        return [self.compare(i, pair, student, teacher) for i, pair in enumerate(self.pairs)]
+        pairs = [self._at(pair, student, teacher) for pair in self.pairs]
+        return [self.compare(i, pair, student, teacher) for i, pair in enumerate(pairs)]
+
+    def _at(self, pair: Pair, student: Capture, teacher: Capture) -> Pair:
+        """The pair at the size of this batch's images, checked again where that is not the plan's size."""
+        here = pair.at(student.geometry, teacher.geometry)
+        if here != pair and self.plan is not None:
+            self.check(here, self.plan)
+        return here
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
         """The pair's value, (B,)."""

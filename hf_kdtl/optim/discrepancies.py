@@ -87,7 +87,7 @@ def attention_discrepancies(options: RateOptions, pairs: Sequence[Pair], student
     gives to other tokens left out. The teacher's map is brought to the student's grid with its sums kept.
     """
     found = []
-    for pair in pairs:
+    for pair in (pair.at(student.geometry, teacher.geometry) for pair in pairs):
         p = _map(options, student, pair.student_layer, pair.student, _grid(pair.student))
         q = _map(options, teacher, pair.teacher_layer, pair.teacher, _grid(pair.student))
         found.append(discrepancy(distribution(p), distribution(q)))

@@ -155,3 +155,38 @@ def test_a_student_with_a_distillation_token_can_use_both_heads():
     plain = Distiller(build("vit"), {"task": OBJECTIVES["task"](head="class")}, {"task": 1.0})
     with pytest.raises(ValueError, match=r"has no class head of its own.*leave head out"):
         plain.terms(INPUTS, DRAWS)
+
+
+def value_of(name, models, size, planned, options):
+    """Of images of `size`, by objectives that were built for images of the size `planned`."""
+    student, teacher = models
+    source = Teacher(teacher)
+    source.match(student, None, True)
+    torch.manual_seed(0)  # projectors
+    objective = OBJECTIVES[name](**options)
+    blank = torch.zeros(2, 3, *planned)
+    made = Distiller(student, {name: objective}, {name: 1.0}, source, plan(student, source, pixel_values=blank))
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
+    return made.terms({"pixel_values": x}, Draws(0, 0, (0, 1)))[1][name]
+
+
+CONV = (("resnet", {}), ("convnext", {}))
+SIZES = [
+    ("attention_transfer", CONV, {}),
+    ("hidden_states", CONV, {}),
+    ("attention_jacobian", CONV, {"layers": "uniform"}),
+    ("attention_map", (("dinov2", {"patch_size": 16}), ("dinov2", {})), {"rows": "all"}),
+    ("relation", (("dinov2", {"patch_size": 16}), ("dinov2", {})), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "pair", "options"), SIZES)
+def test_images_of_another_size_are_matched_on_their_own_grid(name, pair, options):
+    """64 x 128 in one batch, 128 x 64 in the next: as many patches, on another grid."""
+    models = [build(family, image_size=64, seed=i, **over) for i, (family, over) in enumerate(pair)]
+    expected = value_of(name, models, (128, 64), (128, 64), options)
+    torch.testing.assert_close(value_of(name, models, (128, 64), (64, 128), options), expected)
+    torch.testing.assert_close(
+        value_of(name, models, (96, 64), (64, 128), options), value_of(name, models, (96, 64), (96, 64), options)
+    )
+    assert expected.abs().min() > 0

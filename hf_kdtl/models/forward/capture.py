@@ -15,7 +15,7 @@ from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
 from hf_kdtl.models.forward.classifier import pooled_features
-from hf_kdtl.models.forward.geometry import ModelGeometry, describe, flat_attentions
+from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.perturbations import Direction, RNGState, input_leaf
 
@@ -258,6 +258,8 @@ def _forward(
         attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.attention}
     _check_complete(model, needs, attention, recorder.hidden_states, pooled)
     first = pooled[0] if pooled else None
+    if geometry is not None:
+        geometry = at_size(geometry, pixel_values, recorder.hidden_states, attention)
     return Capture(outputs.logits, pixel_values, outputs, first, recorder.hidden_states, attention, geometry)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.forward.attention_hooks import attention_setting, recording, run
+from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
 from hf_kdtl.models.forward.classifier import classifiers, pooled_features
 from hf_kdtl.models.forward.modes import evaluating
 
@@ -74,52 +75,104 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
         ValueError: when its blocks cannot be found, or it does not run on images alone.
     """
     probe = _halves_changed(pixel_values[:1].to(next(model.parameters()).dtype))
+    seen = _look(model, probe)
+    # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
+    usable = len(seen.weights) == len(seen.shapes) and all(w.ndim == 4 for w in seen.weights)
+    shapes = [tuple(w.shape) for w in seen.weights] if usable else seen.shapes
+    unseen: AttentionKind = "windowed" if seen.weights and not usable else "none"
+    image, roles = (probe.shape[-2], probe.shape[-1]), _prefix_roles(model)
+    layers, before = [], seen.entering
+    # Asked before the first block, where tokens have not mixed. A residual block keeps their order, so it is asked
+    # again only where their number changes.
+    ordered = _row_by_row(before, image, roles)
+    for hidden, shape in zip(seen.hidden_states, shapes, strict=True):
+        if not ordered and hidden.shape[1] != before.shape[1]:
+            ordered = _row_by_row(hidden, image, roles)
+        layers.append(_layer(hidden, shape, unseen, image, roles, ordered))
+        before = hidden
+    classifier = seen.answering[0] if len(seen.answering) == 1 else None
+    return ModelGeometry(type(model).__name__, image, tuple(layers), seen.pooled, usable, classifier)
+
+
+class _Look(NamedTuple):
+    """What one forward of a probe showed."""
+
+    entering: Tensor  # what the first block was given
+    hidden_states: list[Tensor]  # of each block
+    shapes: list[tuple[int, ...] | None]  # of each block's attention: images, heads, queries, keys, heads x width
+    weights: list[Tensor]  # finished attention weights, where queries and keys are not seen
+    answering: list[nn.Linear]  # the classifiers that ran: PEFT keeps what a head was beside the one that it trains
+    pooled: int
+
+
+def _look(model: nn.Module, probe: Tensor) -> _Look:
     blocks = find_blocks(model)
     every = frozenset(range(len(blocks)))
     entering: list[Tensor] = []
+    answering: list[nn.Linear] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
         entering.extend(x for x in tensors if x.ndim in (3, 4) and len(x) == len(probe))
 
-    # PEFT keeps what a head was beside the one that it trains: only one of them answers.
-    answered: list[nn.Linear] = []
     heads = classifiers(model, probe)
-    handles = [head.register_forward_pre_hook(lambda head, _: answered.append(head)) for head in heads]
+    handles = [head.register_forward_pre_hook(lambda head, _: answering.append(head)) for head in heads]
     handles.append(blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True))
     try:
         with evaluating(model):
             with pooled_features(model, probe) as pooled, recording(model, every, every) as recorder:
                 run(model, probe)
-            answering = list(answered)
+            answered = list(answering)  # before the second forward
             weights = [] if recorder.attention else _attention_weights(model, probe)
     finally:
         for handle in handles:
             handle.remove()
-    image = (probe.shape[-2], probe.shape[-1])
     shapes: list[tuple[int, ...] | None] = [None] * len(every)
     for i, seen in recorder.attention.items():
         assert seen.query is not None and seen.key is not None
         shapes[i] = (*seen.query.shape[:3], seen.key.shape[2], seen.query.shape[1] * seen.query.shape[3])
-    # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
-    usable = len(weights) == len(every) and all(w.ndim == 4 for w in weights)
-    if usable:
-        shapes = [tuple(w.shape) for w in weights]
-    unseen: AttentionKind = "windowed" if weights and not usable else "none"
-    roles = _prefix_roles(model)
-    layers = []
-    before = entering[0] if entering else recorder.hidden_states[0]
-    # Asked before the first block, where tokens have not mixed. A residual block keeps their order, so it is asked
-    # again only where their number changes.
-    ordered = _row_by_row(before, image, roles)
-    for i in sorted(every):
-        hidden = recorder.hidden_states[i]
-        if not ordered and hidden.shape[1] != before.shape[1]:
-            ordered = _row_by_row(hidden, image, roles)
-        layers.append(_layer(hidden, shapes[i], unseen, image, roles, ordered))
-        before = hidden
-    width, classifier = pooled[0].shape[-1] if pooled else 0, answering[0] if len(answering) == 1 else None
-    return ModelGeometry(type(model).__name__, image, tuple(layers), width, usable, classifier)
+    hidden_states = [recorder.hidden_states[i] for i in sorted(every)]
+    width = pooled[0].shape[-1] if pooled else 0
+    return _Look(entering[0] if entering else hidden_states[0], hidden_states, shapes, weights, answered, width)
+
+
+def at_size(
+    geometry: ModelGeometry,
+    pixel_values: Tensor,
+    hidden_states: Mapping[int, Tensor],
+    attention: Mapping[int, Attention],
+) -> ModelGeometry:
+    """The geometry of the captured blocks for the size of these pixels, read off what was captured of them.
+
+    The same object at the size that the model was first looked at with. Nothing is run: prefix tokens, order and
+    layout of a block do not depend on the size of the image.
+    """
+    image = (pixel_values.shape[-2], pixel_values.shape[-1])
+    if image == geometry.image:
+        return geometry
+    layers = list(geometry.layers)
+    for i in hidden_states.keys() | attention.keys():
+        layers[i] = _layer_at_size(layers[i], image, len(pixel_values), hidden_states.get(i), attention.get(i))
+    return replace(geometry, image=image, layers=tuple(layers))
+
+
+def _layer_at_size(
+    layer: LayerGeometry, image: tuple[int, int], images: int, hidden: Tensor | None, attention: Attention | None
+) -> LayerGeometry:
+    kind, tokens = layer.attention, None if hidden is None else hidden.shape[1]
+    if attention is not None:
+        from_, to = (attention.query, attention.key) if attention.weights is None else (attention.weights,) * 2
+        assert from_ is not None and to is not None
+        queries, keys = from_.shape[2], to.shape[2 if attention.weights is None else 3]
+        if kind == "full" and (from_.shape[0] != images or queries != keys):
+            kind = "windowed" if from_.shape[0] != images else "reduced"
+        tokens = queries if tokens is None and kind == "full" else tokens
+    grid = layer.grid
+    if layer.layout == "maps":
+        grid = grid if hidden is None else (hidden.shape[2], hidden.shape[3])
+    elif grid is not None and tokens is not None:
+        grid = _grid(tokens - len(layer.prefix), image)
+    return replace(layer, grid=grid, attention=kind)
 
 
 def _halves_changed(image: Tensor) -> Tensor:
