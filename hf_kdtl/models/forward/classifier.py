@@ -21,12 +21,12 @@ def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn
     """The linear layers that give the logits: one, or two with a distillation token.
 
     They are outside the blocks and have one output per class. An inner layer can have as many by chance (SigLIP with
-    as many classes as channels, Swin with twice as many as its first stage): where there are several, one forward of
-    one image in eval mode shows which of them the logits are made of with no other one in between. Layers that this
-    forward does not call stay in the list: PEFT keeps what a head was beside the one that it trains.
+    as many classes as channels, Swin with twice as many as its first stage): where there are several, a few forwards of
+    one image in eval mode show which of them the logits are made of, with no other one in between. Layers that these
+    do not call stay in the list: PEFT keeps what a head was beside the one that it trains.
 
     Args:
-        pixel_values: (B, C, h, w) for that forward; by default zeros of the size in the config, or 64 x 64.
+        pixel_values: (B, C, h, w) for these forwards; by default zeros of the size in the config, or 64 x 64.
     """
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     if not any(isinstance(m, nn.Linear) and m.out_features == labels for m in model.modules()):
@@ -42,26 +42,39 @@ def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn
     return _classifiers[model][1]
 
 
-@torch.enable_grad()
+@torch.no_grad()
 def _inner_layers(model: nn.Module, found: list[nn.Linear], pixel_values: Tensor | None) -> list[nn.Linear]:
-    """Those of the layers whose outputs reach the logits through another of them or not at all."""
-    outputs: dict[nn.Linear, Tensor] = {}
+    """Those of the layers whose output reaches another one of them, or does not change the logits.
 
-    def cut(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
-        outputs[module] = output.detach().requires_grad_()  # what lies before this layer is out of the graph
-        return outputs[module]
-
+    Seen by changing one output at a time. Not by a graph: LeViT would keep it in its cache of attention biases.
+    """
     if pixel_values is None:
         pixel_values = blank_pixels(model, default=64)
-    handles = [module.register_forward_hook(cut) for module in found]
-    try:
-        with evaluating(model):
-            logits = run(model, pixel_values[:1].to(next(model.parameters()).dtype)).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradients = torch.autograd.grad(logits.sum(), list(outputs.values()), allow_unused=True)
-    return [module for module, gradient in zip(outputs, gradients, strict=True) if gradient is None]
+    image = pixel_values[:1].to(next(model.parameters()).dtype)
+
+    def inputs_and_logits(changed: nn.Linear | None = None) -> dict[nn.Linear | None, Tensor]:
+        seen: dict[nn.Linear | None, Tensor] = {}
+
+        def keep(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
+            seen[module] = args[0]
+            return output + 1 if module is changed else output
+
+        handles = [module.register_forward_hook(keep) for module in found]
+        try:
+            seen[None] = run(model, image).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def is_inner(module: nn.Linear) -> bool:
+        there = inputs_and_logits(module)
+        reaches = {key for key in before if not torch.equal(before[key], there[key])}
+        return reaches != {None}
+
+    with evaluating(model):
+        before = inputs_and_logits()
+        return [module for module in found if module in before and is_inner(module)]
 
 
 def blank_pixels(model: nn.Module, default: int | None = None) -> Tensor:
