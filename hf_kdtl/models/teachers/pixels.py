@@ -163,7 +163,7 @@ _WAY_OUT = "Pass Teacher(model) without its processor if both see the same pixel
 
 def check_channels(pixel_values: Tensor, model: Any, who: str) -> None:
     """Raises ValueError for pixels of another number of channels than the model reads."""
-    channels = getattr(vision_config(model.config), "num_channels", None)
+    channels = getattr(vision_config(getattr(model, "config", None)), "num_channels", None)
     if isinstance(channels, int) and pixel_values.ndim == 4 and pixel_values.shape[1] != channels:
         raise ValueError(
             f"{who} reads {channels} channels and is given pixel_values of shape {tuple(pixel_values.shape)}; "
