@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import set_seed
 
 from hf_kdtl import DistillationConfig, make_student
 from hf_kdtl.commands import push as push_student
@@ -29,6 +29,7 @@ from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.run_report import difference, note, table, write_report
 from hf_kdtl.trainer.checks import check_teacher_usage
 
@@ -84,10 +85,10 @@ def plain_student(options: DistillOptions, teacher: Teacher | None, names: Seque
     return builders.named(make_student(teacher, options.student_layers).float(), names)
 
 
-def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any) -> Any:
+def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any, notes: list[str]) -> Any:
     """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
     if options.student is not None:
-        return builders.processor_of(options.student, student)
+        return builders.processor_of(options.student, student, notes)
     if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
         return teacher.processing_class
     return builders.new_processor(student.config, options.image_size)
@@ -103,6 +104,8 @@ def student_start(options: DistillOptions) -> dict[str, Any]:
 
 
 def _same_classes(student: Any, teacher: Teacher) -> bool:
+    if teacher.new_head:
+        return False
     try:
         match_labels(student.config, teacher.model.config)
     except ValueError:
@@ -138,10 +141,11 @@ class Study:
         # A teacher of other classes (lwf) cannot be scored on these.
         self.scored = self.teacher is not None and _same_classes(student, self.teacher)
         if self.teacher is not None and not self.scored:
-            self.notes.append("the teacher answers in other classes: it is not scored on these images.")
+            why = "has no trained head" if self.teacher.new_head else "answers in other classes"
+            self.notes.append(f"the teacher {why}: it is not scored on these images.")
         self.data = data.in_order(student)
         self.data_options = data_options
-        self.processor = student_processor(options, self.teacher, student)
+        self.processor = student_processor(options, self.teacher, student, self.notes)
         self.student_summary = builders.summary(student)
 
     def trainer(self, arm: str, seed: int, folder: Path) -> Any:
@@ -219,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sign(study: Study) -> None:
     """Note the hash of the weights of student/, by which an evaluation says that it is of this student."""
     section = read_results(study.folder)["models"]
-    model = AutoModelForImageClassification.from_pretrained(study.folder / "student")
+    model = open_classifier(study.folder / "student").model
     section["student"]["fingerprint"] = fingerprint(model)
     if section["student"]["adapters"] is not None:  # student/ is a plain model, with the adapters in its weights
         section["student"] |= {"merged": True, "parameters": parameters(model)}

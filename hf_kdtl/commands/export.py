@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.evaluation.cost import latency
 from hf_kdtl.export import BATCHES, TOLERANCE, OnnxModel, check_installed, export_onnx, largest_difference
+from hf_kdtl.models.teachers.resolve import open_classifier
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(options.output).expanduser()
     check(options, output)
     source = builders.existing(options.student)
-    student = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32).eval()
+    student = open_classifier(source, role="the student", dtype=torch.float32).model.eval()
     pixels = random_pixels(source, student, options)
     tqdm.write(f"{builders.summary(student)}: exporting for pixels {tuple(pixels.shape[1:])} and any batch.")
     exported, difference = written(student, pixels, output)

@@ -48,7 +48,7 @@ def build(options: TeacherOptions, data: ImageData, notes: list[str]) -> tuple[A
         model = builders.from_config(settings, data.label_names, "model_config")
         return model, builders.new_processor(model.config, options.image_size), data
     model = builders.pretrained(options.model, data.label_names, notes)
-    return model, builders.processor_of(options.model, model), data.in_order(model)
+    return model, builders.processor_of(options.model, model, notes), data.in_order(model)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,14 +7,13 @@ from typing import Any
 
 import peft
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import AutoConfig
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.utils.options import check_known
 
 
@@ -61,7 +60,7 @@ def check_self(student: Any, path: str | None, config: DistillationConfig) -> No
             '\'{"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "v_proj"]}\'.'
         )
     if any(objective.compares_classes for objective in config.build_objectives().values()):
-        match_labels(student.config, AutoConfig.from_pretrained(builders.existing(path)))
+        match_labels(student.config, open_classifier(path, role="the teacher").model.config)
 
 
 def keep(trainer: Any, folder: Path) -> None:

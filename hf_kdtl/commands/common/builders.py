@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from sklearn.model_selection import train_test_split
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl.commands.common.arguments import mapping
@@ -22,7 +22,8 @@ from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import stated_depth, vision_config
-from hf_kdtl.models.labels import class_names, match_labels
+from hf_kdtl.models.labels import class_names, match_labels, same_classes, set_class_names
+from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, open_processor, renew_head
 from hf_kdtl.utils.options import check_known
 
 
@@ -119,19 +120,23 @@ def pretrained(path: str, names: Sequence[str], notes: list[str]) -> Any:
 
     In float32: transformers loads the dtype that was saved, and half precision does not train.
     """
-    source = existing(path)
-    own = AutoConfig.from_pretrained(source)
-    known = class_names(own)
-    if known is not None and sorted(known) == sorted(names):
-        return AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-    count = own.num_labels
-    if count != len(names) or known is not None:
-        notes.append(f"{path} knows {count} other classes: its head is trained anew for the {len(names)} of the data.")
-    else:
-        notes.append(f"{path} does not name its {count} classes: they are taken to be those of the data, in order.")
-    return AutoModelForImageClassification.from_pretrained(
-        source, dtype=torch.float32, ignore_mismatched_sizes=True, **labels_of(names)
+    config, role = open_config(path), "the model"
+    known, count = class_names(config), config.num_labels
+    if known is not None and same_classes(known, names):
+        opened = open_classifier(path, role=role, keep_head=False, dtype=torch.float32)
+        notes += opened.notes
+        return opened.model
+    opened = open_classifier(
+        path, role=role, keep_head=False, dtype=torch.float32, ignore_mismatched_sizes=True, **labels_of(names)
     )
+    if known is None and count == len(names):
+        named = f"{path} does not name its {count} classes: they are taken to be those of the data, in order."
+        notes += opened.notes or [named]
+        return opened.model
+    notes.append(f"{path} has a head for {count} other classes: it gets a new one for the {len(names)} of the data.")
+    if not opened.new_head:  # of the same size, so it was loaded
+        renew_head(opened.model)
+    return opened.model
 
 
 def named(model: Any, names: Sequence[str]) -> Any:
@@ -142,7 +147,7 @@ def named(model: Any, names: Sequence[str]) -> Any:
     """
     match_labels(SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names))), model.config)
     if class_names(model.config) is None:
-        model.config.update(labels_of(names))
+        set_class_names(model.config, names)
     return model
 
 
@@ -152,18 +157,19 @@ def existing(path: str) -> str:
     Raises:
         FileNotFoundError: when it looks like a path and nothing is there.
     """
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().exists():
-        raise FileNotFoundError(f"the path {path!r} does not exist; expected a saved model's folder, or a Hub name.")
-    return str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    return locate(path)
 
 
-def processor_of(path: str, model: Any) -> Any:
-    """The image processor saved beside a model, or one made from its config."""
-    try:
-        return AutoImageProcessor.from_pretrained(existing(path))
-    except (OSError, ValueError):
-        return new_processor(model.config)
+def processor_of(path: str, model: Any, notes: list[str] | None = None) -> Any:
+    """The image processor saved beside a model; where none was saved one made from its config, with a note.
+
+    Raises:
+        OSError: when one is there and cannot be read.
+    """
+    saved = open_processor(path)
+    if saved is None and notes is not None:
+        notes.append(f"no image processor is saved beside {path}: its pixels are in [-1, 1], of its config's size.")
+    return new_processor(model.config) if saved is None else saved
 
 
 def new_processor(config: Any, image_size: int | None = None) -> Any:

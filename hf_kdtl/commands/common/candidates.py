@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import builders, runs
@@ -25,6 +24,7 @@ from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreemen
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names, label_order
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.evaluation_sections import picture_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
 from hf_kdtl.reports.figures.samples import sample_figure
@@ -78,12 +78,7 @@ def student_names(paths: Sequence[str]) -> list[str]:
 
 
 def _open(role: str, name: str, path: str, data: ImageData, notes: list[str]) -> Candidate:
-    try:
-        model = AutoModelForImageClassification.from_pretrained(builders.existing(path)).eval()
-    except (OSError, ValueError) as error:
-        meant = [inner for inner in ("student", "model") if Path(path, inner, "config.json").is_file()]
-        hint = f"Did you mean {Path(path, meant[0])}?" if meant else "Expected a saved image classifier."
-        raise OSError(f"{name}: {path!r} could not be opened ({error}). {hint}") from error
+    model = open_classifier(path, role=name).model.eval()
     unnamed = class_names(model.config) is None
     try:
         data.in_order(model)  # checks the classes, and names those of a model that does not
@@ -96,7 +91,7 @@ def _open(role: str, name: str, path: str, data: ImageData, notes: list[str]) ->
     elif label_order(data.label_names, own, ("data", "model")) is not None:
         notes.append(f"{name} lists its classes in another order: its answers are re-ordered, by name.")
     order = label_order(data.label_names, own, ("data", "model")) or list(range(len(own)))
-    return Candidate(name, role, path, model, builders.processor_of(path, model), order)
+    return Candidate(name, role, path, model, builders.processor_of(path, model, notes), order)
 
 
 class Evaluation:

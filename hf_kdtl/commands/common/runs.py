@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, default_data_collator
+from transformers import default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
@@ -28,6 +28,7 @@ from hf_kdtl.evaluation.cost import images_per_second, parameters
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.models.adapters import adapted
+from hf_kdtl.models.teachers.resolve import open_classifier
 
 YES = ("true", "yes", "1")
 TASK = [{"name": "task"}]
@@ -282,7 +283,7 @@ def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
 
 def load(folder: str | Path) -> Any:
     """A finished run's model."""
-    return AutoModelForImageClassification.from_pretrained(Path(folder, "model"))
+    return open_classifier(Path(folder, "model")).model
 
 
 def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification, __version__
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, __version__
 from transformers.utils import has_file
 
 from hf_kdtl.models.blocks import find_blocks
@@ -97,6 +97,25 @@ def missing_head(who: str, head: Sequence[str], mismatched: dict[str, Any] | Non
         "random. Expected a fine-tuned image classifier: train the head first (hf-kdtl train-teacher --model <this "
         "model>), or name a model that has one; leave num_labels and ignore_mismatched_sizes out."
     )
+
+
+def open_config(path: str | Path, *, role: str = "the model") -> Any:
+    """The config of a saved model.
+
+    Raises:
+        OSError: when nothing is there, or it cannot be read.
+    """
+    source = locate(path, role)
+    try:
+        return AutoConfig.from_pretrained(source, **{_TRUST: False})
+    except (OSError, ValueError) as error:
+        raise OSError(f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, {})}") from error
+
+
+def renew_head(model: Any) -> None:
+    """Give a classifier's last layers the random values of a new model of its config."""
+    for old, new in zip(classifiers(model), classifiers(type(model)(model.config)), strict=True):
+        old.load_state_dict(new.state_dict())
 
 
 def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
