@@ -138,7 +138,7 @@ def test_what_is_refused(evaluate):
         (arguments(models=["others"]), "student (others): the data has the classes"),
         (arguments("--teacher", "others"), "teacher (others): the data has the classes"),
         (arguments(models=["run"]), "Did you mean run/model?"),
-        (arguments(models=["./nowhere"]), "the path './nowhere' does not exist"),
+        (arguments(models=["./nowhere"]), "path './nowhere' does not exist"),
         (arguments("--degradations", "jpg"), "unknown degradation 'jpg'"),
         (arguments("--degradations", "none", "jpeg"), "unknown degradation 'none'"),
         (arguments("--severities", "0"), "at severity 0"),

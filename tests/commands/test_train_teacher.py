@@ -60,7 +60,7 @@ def test_a_new_head_for_other_classes(command, images, teacher):
     config = Path(teacher, "config.json")
     config.write_text(config.read_text().replace("green", "yellow"))
     command("train_teacher").main(arguments("--model", teacher))
-    assert "3 other classes: its head is trained anew" in read_results("out")["pairing"]["notes"][0]
+    assert "3 other classes: it gets a new one for the 3" in read_results("out")["pairing"]["notes"][0]
     assert read_results("out")["data"]["classes"] == NAMES
 
 

@@ -1,0 +1,86 @@
+"""What a command opens: a saved model with its own head or a new one, and the image processor beside it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTImageProcessor
+
+from hf_kdtl.commands.common import builders, candidates
+from hf_kdtl.data.loading import ImageData
+from hf_kdtl.models.labels import class_names
+from tests.support.tiny import build
+
+NAMES = ["a", "b", "c"]
+
+
+def _saved(names, part=lambda model: model, where="saved"):
+    model = build("vit", num_labels=len(names), image_size=16)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    part(model).save_pretrained(where)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("known", "kept", "note"),
+    [
+        (["a", "b", "c"], True, ""),
+        (["c", "a", "b"], True, ""),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], True, "does not name its 3 classes"),
+        (["x", "y", "z"], False, "has a head for 3 other classes: it gets a new one for the 3 of the data"),
+        (["x", "y"], False, "has a head for 2 other classes: it gets a new one for the 3 of the data"),
+        (["LABEL_0", "LABEL_1"], False, "has a head for 2 other classes"),
+    ],
+)
+def test_the_head_is_kept_or_new_as_the_note_says(known, kept, note):
+    saved, notes = _saved(known), []
+    torch.manual_seed(0)
+    model = builders.pretrained("saved", NAMES, notes)
+    same = model.classifier.weight.shape == saved.classifier.weight.shape
+    assert (same and torch.equal(model.classifier.weight, saved.classifier.weight)) is kept
+    assert torch.equal(model.vit.layers[1].mlp.fc1.weight, saved.vit.layers[1].mlp.fc1.weight)
+    assert sorted(class_names(model.config)) == NAMES and model.classifier.out_features == 3
+    assert [note in found for found in notes] == [True] * bool(note)
+    torch.manual_seed(0)
+    assert torch.equal(builders.pretrained("saved", NAMES, []).classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("known", [["a", "b", "c"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["x", "y"]])
+def test_a_backbone_without_a_head_gets_one_and_a_note(known):
+    notes = []
+    _saved(known, lambda model: model.vit)
+    assert builders.pretrained("saved", NAMES, notes).classifier.out_features == 3
+    assert len(notes) == 1 and ("no trained head in its file" in notes[0] or "it gets a new one" in notes[0])
+
+
+def test_a_backbone_that_lacks_weights_is_an_error():
+    _saved(NAMES).config.save_pretrained("half")
+    tensors = {f"module.{name}": value for name, value in build("vit", image_size=16).state_dict().items()}
+    torch.save(tensors, Path("half", "pytorch_model.bin"))
+    with pytest.raises(ValueError, match=r"the model 'half' begin with 'module\.'"):
+        builders.pretrained("half", NAMES, [])
+
+
+def test_what_is_evaluated_must_have_a_head():
+    _saved(NAMES, lambda model: model.vit)
+    with pytest.raises(ValueError, match=r"student 'saved' has no trained head in its file"):
+        candidates._open("student", "student", "saved", ImageData(None, None, None, NAMES, [], "x"), [])
+
+
+def test_repeated_names_keep_their_places_in_an_evaluation():
+    """The second crane is not the first."""
+    _saved(["crane", "dog", "crane"])
+    data = ImageData(None, None, None, ["crane", "dog", "crane"], [], "x")
+    assert candidates._open("student", "student", "saved", data, []).order == [0, 1, 2]
+
+
+def test_an_absent_processor_is_made_from_the_config_with_a_note_and_an_unreadable_one_is_an_error():
+    model, notes = _saved(NAMES), []
+    assert builders.processor_of("saved", model, notes).size == {"height": 16, "width": 16}
+    assert "no image processor is saved beside saved" in notes[0]
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1] * 3).save_pretrained("saved")
+    assert list(builders.processor_of("saved", model, notes).image_mean) == [0.1] * 3 and len(notes) == 1
+    Path("saved", "preprocessor_config.json").write_text('{"image_mean": [0.485')
+    with pytest.raises(OSError, match=r"could not be read from preprocessor_config\.json"):
+        builders.processor_of("saved", model, notes)
