@@ -21,6 +21,7 @@ from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
+from hf_kdtl.objectives.estimators import missing_derivative
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.checks import setting_problems
@@ -158,7 +159,8 @@ def _measure(
             report.problems += [problem] if problem else []
             steps[key] = distiller
         except (ValueError, RuntimeError) as error:
-            report.problems.append(str(error))
+            without = missing_derivative(error)
+            report.problems.append(f"objective {key!r}: {without}" if without else str(error))
     if "task alone" not in steps:
         return
     times: dict[str, list[float]] = {key: [] for key in steps}

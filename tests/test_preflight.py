@@ -53,3 +53,21 @@ def test_settings_that_would_be_wrong_are_problems(tmp_path):
     report = preflight(build("vit"), build("pvt", seed=5), _config(tmp_path, ["attention_transfer"], **kwargs), PIXELS)
     assert "wrong gradients under reentrant checkpointing" in report.problems[0]
     assert any("the teacher's attention comes as finished weights" in note for note in report.notes)
+
+
+class _Distances(torch.nn.Module):
+    """An operation without a second derivative in torch."""
+
+    def forward(self, x):
+        return x + 0.01 * torch.cdist(x, x).mean(-1, keepdim=True)
+
+
+def test_an_operation_without_a_second_derivative_is_named_with_what_works(tmp_path):
+    student = build("vit")
+    student.vit.layers[0].layernorm_after = torch.nn.Sequential(student.vit.layers[0].layernorm_after, _Distances())
+    (problem,) = preflight(student, build("vit", seed=5), _config(tmp_path, ["jacobian"]), PIXELS).problems
+    assert problem.startswith("objective 'jacobian': an operation") and "_cdist_backward" in problem
+    assert "noisy_kd" in problem and "estimator='finite_difference'" in problem
+    fitting = {"name": "jacobian", "distance": "squared", "output": "all", "estimator": "finite_difference"}
+    config = DistillationConfig(str(tmp_path), objectives=[fitting, {"name": "noisy_kd"}], use_cpu=True)
+    assert not preflight(student, build("vit", seed=5), config, PIXELS).problems

@@ -3,6 +3,7 @@
 | layer | used | torch 2.13 |
 | --- | --- | --- |
 | convolution that cuts patches | for any derivative | its gradient by the pixels costs 5 matrix products on a CPU |
+| hard-sigmoid, composed | from the second, and in forward mode | has none |
 | GELU | from the second | the derivative of its backward is ten elementwise passes |
 | layer norm, composed | for the third | is wrong |
 | layer norm with its slope | in forward mode | has a wrong gradient |
@@ -74,6 +75,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
         return F.gelu(input, approximate=approximate)
     return _Gelu.apply(input, 0, {})
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """F.hardsigmoid from an operation whose second derivative torch has."""
+    return F.relu6(input + 3) / 6
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):

@@ -69,6 +69,7 @@ class Replaced(TorchFunctionMode):
 
 PATCHES: dict[Callable, Callable] = {torch.conv2d: closed_forms.conv2d}
 GELU: dict[Callable, Callable] = {F.gelu: closed_forms.gelu}
+HARD_SIGMOID: dict[Callable, Callable] = {F.hardsigmoid: closed_forms.hardsigmoid}
 LAYER_NORM: dict[Callable, Callable] = dict.fromkeys((F.layer_norm, torch.layer_norm), closed_forms.layer_norm)
 
 
@@ -80,7 +81,7 @@ def differentiable(order: int) -> Iterator[None]:
     (the gradient of a Hessian product) wrong, silently; tests/functional/test_hessian.py watches for the mend. The
     rest of closed_forms.py makes them cheaper.
     """
-    replaced = PATCHES | (GELU if order >= 2 else {}) | (LAYER_NORM if order >= 3 else {})
+    replaced = PATCHES | (GELU | HARD_SIGMOID if order >= 2 else {}) | (LAYER_NORM if order >= 3 else {})
     with math_attention() if order >= 2 else nullcontext(), Replaced(replaced) if order else nullcontext():
         yield
 
@@ -88,7 +89,7 @@ def differentiable(order: int) -> Iterator[None]:
 @contextmanager
 def transformable() -> Iterator[None]:
     """Around a forward inside transforms of torch.func: math attention, composed layer norm, torch's own GELU."""
-    with math_attention(), Replaced(LAYER_NORM):
+    with math_attention(), Replaced(LAYER_NORM | HARD_SIGMOID):
         yield
 
 
@@ -103,6 +104,7 @@ FORWARD_MODE: dict[Callable, Callable] = {
     torch.layer_norm: closed_forms.layer_norm_with_slope,
     F.linear: partial(_linear_map, F.linear),
     torch.conv2d: partial(_linear_map, closed_forms.conv2d),
+    **HARD_SIGMOID,
 }
 """Inside a forward-mode derivative by the pixels: layers whose slope is written out.
 

@@ -118,6 +118,17 @@ def problem(choice: EstimatorChoice, context: RunContext) -> str:
     return ""
 
 
+def missing_derivative(error: Exception) -> str:
+    """What to do where an operation of the model has no second derivative in torch; empty for another error."""
+    if not ("derivative for" in str(error) and "not implemented" in str(error)):
+        return ""
+    return (
+        f"an operation of the student or the teacher has no second derivative in torch ({error}). Use an objective "
+        "that runs forwards alone: noisy_kd, or jacobian with distance='squared' (or 'fisher'), output='all', "
+        "estimator='finite_difference'."
+    )
+
+
 def check_estimator(
     name: str, estimator: Any, central: bool, step: Any, valid: tuple[str, ...], table: str = ""
 ) -> None:

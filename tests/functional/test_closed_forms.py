@@ -169,3 +169,60 @@ def test_under_autocast_a_layer_norm_is_taken_in_float32(kind):
     exact = F.layer_norm(x.float(), (64,))
     assert value.dtype == slope.dtype == torch.float32
     torch.testing.assert_close(value, exact)
+
+
+def test_hardsigmoid_has_a_second_derivative_here_and_none_in_torch():
+    x = torch.tensor([-4.0, -1.5, 0.2, 2.9, 3.5], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(m.hardsigmoid(x), F.hardsigmoid(x), **EXACT)
+    (slope,) = torch.autograd.grad(m.hardsigmoid(x.square()).sum(), x, create_graph=True)
+    inner = (x.square() < 3).double()
+    torch.testing.assert_close(slope, 2 * x * inner / 6, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(slope.sum(), x)[0], 2 * inner / 6, **EXACT)
+    (slope,) = torch.autograd.grad(F.hardsigmoid(x.square()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):  # the day this fails torch has one
+        torch.autograd.grad(slope.sum(), x)
+
+
+def _layers():
+    """Every layer of torch.nn that can be made of no argument or of a width of 8, by name."""
+    for name in dir(torch.nn):
+        kind = getattr(torch.nn, name)
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)) or "Loss" in name or "Lazy" in name:
+            continue
+        for args in ((), (8,), (4, 8), (8, 8), (8, 8, 3)):
+            try:
+                yield name, kind(*args)
+                break
+            except (TypeError, ValueError, AssertionError, RuntimeError):
+                continue
+
+
+def _second_derivative(layer, shape):
+    """None where the layer does not run on this shape, an error's text where there is no second derivative."""
+    x = torch.randn(shape, requires_grad=True)
+    with differentiable(2):
+        try:
+            y = layer(x)
+            y = y[0] if isinstance(y, tuple) else y
+        except Exception:
+            return None
+        if not y.requires_grad:
+            return None
+        try:
+            (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_every_layer_of_torch_that_takes_an_image_has_a_second_derivative():
+    found = {}
+    for name, layer in _layers():
+        for shape in ((2, 8, 6, 6), (2, 8, 6), (2, 8)):
+            if (answer := _second_derivative(layer, shape)) is not None:
+                found[name] = answer
+                break
+    assert len(found) > 60 and {"Hardsigmoid", "Hardswish", "SiLU", "BatchNorm2d", "Conv2d"} <= found.keys()
+    without = {name for name, answer in found.items() if answer}
+    assert without == {"CrossMapLRN2d"}, found  # Lua torch's, which no model of transformers has

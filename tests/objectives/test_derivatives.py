@@ -669,3 +669,38 @@ def test_soft_labels_are_refused(name, options):
     with pytest.raises(ValueError, match=r"class indices|soft"):
         _values(*_smooth_pair(), name, options, images(), torch.full((4, 3), 1 / 3))
     assert not OBJECTIVES[name](**options).takes_soft_labels
+
+
+class _Gate(torch.nn.Module):
+    """Squeeze and excitation with a hard-sigmoid, as MobileNetV3 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return x * torch.nn.functional.hardsigmoid(self.scale * x)
+
+
+def _gated(name):
+    model = build(name, image_size=32).double()
+    for module in list(model.modules()):
+        for key, child in module.named_children():
+            if isinstance(child, torch.nn.ReLU):
+                setattr(module, key, _Gate())
+    assert any(isinstance(m, _Gate) for m in model.modules())
+    return model.double()
+
+
+def test_a_hard_sigmoid_is_matched_exactly_by_both_estimators():
+    """torch has no second derivative of it: vjp and split raised at the backward pass."""
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for estimator in ("vjp", "split"):
+        student, teacher = _gated("resnet"), build("vit", seed=3).double()
+        value = _values(student, teacher, "jacobian", {"estimator": estimator}, x)
+        found.append((value.detach(), _gradients(student, value)))
+    (value, gradient), (other, split) = found
+    assert gradient.abs().max() > 1e-6
+    torch.testing.assert_close(value, other, **EXACT)
+    torch.testing.assert_close(gradient, split, rtol=1e-7, atol=1e-9)
