@@ -26,12 +26,12 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation.results import FILE, read_results
 from hf_kdtl.hub import license as licenses
 from hf_kdtl.hub.card_results import hash_of
+from hf_kdtl.hub.card_results import published as published_results
 from hf_kdtl.hub.card_tables import models_of
 from hf_kdtl.hub.model_card import student_card, with_evaluation
 from hf_kdtl.hub.provenance import saved_hash
 from hf_kdtl.hub.staging import is_adapter
 from hf_kdtl.hub.upload import HubError, check_access, publish, retry_command, student_of
-from hf_kdtl.utils.redaction import anonymous
 
 
 @dataclass
@@ -70,10 +70,10 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
     check_student(Path(options.run), results)
     if options.evaluation is not None:
         results = with_evaluation(results, read_results(options.evaluation))
-    results = anonymous(results)
+    results = published_results(results)
     where: dict[str, Any] = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     try:
-        settled = licenses.resolve_license(licenses.of_parents(models_of(results)), options.license)
+        settled = licenses.student_license(models_of(results), options.license)
         name = check_access(options.hub_model_id, token, **where)
         card = student_card(results, model_id=name, license=settled)
         return publish(options.run, name, card, results=results, token=token, **where)
@@ -83,12 +83,12 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
         raise (HubError if isinstance(error, HubError) else ValueError)(f"{error} {command}") from error
 
 
-def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions | None:
+def planned(config: DistillationConfig, teacher: str | None, student: str | None) -> PushOptions | None:
     """What hf-kdtl distill will push at its end, once everything was looked at that could refuse it then; None
     where it will not, and on other processes than the first.
 
     Args:
-        made_from: folders or Hub names of teacher and student.
+        teacher, student: folders or Hub names of what the student is made from, where there are any.
 
     Raises:
         ValueError, HubError: as `push`.
@@ -96,8 +96,12 @@ def planned(config: DistillationConfig, *made_from: str | None) -> PushOptions |
     if not config.push_to_hub or config.process_index != 0:
         return None
     folder, token = Path(str(config.output_dir)), config.hub_token
-    known = [licenses.license_of(name, token) for name in made_from if name not in (None, "self")]
-    licenses.resolve_license(licenses.most_restrictive(known), config.license)
+    models: dict[str, Any] = {}
+    if teacher not in (None, "self"):
+        models["teacher"] = {"licence": licenses.license_of(teacher, token)}
+    if student is not None:
+        models["student"] = {"start": {"how": "pretrained", "licence": licenses.license_of(student, token)}}
+    licenses.student_license(models, config.license)
     where: dict[str, Any] = {"private": config.hub_private_repo, "revision": config.hub_revision}
     name = check_access(config.hub_model_id or folder.resolve().name, token, **where)
     return PushOptions(str(folder), name, license=config.license, **where)

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hf_kdtl.utils.redaction import relative_paths
+
 FILE = "results.json"
 SCHEMA = 1
 SECTIONS = (
@@ -81,11 +83,4 @@ def to_json(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if hasattr(value, "tolist"):
         return to_json(value.tolist())
-    return _anonymous(str(value))
-
-
-def _anonymous(text: str) -> str:
-    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
-        if len(folder.parts) > 1:
-            text = text.replace(f"{folder}{os.sep}", short)
-    return text
+    return relative_paths(str(value))

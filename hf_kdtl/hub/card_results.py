@@ -15,6 +15,7 @@ from hf_kdtl.hub.card_tables import ARM, judged_student, split_scores
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.reports.evaluation_values import models_with_role
+from hf_kdtl.utils.redaction import anonymous, local_name
 from hf_kdtl.utils.text import percent
 
 Results = dict[str, Any]
@@ -84,6 +85,28 @@ def recipes_results(folder: str | Path) -> Results | None:
     """
     found = read_results(folder) if Path(folder, FILE).is_file() else {}
     return found if found.get("run", {}).get("recipe") == "distill" else None
+
+
+def published(results: Results) -> Results:
+    """Results as they may be published: no path of this machine, and no local folder that reads like a Hub name.
+
+    Applied twice, it changes nothing more.
+    """
+    results = anonymous(results)
+    models, data, run = (results.get(name) or {} for name in ("models", "data", "run"))
+    settings = run.get("settings") or {}
+    sources = {
+        "teacher": models.get("teacher"),
+        "student": (models.get("student") or {}).get("start"),
+        "dataset": data or None,
+    }
+    local = {name: local_name(settings[name]) for name, source in sources.items()
+             if source and not source.get("hub") and isinstance(settings.get(name), str)}  # fmt: skip
+    if local:
+        results["run"] = run | {"settings": settings | local}
+    if isinstance(data.get("source"), str) and not data.get("hub"):
+        results["data"] = data | {"source": local_name(data["source"])}
+    return results
 
 
 def hash_of(results: Results) -> str | None:

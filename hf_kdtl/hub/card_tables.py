@@ -15,6 +15,7 @@ from hf_kdtl.reports.evaluation_summary import verdict_table
 from hf_kdtl.reports.evaluation_values import calibration_text, mean_of_bins, models_with_role, scores_of
 from hf_kdtl.reports.run_report import ARMS, SPLITS, note, table
 from hf_kdtl.reports.score_tables import scores_note, scores_table
+from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import escape_markdown, percent
 
 Results = dict[str, Any]
@@ -45,7 +46,7 @@ def source_name(data: dict[str, Any]) -> str | None:
     """The data by name: as on the Hub, or the last part of a path."""
     if not (source := data.get("source")):
         return None
-    return source if data.get("hub") else [part for part in source.replace("\\", "/").split("/") if part][-1]
+    return source if data.get("hub") else local_name(source)
 
 
 def judged_student(results: Results) -> dict[str, Any] | None:

@@ -11,6 +11,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+TEACHERS = "the teacher's licence"
+STARTS = "the licence of the model that the student starts from"
+EITHERS = f"{TEACHERS}, or that of the model that the student starts from,"
 UNKNOWN = ("", "unknown", "other", "none")
 """What the metadata of a card may say that tells nothing: `other` is a text that somebody has to read."""
 
@@ -60,12 +63,25 @@ def parents(models: dict[str, Any]) -> list[dict[str, Any]]:
             if model is not None]  # fmt: skip
 
 
-def resolve_license(inherited: str | None, asked: str | None) -> str:
+def student_license(models: dict[str, Any], asked: str | None) -> str:
+    """The licence of a student made from `models` (the section of results.json): see `resolve_license`.
+
+    Raises:
+        ValueError: as `resolve_license`, naming the models that bind it.
+    """
+    start = parents({"student": models.get("student")})
+    taught = models.get("teacher") is not None
+    whose = {(True, False): TEACHERS, (False, True): STARTS, (False, False): ""}.get((taught, bool(start)), EITHERS)
+    return resolve_license(of_parents(models), asked, whose)
+
+
+def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHERS) -> str:
     """The licence of a student.
 
     Args:
         inherited: what its teacher's licence is, as `license_of` returns it.
         asked: what the user typed, None where nothing.
+        whose: how errors call the inherited licence; "" for a student without a teacher that starts at random.
 
     Raises:
         ValueError: when neither is known; when the teacher's forbids derivatives; when the one that is asked for
@@ -82,22 +98,26 @@ def resolve_license(inherited: str | None, asked: str | None) -> str:
         )
     if its is not None and "nd" in its.split("-"):
         raise ValueError(
-            f"the teacher's licence is {its}, which allows no derivatives, and a distilled student is one as we read "
+            f"{whose} is {its}, which allows no derivatives, and a distilled student is one as we read "
             "it. Do not publish it, or ask the teacher's owner and distil from a copy whose card states what they "
             "allow."
         )
     if its is None and wanted is None:
+        known = (
+            f"{whose} is not known (the model card states none, or could not be read). Find out what it allows"
+            if whose
+            else "no licence was chosen. The student has no teacher and starts from random weights, so choose any"
+        )
         raise ValueError(
-            "the teacher's licence is not known, or that of what the student started from (its card states none, or "
-            "could not be read). Find out what it allows and type --license <identifier>, such as --license "
-            'apache-2.0; in Python DistillationConfig(license="apache-2.0").'
+            f"{known} and type --license <identifier>, such as --license apache-2.0; in Python "
+            'DistillationConfig(license="apache-2.0").'
         )
     if its is None or wanted is None or wanted == its or its in PERMISSIVE:
         return wanted or its  # type: ignore[return-value]
     if _keeps(its, wanted):
         return wanted
     raise ValueError(
-        f"the teacher's licence is {its} and {wanted} is asked for, which would loosen it ({_why(its)}). Type "
+        f"{whose} is {its} and {wanted} is asked for, which would loosen it ({_why(its)}). Type "
         f"--license {its} (in Python DistillationConfig(license={its!r})), or leave it out."
     )
 

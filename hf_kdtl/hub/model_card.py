@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
-from hf_kdtl.hub.card_results import Results, check_results, results_of, with_evaluation, without_nulls
+from hf_kdtl.hub.card_results import Results, check_results, published, results_of, with_evaluation, without_nulls
 from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
-from hf_kdtl.hub.license import of_parents, parents, resolve_license
+from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
 from hf_kdtl.utils.redaction import without_paths
@@ -87,6 +87,7 @@ def _card(
 
     results = without_nulls(results)
     check_results(results)
+    results = published(results)
     found, said = _licence(results, license)
     model_name = next(iter(_list(model_name)), None)
     name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
@@ -121,7 +122,7 @@ def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
         several = "not all licences of its teacher and its start are known"
         known = {0: "none was given", 1: "its teacher's licence is not known"}.get(len(made_from), several)
         return None, f"not settled: {known}. Ask before you use it."
-    found = resolve_license(its, asked)
+    found = student_license(models_of(results), asked)
     if asked is None or asked == its:
         return (
             found,

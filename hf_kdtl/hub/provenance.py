@@ -20,9 +20,8 @@ from hf_kdtl.hub import license as licenses
 from hf_kdtl.models.adapters import plain_state
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
-
-_INNER = ("model", "student")  # how recipes call the folder of a run's model
 
 
 def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict[str, Any]:
@@ -31,11 +30,9 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
     text = str(name_or_path or "")
     if not text:
         return {"name": None, "hub": False, "revision": None, "licence": None}
-    path, hub = Path(text).expanduser(), is_on_hub(text)
-    parts = [part for part in path.parts if part not in (path.anchor, ".", "..")]
-    short = parts[-2] if len(parts) > 1 and parts[-1] in _INNER else (parts or [""])[-1]
+    hub = is_on_hub(text)
     return {
-        "name": text if hub else one_line(short),
+        "name": text if hub else one_line(local_name(text)),
         "hub": hub,
         "revision": revision if hub else None,
         "licence": licenses.license_of(text),

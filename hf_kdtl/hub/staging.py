@@ -14,8 +14,9 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, get_token
 
 from hf_kdtl.evaluation.results import FILE, to_json
+from hf_kdtl.hub.card_results import published
 from hf_kdtl.hub.card_tables import saved_adapters
-from hf_kdtl.utils.redaction import anonymous, own_folders
+from hf_kdtl.utils.redaction import own_folders
 
 FULL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -58,7 +59,7 @@ def stage_student(
         elif is_students(path.name):
             shutil.copyfile(path, target / path.name)
     _check_complete(student, {path.name for path in target.iterdir()})
-    _write(target / FILE, to_json(anonymous(results)))
+    _write(target / FILE, to_json(published(results)))
     (target / CARD).write_text(str(card), encoding="utf-8")
     for name in _PICTURE.findall(str(card)):
         if pictures is not None and Path(pictures, name).is_file():

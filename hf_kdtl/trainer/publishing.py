@@ -18,7 +18,6 @@ from transformers.utils.hub import PushInProgress
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.trainer.sharding import ShardingTrainer
-from hf_kdtl.utils.redaction import anonymous
 
 logger = logging.get_logger(__name__)
 
@@ -184,23 +183,24 @@ class PublishingTrainer(ShardingTrainer):
 
     def _licence(self, asked: str | None) -> str:
         """The student's licence: what is asked for, as far as those of its teacher and its start allow it."""
-        from hf_kdtl.hub.license import of_parents, resolve_license
+        from hf_kdtl.hub.license import student_license
         from hf_kdtl.hub.provenance import made_from
 
         asked = self.args.license if asked is None else asked
-        return resolve_license(of_parents(made_from(self)), asked)
+        return student_license(made_from(self), asked)
 
     def _results(self) -> dict[str, Any]:
         """What is known about this run, without paths."""
-        from hf_kdtl.hub.card_results import results_of
+        from hf_kdtl.hub.card_results import published, results_of
 
-        return anonymous(results_of(self))
+        return published(results_of(self))
 
     def _card(self, results: dict[str, Any], name: str | None, **given: Any) -> ModelCard:
         from hf_kdtl.hub.model_card import student_card
 
         given["license"] = given.get("license") or self.args.license
-        given["model_name"] = given.get("model_name") or (name or self._repo_name()).split("/")[-1]
+        name = name or self.args.hub_model_id  # the folder's name is none: the card makes a title of the architecture
+        given["model_name"] = given.get("model_name") or (name.split("/")[-1] if name else None)
         tags = given.get("tags") or []
         tags = [tags] if isinstance(tags, str) else [*tags]
         given["tags"] = list(dict.fromkeys([*tags, *(getattr(self.model, "model_tags", None) or [])])) or None

@@ -31,7 +31,7 @@ def test_distill_looks_before_it_trains_and_pushes_at_its_end(hub, command, imag
         return code, capsys.readouterr()
 
     for extra, said in [
-        ([], "licence is not known"),
+        ([], "licence is not known (the model card"),
         (["--license", "mit", "--hub_token", "hf_wrong"], "(401): the token is wrong"),
         (["--license", "mit", "--hub_model_id", "other/x"], "(403): this token may not write to other/x"),
         (["--hub_strategy", "checkpoint"], "would publish the training state"),

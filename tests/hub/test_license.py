@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_kdtl.hub import license as licenses
-from hf_kdtl.hub.license import license_of, most_restrictive, of_parents, resolve_license
+from hf_kdtl.hub.license import license_of, most_restrictive, of_parents, resolve_license, student_license
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,22 @@ def test_no_card_and_no_network_are_not_known(monkeypatch):
 
         monkeypatch.setattr(licenses.ModelCard, "load", fail)
         assert license_of("owner/name", token="x") is None
+
+
+TEACHER, START = {"name": "t", "licence": None}, {"start": {"how": "pretrained", "licence": None}}
+
+
+@pytest.mark.parametrize(
+    "models, said",
+    [
+        ({}, "no licence was chosen. The student has no teacher"),
+        ({"student": {"start": {"how": "random"}}}, "no licence was chosen"),
+        ({"teacher": TEACHER}, "^the teacher's licence is not known"),
+        ({"student": START}, "^the licence of the model that the student starts from is not known"),
+        ({"teacher": TEACHER, "student": START}, "^the teacher's licence, or that of the model"),
+    ],
+)
+def test_the_error_names_what_binds_the_student(models, said):
+    with pytest.raises(ValueError, match=said):
+        student_license(models, None)
+    assert student_license(models, "mit") == "mit"

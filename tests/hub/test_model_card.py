@@ -18,6 +18,7 @@ from hf_kdtl import DistillationTrainer
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import SCHEMA, update_results
 from hf_kdtl.evaluation.statistics import paired_difference
+from hf_kdtl.hub.card_results import published
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
 from hf_kdtl.hub.model_card import results_of, student_card, with_evaluation
 from hf_kdtl.hub.provenance import made_from, model_facts, origin, saved_hash, student_hash
@@ -409,6 +410,28 @@ def test_inline_cuts_escapes_once_and_leaves_markdown():
 )
 def test_without_paths(text, shown):
     assert without_paths(text) == shown
+
+
+def test_relative_paths_are_no_names(tmp_path):
+    """A teacher or data by a relative path: neither card nor published results.json hold it; the local ones do."""
+    Path("runs/secret").mkdir(parents=True)
+    found = results()
+    found["models"]["teacher"] |= {"name": "runs/vit/model", "hub": False}
+    found["data"] |= {"source": "runs/secret", "hub": False}
+    settings = {"teacher": "away/vit", "dataset": "runs/secret", "notes": "see runs/secret"}
+    found["run"]["settings"] |= settings
+    public = published(found)
+    assert (
+        public["run"]["settings"] | {"teacher": "vit", "dataset": "secret", "notes": "see secret"}
+        == (public["run"]["settings"])
+    )
+    assert public["data"]["source"] == "secret" and public["models"]["teacher"]["name"] == "vit"
+    assert published(public) == public and found["run"]["settings"]["teacher"] == "away/vit"
+    card = str(student_card(found))
+    assert not any(path in card for path in ("runs/", "away/")) and "vit" in card
+    found["models"]["teacher"] |= {"name": "google/vit", "hub": True}
+    found["run"]["settings"]["teacher"] = "google/vit"
+    assert published(found)["run"]["settings"]["teacher"] == "google/vit"
 
 
 def test_no_path_gets_out():

@@ -169,6 +169,19 @@ def test_what_cannot_be_published_is_told_before_training(hub, settings, said): 
     assert "tester/small" not in hub.repositories
 
 
+def test_without_a_teacher_nothing_is_said_of_its_licence(hub):  # noqa: F811
+    settings = PUSH | {"objectives": [{"name": "task"}], "max_steps": 1}
+    for asked in ({}, {"license": "apache-2.0"}):
+        made = lambda: DistillationTrainer(build("vit"), config("out", **(settings | {"license": None} | asked)),  # noqa: E731, B023
+                                           train_dataset=Images())  # fmt: skip
+        if asked:
+            made()
+            continue
+        with pytest.raises(ValueError, match=r"no licence was chosen.*no teacher.*license=\"apache-2.0\"") as refused:
+            made()
+        assert "teacher's" not in str(refused.value)
+
+
 def test_the_licence_of_a_gated_teacher_is_read_and_kept_to(hub):  # noqa: F811
     build("vit").save_pretrained("local")
     files = {path.name: path.read_bytes() for path in Path("local").iterdir()}

@@ -205,7 +205,10 @@ def test_paths_are_cut_to_their_last_part(monkeypatch):
         "users/ann/my cats": "my cats",  # results.json cuts the working folder off
         "read from /data/ann/cats and ~/ann/dogs": "read from cats and dogs",
         "google/vit-base is 1/2 of it": "google/vit-base is 1/2 of it",
-        "runs/teacher/model": "runs/teacher/model",
+        "runs/teacher/model": "teacher",
+        "runs\\teacher\\model": "teacher",
+        "read from runs/cats/train and data/cats.": "read from train and data/cats.",
+        "1/2/3 of them, https://host.org/a/b/c": "1/2/3 of them, https://host.org/a/b/c",
     }.items():
         assert anonymous([{"x": given}]) == [{"x": shown}]
     names = {"data": {"classes": ["/m/01yrx", "~/cow", "C:\\cat"]}}
