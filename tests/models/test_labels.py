@@ -148,8 +148,8 @@ def test_a_head_that_is_not_what_the_config_says():
 def test_a_teacher_without_a_config_is_refused():
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 3))
     with pytest.raises(TypeError, match=r"a Sequential without a config; expected an image classifier.*pixel_values"):
-        Teacher(plain)
+        Teacher(plain).match(build("vit"), None, compare_classes=True)
     wrapped = torch.nn.Module()
     wrapped.module = build("vit")
     with pytest.raises(TypeError, match=r"Pass teacher\.module"):
-        Teacher(wrapped)
+        Teacher(wrapped).match(build("vit"), None, compare_classes=True)

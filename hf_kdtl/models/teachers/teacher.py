@@ -42,13 +42,6 @@ class Teacher:
             raise TypeError(
                 f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
             )
-        if not hasattr(model, "config"):
-            inner = "teacher.module" if isinstance(getattr(model, "module", None), nn.Module) else None
-            raise TypeError(
-                f"the teacher is a {type(model).__name__} without a config; expected an image classifier of "
-                "transformers, whose config says what its classes are and whose forward takes pixel_values and gives "
-                f"logits. {f'Pass {inner}' if inner else 'A model of timm opens as one: teacher=<timm/its Hub name>'}."
-            )
         self.model = model.eval().requires_grad_(False)
         self.processing_class = processing_class
         self.notes: list[str] = []
@@ -77,6 +70,7 @@ class Teacher:
             compare_classes: whether any objective compares class outputs; otherwise the classes may differ.
 
         Raises:
+            TypeError: when classes are compared and the teacher is not an image classifier of transformers.
             ValueError: when the teacher shares weights with the student, when its processor cannot be matched
                 because the student's is unknown, or when the classes differ.
         """
@@ -89,10 +83,21 @@ class Teacher:
         self.notes = []
         self._order = None
         if compare_classes:
+            self._check_is_classifier()
             self._check_head()
             self._order, note = match_labels(student.config, self.model.config)
             self.notes.append(note)
         self._pixels = self._match_pixels(processing_class)
+
+    def _check_is_classifier(self) -> None:
+        if hasattr(self.model, "config"):
+            return
+        inner = "teacher.module" if isinstance(getattr(self.model, "module", None), nn.Module) else None
+        raise TypeError(
+            f"the teacher is a {type(self.model).__name__} without a config; expected an image classifier of "
+            "transformers, whose config says what its classes are and whose forward takes pixel_values and gives "
+            f"logits. {f'Pass {inner}' if inner else 'A model of timm opens as one by its Hub name, timm/...'}."
+        )
 
     def _check_head(self) -> None:
         if self.new_head:
