@@ -38,7 +38,6 @@ LONG_MODULES: dict[str, str] = {
     "trainer/trainer.py": "trainer: to be split",
     "hub/card_values.py": "hub: to be split",
     "data/loading.py": "data: to be split",
-    "commands/common/runs.py": "commands: to be split",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "preflight.py:preflight": "trainer: to be split",

@@ -1,245 +1,119 @@
-"""Distil a student from a teacher, and compare it with the same student trained alone.
+"""Train a student from a teacher, and compare it with the same student trained alone.
 
-hf-kdtl distill --config digits
-hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/mine
-hf-kdtl distill ... --baseline true --seeds 1 2 3
-hf-kdtl distill ... --push_to_hub true --hub_model_id me/my-student --license apache-2.0
+  hf-kdtl distill --config digits
+  hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/student \\
+      --objectives task logit_kd --baseline true --seeds 1 2 3
+  accelerate launch --config_file ddp.yaml -m hf_kdtl.commands.distill --config mine.yaml
+
+It leaves in output_dir: student/ (a plain transformers model), report.md, results.json, pictures, and a folder a run.
+After Ctrl-C the same command with --resume_from_checkpoint true continues. With --push_to_hub true the student is
+published at the end, after access and license were checked at the start.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
-from transformers import set_seed
-
-from hf_kdtl import DistillationConfig, make_student
-from hf_kdtl.commands import push as push_student
-from hf_kdtl.commands.common import adapters, builders, runs, scores
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands import push
 from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common import builders, folders, runs, scores
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, student_start
+from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.hub.provenance import models_section
-from hf_kdtl.models import Teacher
 from hf_kdtl.models.fingerprint import fingerprint
-from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.run_report import difference, note, table, write_report
-from hf_kdtl.trainer.checks import check_teacher_usage
-
-
-@dataclass
-class DistillOptions:
-    """Teacher, student, and how many runs."""
-
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "A folder or Hub name of an image classifier; 'self': the student with its adapters off; none "
-            "where no objective needs it."
-        },
-    )
-    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
-    student_config: dict | str | None = field(
-        default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
-    )
-    student_layers: int | None = field(
-        default=None, metadata={"help": "A student cut out of the teacher: this many of its blocks."}
-    )
-    adapter: dict | str | None = field(
-        default=None, metadata={"help": 'Train an adapter of PEFT, as JSON: {"peft_type": "LORA", "r": 8, ...}.'}
-    )
-    image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
-    seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
-    baseline: bool = field(default=False, metadata={"help": "Also train the student alone, everything else equal."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
-
-
-def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
-    """The student before training; after `set_seed` with the same seed always the same weights."""
-    student = plain_student(options, teacher, names, notes)
-    return student if options.adapter is None else adapters.with_adapter(student, options.adapter)
-
-
-def plain_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
-    """The student without adapters."""
-    given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"found {' and '.join(given) or 'no student'}; expected one of --student <folder or Hub name>, "
-            "--student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's blocks>."
-        )
-    if options.student is not None:
-        return builders.pretrained(options.student, names, notes)
-    if options.student_config is not None:
-        return builders.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
-    assert options.student_layers is not None
-    if teacher is None:
-        raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
-    return builders.named(make_student(teacher, options.student_layers).float(), names)
-
-
-def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any, notes: list[str]) -> Any:
-    """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
-    if options.student is not None:
-        return builders.processor_of(options.student, student, notes)
-    if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
-        return teacher.processing_class
-    return builders.new_processor(student.config, options.image_size)
-
-
-def student_start(options: DistillOptions) -> dict[str, Any]:
-    """What the student begins as, for the section `models` of results.json."""
-    if options.student is not None:
-        return {"how": "pretrained"}
-    return (
-        {"how": "random"} if options.student_config is not None else {"how": "cut", "layers": options.student_layers}
-    )
-
-
-def _same_classes(student: Any, teacher: Teacher) -> bool:
-    if teacher.new_head:
-        return False
-    try:
-        match_labels(student.config, teacher.model.config)
-    except ValueError:
-        return False
-    return True
-
-
-class Study:
-    """The runs of the recipe: each seed, with the teacher and (baseline) alone, from the same initial student."""
-
-    def __init__(self, options: DistillOptions, data_options: DataOptions, config: DistillationConfig):
-        self.options, self.config = options, config
-        self.folder = Path(config.output_dir)
-        self.seeds = options.seeds or [config.seed]
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}, expected different ones.")
-        self.arms = {"distilled": config.objectives}
-        if options.baseline:
-            task = [entry | {"weight": 1.0} for entry in config.entries if entry["name"] == "task"]
-            self.arms = {"alone": task or runs.TASK} | self.arms
-        self.notes: list[str] = []
-        if options.baseline and config.rate_options is not None and config.rate_options.measured:
-            self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
-        by_itself = options.teacher == "self"
-        self.teacher = None if options.teacher is None or by_itself else Teacher.from_pretrained(options.teacher)
-        self.source: Any = "self" if by_itself else self.teacher
-        check_teacher_usage(self.source, config)
-        with config.main_process_first(local=False):
-            data = builders.open_data(data_options)
-        student = new_student(options, self.teacher, data.label_names, self.notes)
-        if by_itself:
-            adapters.check_self(student, options.student, config)
-        # A teacher of other classes (lwf) cannot be scored on these.
-        self.scored = self.teacher is not None and _same_classes(student, self.teacher)
-        if self.teacher is not None and not self.scored:
-            why = "has no trained head" if self.teacher.new_head else "answers in other classes"
-            self.notes.append(f"the teacher {why}: it is not scored on these images.")
-        self.data = data.in_order(student)
-        self.data_options = data_options
-        self.processor = student_processor(options, self.teacher, student, self.notes)
-        self.student_summary = builders.summary(student)
-
-    def trainer(self, arm: str, seed: int, folder: Path) -> Any:
-        """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
-        self._make_whole()
-        set_seed(seed)
-        student = new_student(self.options, self.teacher, self.data.label_names, [])
-        return runs.make_trainer(
-            student,
-            runs.for_run(self.config, folder, seed, self.arms[arm], taught=arm == "distilled"),
-            self.processor,
-            f"{arm}, seed {seed}",
-            teacher=self.source if arm == "distilled" else None,
-            train_dataset=builders.pixels(self.data.train, self.processor, self.data_options, seed),
-            eval_dataset=builders.pixels(self.data.validation, self.processor),
-        )
-
-    def open_teacher(self) -> None:
-        """For the scores: where the student taught itself, what it was; during training no copy is held."""
-        self._make_whole()
-        if self.source == "self":
-            assert self.options.student is not None
-            self.teacher = Teacher.from_pretrained(self.options.student)
-            self.scored = _same_classes(self.teacher.model, self.teacher)
-
-    def _make_whole(self) -> None:
-        """Read the teacher again, where a run has left it in parts (FSDP2)."""
-        if self.teacher is not None and isinstance(self.teacher.model, FSDPModule):
-            assert self.options.teacher is not None
-            self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
-
-    def runs(self) -> list[tuple[str, int, Path]]:
-        """(arm, seed, folder) of every run."""
-        return [(arm, seed, self.folder / f"{arm}-seed{seed}") for seed in self.seeds for arm in self.arms]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, train every run, evaluate, write results.json, report.md and pictures."""
     cli.quiet()
     options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
-    runs.check_whole_list(config)
-    run = runs.described("distill", config, options, data_options)
-    runs.check_folder(config, run, options.overwrite_output_dir)
-    pushing = push_student.planned(config, options.teacher, options.student)
-    study = Study(options, data_options, config)
-    first = study.trainer("distilled", study.seeds[0], study.folder)
-    runs.try_once(first)
-    found = builders.split_notes(options.teacher, study.data, data_options) if options.teacher else []
-    taught = first.teacher.notes if first.teacher else []
-    notes = [*study.notes, *taught, *first.distiller.notes, *found]
+    folders.check_resumes_all(config)
+    run = folders.describe_run("distill", config, options, data_options)
+    folders.check_folder(config, run, options.overwrite_output_dir)
+    pushing = push.planned(config, options.teacher, options.student)
+    experiment = Experiment(options, data_options, config)
+    begin(experiment, run)
+    for arm, seed, folder in experiment.runs():
+        runs.train_and_save(experiment.trainer(arm, seed, folder), folder.name, experiment.folder)
+    experiment.open_teacher()
+    scores.evaluate(experiment)
+    if config.process_index == 0:
+        record_fingerprint(experiment)
+        write_report(experiment.folder)
+        say(config, *summary(experiment))
+    if pushing is not None:
+        say(config, push.published(push.push(pushing, config.hub_token), pushing))
+
+
+def begin(experiment: Experiment, run: dict[str, Any]) -> None:
+    """Check one batch, claim output_dir, and write and print what is known before training."""
+    options, data_options, config = experiment.options, experiment.data_options, experiment.config
+    first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
+    runs.check_one_batch(first)
+    splits = builders.split_notes(options.teacher, experiment.data, data_options) if options.teacher else []
+    notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
     models = {"teacher": builders.summary(first.teacher.model)} if first.teacher else {}
-    models |= {"student": study.student_summary}
+    models |= {"student": experiment.student_summary}
     sections = {
         "run": run,
-        "data": builders.facts(study.data, data_options),
+        "data": builders.facts(experiment.data, data_options),
         "objectives": config.objectives,
         "models": models_section(first, student_start(options)),
         "pairing": models | {"notes": notes},
     }
-    runs.begin(first, sections)
-    say(config, *builders.told(study.data), *(f"{who}: {what}" for who, what in models.items()))
-    say(config, *(f"- {sentence}" for sentence in notes), runs.place(run))
-    for arm, seed, folder in study.runs():
-        runs.train_and_save(study.trainer(arm, seed, folder), folder.name, study.folder)
-    study.open_teacher()
-    scores.evaluate(study)
-    if config.process_index == 0:
-        sign(study)
-        write_report(study.folder)
-        say(config, *farewell(study))
-    if pushing is not None:
-        say(config, push_student.published(push_student.push(pushing, config.hub_token), pushing))
+    folders.begin(first, sections)
+    say(config, *builders.describe_data(experiment.data), *(f"{role}: {text}" for role, text in models.items()))
+    say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
 
 
-def sign(study: Study) -> None:
-    """Note the hash of the weights of student/, by which an evaluation says that it is of this student."""
-    section = read_results(study.folder)["models"]
-    model = open_classifier(study.folder / "student").model
+def record_fingerprint(experiment: Experiment) -> None:
+    """Write the hash of the weights of student/, by which an evaluation recognizes this student."""
+    section = read_results(experiment.folder)["models"]
+    model = open_classifier(experiment.folder / "student").model
     section["student"]["fingerprint"] = fingerprint(model)
     if section["student"]["adapters"] is not None:  # student/ is a plain model, with the adapters in its weights
         section["student"] |= {"merged": True, "parameters": parameters(model)}
-    update_results(study.folder, "models", section)
+    update_results(experiment.folder, "models", section)
 
 
-def farewell(study: Study) -> list[str]:
-    """Where everything is, the table, the difference, and the next command."""
-    results, folder = read_results(study.folder), study.folder
-    command = f"pipeline('image-classification', '{folder / 'student'}')('{folder / 'example.png'}')"
+def summary(experiment: Experiment) -> list[str]:
+    """The table, the difference, where the student is, and the next commands."""
+    results, folder = read_results(experiment.folder), experiment.folder
+    image, student = folder / "example.png", folder / "student"
+    use = f"print(pipeline('image-classification', '{student}')('{image}'))"
     return [
         f"\n{table(results)}\n\n{note(results)}",
         difference(results),
-        f"\nThe student is in {folder / 'student'}, the report in {folder / 'report.md'}. Next:\n",
-        f'  {runs.interpreter()} -c "from transformers import pipeline; print({command})"',
+        f"\nThe student is in {student}, the report in {folder / 'report.md'}. Next, evaluate it, or use it:\n",
+        f"  {evaluation_command(experiment)}",
+        f'  {python()} -c "from transformers import pipeline; {use}"',
     ]
+
+
+def evaluation_command(experiment: Experiment) -> str:
+    """`hf-kdtl evaluate` for this student, on the same splits."""
+    options, folder = experiment.options, experiment.folder
+    teacher = options.student if options.teacher == "self" else options.teacher
+    alone = folder / f"alone-seed{experiment.seeds[0]}" / "model"
+    return command(
+        "evaluate",
+        split_flags(experiment.data_options),
+        models=folder / "student",
+        teacher=teacher if experiment.scored else None,
+        baseline=alone if options.baseline else None,
+        output_dir=folder / "evaluation",
+        overwrite_output_dir="true" if (folder / "evaluation").exists() else None,
+        use_cpu="true" if experiment.config.use_cpu else None,
+    )
 
 
 if __name__ == "__main__":

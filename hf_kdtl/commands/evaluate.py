@@ -1,8 +1,8 @@
 """May a student ship? Judge it by more than accuracy, beside its teacher and the model that it would replace.
 
-hf-kdtl evaluate --models runs/mine/student --teacher runs/teacher/model --dataset my_images \\
-    --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
-hf-kdtl evaluate --models runs/a/student runs/b/student --degradations jpeg gaussian_blur ...
+  hf-kdtl evaluate --models runs/mine/student --teacher runs/teacher/model --dataset my_images \\
+      --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
+  hf-kdtl evaluate --models runs/a/student runs/b/student --degradations jpeg gaussian_blur ...
 
 Nothing is trained, and nothing is chosen: look at the test split once, when everything else is decided.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.commands.common import builders, folders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, judge every model, write results.json, report.md and pictures."""
     cli.quiet()
     options, data_options, config = cli.parse(EvaluateOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
-    names, folder = options.chosen, Path(config.output_dir)
+    names, folder = options.chosen, folders.folder_of(config)
     if options.images < 1:
         raise ValueError(f"images is {options.images}, expected 1 or more.")
     check_folder(folder, options.overwrite_output_dir)
-    run = runs.described("evaluate_student", config, options, data_options)
+    run = folders.describe_run("evaluate_student", config, options, data_options)
     with config.main_process_first(local=False):
         data = images_of(data_options)
     notes: list[str] = []
@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes += [said.replace("the teacher", candidate.name)
                   for said in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip
     summaries = {one.name: f"{one.path}: {builders.summary(one.model)}" for one in candidates}
-    say(config, *builders.told(data), *(f"{who}: {what}" for who, what in summaries.items()))
-    say(config, *(f"- {sentence}" for sentence in notes), runs.place(run))
+    say(config, *builders.describe_data(data), *(f"{who}: {what}" for who, what in summaries.items()))
+    say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
     if config.process_index == 0:
         clear(folder)  # not before everything that can be wrong was looked at
     evaluation = Evaluation(candidates, data, options.split, options.images, config)

@@ -1,8 +1,8 @@
 """Write a student as an ONNX file, check that it answers as the student does, and time both.
 
-pip install -e '.[export]'
-hf-kdtl export --student runs/student/student --output student.onnx
-hf-kdtl export --student runs/student/student --output student.onnx --batch_size 64 --overwrite true
+  pip install -e '.[export]'
+  hf-kdtl export --student runs/student/student --output student.onnx
+  hf-kdtl export --student runs/student/student --output student.onnx --batch_size 64 --overwrite true
 
 The file takes pixel_values (batch, channels, height, width) as the student's image processor makes them, and gives
 logits (batch, classes), in float32 and for any batch. It appears only when its logits are the student's to 1e-4, at

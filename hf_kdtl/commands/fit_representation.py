@@ -8,6 +8,7 @@ hf-kdtl fit-representation ... --resume true                                # af
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import hf_kdtl
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.runs import interpreter
+from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
 from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.evaluation.representation import explained_by, extremes
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(found, provenance, rows, images, folder)
     for name in (ROWS, SHOWN, BEGUN):
         Path(folder, name).unlink()
-    tqdm.write(farewell(found, options, f"--dataset {data_options.dataset} {builders.student_hint(teacher.model)}"))
+    flags = [split_flags(data_options), student_flags(teacher.model, teacher.processing_class)]
+    tqdm.write(summary(found, options, *flags))
 
 
 def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, Any]) -> list[Path]:
@@ -218,15 +220,18 @@ def _image(images: ImageDataset, index: int) -> Any:
     return decode(row["bytes"] or row["path"], f"image {index}")
 
 
-def farewell(found: Representation, options: RepresentationOptions, student: str) -> str:
+def summary(found: Representation, options: RepresentationOptions, *flags: str) -> str:
     """What came out, and the next command."""
-    entry = f'{{"name": "bregman", "weight": {1 / found.baseline:.2g}, "representation": "{options.output_dir}"}}'
+    entry = {"name": "bregman", "weight": float(f"{1 / found.baseline:.2g}"), "representation": options.output_dir}
+    folder = Path(options.output_dir)
+    objectives = json.dumps(["task", entry])
+    student = command(
+        "distill", *flags, teacher=options.teacher, objectives=objectives, output_dir=folder.parent / "student"
+    )
     return (
         f"\n{found.directions.shape[1]} coefficients explain {100 * found.explained:.2f} % of the divergence "
         f"({found.baseline:.4f} from the mean). It is in {options.output_dir}, its picture in "
-        f"{Path(options.output_dir, PICTURE)}. Next, a student that imports it:\n\n"
-        f"  {interpreter()} hf-kdtl distill --teacher {options.teacher} {student} --output_dir runs/student \\\n"
-        f'    --objectives \'[{{"name": "task"}}, {entry}]\''
+        f"{Path(options.output_dir, PICTURE)}. Next, a student that imports it:\n\n  {student}"
     )
 
 

@@ -1,6 +1,6 @@
 """Show which layers pair, what each objective costs and what will not run, for settings of `distill`; train nothing.
 
-hf-kdtl preflight --config digits --teacher runs/demo_teacher/model
+hf-kdtl preflight --config digits
 hf-kdtl preflight --teacher runs/teacher/model --dataset my_images --student_layers 6 --objectives task jacobian
 """
 
@@ -15,21 +15,20 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, new_student
 from hf_kdtl.commands.common.runs import say
-from hf_kdtl.commands.distill import DistillOptions, Study, new_student
+from hf_kdtl.preflight import preflight
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, look at the pair on one batch of training images, print the report."""
-    from hf_kdtl.preflight import preflight
-
     cli.quiet()
     options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
-    study = Study(options, data_options, config)
-    rows = builders.pixels(study.data.train, study.processor).__getitems__(list(range(8)))
+    experiment = Experiment(options, data_options, config)
+    rows = builders.pixels(experiment.data.train, experiment.processor).__getitems__(list(range(8)))
     pixels = torch.stack([row["pixel_values"] for row in rows])
-    student = new_student(options, study.teacher, study.data.label_names, [])
-    say(config, str(preflight(student, study.source, config, pixels, study.processor)))
+    student = new_student(options, experiment.teacher, experiment.data.label_names, [])
+    say(config, str(preflight(student, experiment.source, config, pixels, experiment.processor)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Publish the student of a finished run on the Hub, with a card made from its results.
 
-hf auth login
-hf-kdtl push --run runs/student --hub_model_id me/my-student
-hf-kdtl push --run runs/student --evaluation runs/evaluation --hub_model_id me/my-student \\
-    --private true --license apache-2.0
+  hf auth login
+  hf-kdtl push --run runs/student --hub_model_id me/my-student
+  hf-kdtl push --run runs/student --evaluation runs/evaluation --hub_model_id me/my-student \\
+      --private true --license apache-2.0
 
 The run is one of hf-kdtl distill, the evaluation one of hf-kdtl evaluate of the same student. The
 weights, their settings, the card and results.json go up, in one commit, and nothing else.

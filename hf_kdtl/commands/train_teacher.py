@@ -1,8 +1,11 @@
-"""Train or fine-tune an image classifier: a teacher for hf-kdtl distill.
+"""Train or fine-tune an image classifier, to be a teacher for hf-kdtl distill.
 
-hf-kdtl train-teacher --config digits_teacher
-hf-kdtl train-teacher --model google/vit-base-patch16-224 --dataset my_images --output_dir runs/teacher
-hf-kdtl train-teacher --model_config '{"model_type": "vit", "image_size": 32, "patch_size": 4}' ...
+  hf-kdtl train-teacher --config digits_teacher
+  hf-kdtl train-teacher --model google/vit-base-patch16-224 --dataset my_images --output_dir runs/teacher
+  hf-kdtl train-teacher --dataset my_images --output_dir runs/teacher \\
+      --model_config '{"model_type": "vit", "image_size": 32, "patch_size": 4}'
+
+It leaves in output_dir: model/ (a plain transformers model with its image processor), report.md and results.json.
 """
 
 from __future__ import annotations
@@ -10,15 +13,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.commands.common import builders, folders, runs
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
 from hf_kdtl.commands.common.runs import TASK, say
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.loading import ImageData
@@ -57,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, data_options, config = cli.parse(TeacherOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
     if config.objectives == DEFAULT_OBJECTIVES:
         config.objectives = TASK
-    run = runs.described("train_teacher", config, options, data_options)
-    runs.check_folder(config, run, options.overwrite_output_dir)
+    run = folders.describe_run("train_teacher", config, options, data_options)
+    folders.check_folder(config, run, options.overwrite_output_dir)
     with config.main_process_first(local=False):
         data = builders.open_data(data_options)
     notes: list[str] = []
@@ -72,41 +76,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=builders.pixels(data.train, processor, data_options, config.seed),
         eval_dataset=builders.pixels(data.validation, processor),
     )
-    runs.try_once(trainer)
+    runs.check_one_batch(trainer)
     sections = {
         "run": run,
         "data": builders.facts(data, data_options),
         "objectives": config.objectives,
         "pairing": {"model": builders.summary(model), "notes": notes},
     }
-    runs.begin(trainer, sections)
-    say(config, *builders.told(data), builders.summary(model), *notes, runs.place(run))
+    folders.begin(trainer, sections)
+    say(config, *builders.describe_data(data), builders.summary(model), *notes, folders.place(run))
     runs.train_and_save(trainer, "teacher")
     evaluate(config, data, processor)
     if config.process_index == 0:
-        write_report(config.output_dir)
-        say(config, *farewell(config, options, data_options))
+        write_report(folder_of(config))
+        say(config, *summary(config, data_options, processor))
 
 
 def evaluate(config: DistillationConfig, data: ImageData, processor: Any) -> None:
     """Score validation and, now that nothing is chosen any more, test."""
-    model = runs.load(config.output_dir)
+    model = runs.load(folder_of(config))
     datasets = {split: builders.pixels(getattr(data, split), processor) for split in SPLITS}
     found = {split: paired_scores(*runs.predict(model, dataset, config)) for split, dataset in datasets.items()}
-    cost = runs.measured({"teacher": (model, datasets["test"])}, config)["teacher"]
+    cost = runs.measure({"teacher": (model, datasets["test"])}, config)["teacher"]
     value = {"models": {"teacher": cost | {"runs": {str(config.seed): found}}}}
     if config.process_index == 0:
-        update_results(config.output_dir, "evaluation", value | {"batch_size": config.per_device_eval_batch_size})
+        update_results(folder_of(config), "evaluation", value | {"batch_size": config.per_device_eval_batch_size})
 
 
-def farewell(config: DistillationConfig, options: TeacherOptions, data_options: DataOptions) -> list[str]:
-    """Where everything is, the table, and the next command."""
-    folder, results = Path(config.output_dir), read_results(config.output_dir)
+def summary(config: DistillationConfig, data_options: DataOptions, processor: Any) -> list[str]:
+    """The table, where the model is, and the next command."""
+    folder = folder_of(config)
+    results = read_results(folder)
+    flags = [split_flags(data_options), student_flags(runs.load(folder), processor), "--baseline true"]
+    cpu = "true" if config.use_cpu else None
+    student = command("distill", *flags, teacher=folder / "model", output_dir=folder.parent / "student", use_cpu=cpu)
     return [
         f"\n{table(results)}\n\n{note(results)}",
         f"\nThe model is in {folder / 'model'}, the report in {folder / 'report.md'}. Next, a student of it:\n",
-        f"  {runs.interpreter()} hf-kdtl distill --teacher {folder / 'model'} --dataset {data_options.dataset} "
-        f"{builders.student_hint(runs.load(folder))} --baseline true --output_dir runs/student",
+        f"  {student}",
     ]
 
 

@@ -16,7 +16,8 @@ def test_config(command, path):
     if path.stem == "bregman":
         made_up(build("vit"), "probabilities").save("runs/bregman_layer")
     module, options = ("train_teacher", "TeacherOptions") if "teacher" in path.stem else ("distill", "DistillOptions")
-    types = (getattr(command(module), options), command("common.builders").DataOptions, DistillationConfig)
+    holder = command("common.experiment" if module == "distill" else module)
+    types = (getattr(holder, options), command("common.builders").DataOptions, DistillationConfig)
     extra = ["--teacher", "x"] if module == "distill" else []
     cli.parse(*types, argv=["--config", str(path), *extra])
     text = path.read_text()

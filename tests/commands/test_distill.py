@@ -84,10 +84,10 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     [NEW, ("--student", "teacher"), ("--student_layers", "2")],
 )
 def test_both_arms_start_from_the_same_weights_and_see_the_same_images(command, images, teacher, student):
-    module, building = command("distill"), command("common.builders")
+    module, building = command("common.experiment"), command("common.builders")
     types = (module.DistillOptions, building.DataOptions, module.DistillationConfig)
     flags = arguments(*BOTH, "--augmentation", '{"flip": true}', student=student)
-    study = module.Study(*cli.parse(*types, argv=flags))
+    study = module.Experiment(*cli.parse(*types, argv=flags))
     batches, weights = {}, {}
     for arm, seed, folder in study.runs():
         trainer = study.trainer(arm, seed, folder)

@@ -1,4 +1,4 @@
-"""What the recipes build from their settings: data, models, image processors."""
+"""What the commands build from their settings: data, models, image processors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
-from hf_kdtl.models.blocks import stated_depth, vision_config
+from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.labels import class_names, match_labels, same_classes, set_class_names
 from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, open_processor, renew_head
 from hf_kdtl.utils.options import check_known
@@ -29,7 +29,7 @@ from hf_kdtl.utils.options import check_known
 
 @dataclass
 class DataOptions:
-    """Where the images come from, and what is done to those of training."""
+    """The images: their source, splits and augmentation."""
 
     dataset: str = field(
         default="digits",
@@ -221,15 +221,7 @@ def split_notes(teacher: str, data: ImageData, options: DataOptions) -> list[str
     ]
 
 
-def told(data: ImageData) -> list[str]:
+def describe_data(data: ImageData) -> list[str]:
     """The data, for the terminal."""
     sizes = ", ".join(f"{len(getattr(data, name))} {name}" for name in ("train", "validation", "test"))
     return [f"{data.source}: {sizes} images of {len(data.label_names)} classes", *(f"- {note}" for note in data.notes)]
-
-
-def student_hint(model: Any) -> str:
-    """Flags that ask hf-kdtl distill for a student of about half of `model`."""
-    depths, depth = stated_depth(model.config)
-    if depths is None and depth:
-        return f"--student_layers {max(1, depth // 2)}"
-    return f'--student_config \'{{"model_type": "{model.config.model_type}", ...}}\''

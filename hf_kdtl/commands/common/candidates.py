@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
@@ -170,11 +171,11 @@ class Evaluation:
         rows = largest_disagreements(logits[student], logits["teacher"])
         found = self.split[rows]
         images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
-        chances = [torch.tensor(logits[who][rows]).float().softmax(-1).numpy() for who in ("teacher", student)]
-        Path(self.config.output_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(self.config.output_dir, picture_name(value, student, "disagreement"))
+        its, own = (torch.tensor(logits[name][rows]).float().softmax(-1).numpy() for name in ("teacher", student))
+        folder_of(self.config).mkdir(parents=True, exist_ok=True)
+        path = Path(folder_of(self.config), picture_name(value, student, "disagreement"))
         which = "Shown are the images on which the probabilities lie furthest apart (Jensen-Shannon divergence)."
-        return sample_figure(path, images, found["label"], self.names, *chances, which)
+        return sample_figure(path, images, found["label"], self.names, its, own, which)
 
     def _degraded(
         self, names: Sequence[str], severities: Sequence[int], models: dict[str, dict[str, Any]]

@@ -31,7 +31,7 @@ def evaluate(study: Any) -> None:
         taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
         measured = {"teacher": (study.teacher.model, teacher_data["test"])} | measured
     by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
-    cost = runs.measured(measured, study.config)
+    cost = runs.measure(measured, study.config)
     if study.scored:
         teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in taught.items()}}
         models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
@@ -102,7 +102,7 @@ def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
     students, captions = {"student before": before, "student after": student}, {}
     shown = teacher.pixels(pixels.to(teacher.model.device)) if teacher else None
     try:
-        seen = {"teacher": attention_map(teacher.model, shown)} if teacher else {}
+        seen = {"teacher": attention_map(teacher.model, shown)} if shown is not None else {}
         seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
         about = "Where the last block looks"
         captions["attention"] = saliency_figure(study.folder / ATTENTION_SHEET, images, seen, about)
@@ -123,8 +123,8 @@ def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
     test = study.data.test[rows]
     images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
     _example(study, rows[-1])
-    chances = [torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student)]
-    return sample_figure(study.folder / SHEET, images, test["label"], study.data.label_names, *chances)
+    its, own = (torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student))
+    return sample_figure(study.folder / SHEET, images, test["label"], study.data.label_names, its, own)
 
 
 def _example(study: Any, row: int) -> None:

@@ -1,0 +1,174 @@
+"""The students and the runs of `distill` and `preflight`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+from transformers import set_seed
+
+from hf_kdtl import DistillationConfig, make_student
+from hf_kdtl.commands.common import adapters, builders, runs
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.labels import match_labels
+from hf_kdtl.trainer.checks import check_teacher_usage
+
+
+@dataclass
+class DistillOptions:
+    """Teacher, student, and how many runs."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder or Hub name of an image classifier; 'self': the student with its adapters off; none "
+            "where no objective needs it."
+        },
+    )
+    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
+    student_config: dict | str | None = field(
+        default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
+    )
+    student_layers: int | None = field(
+        default=None, metadata={"help": "A student cut out of the teacher: this many of its blocks."}
+    )
+    adapter: dict | str | None = field(
+        default=None, metadata={"help": 'Train an adapter of PEFT, as JSON: {"peft_type": "LORA", "r": 8, ...}.'}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
+    baseline: bool = field(default=False, metadata={"help": "Also train the student alone, everything else equal."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
+
+
+def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
+    """The student before training; after `set_seed` with the same seed always the same weights."""
+    student = plain_student(options, teacher, names, notes)
+    return student if options.adapter is None else adapters.with_adapter(student, options.adapter)
+
+
+def plain_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
+    """The student without adapters."""
+    given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"found {' and '.join(given) or 'no student'}; expected one of --student <folder or Hub name>, "
+            "--student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's blocks>."
+        )
+    if options.student is not None:
+        return builders.pretrained(options.student, names, notes)
+    if options.student_config is not None:
+        return builders.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
+    assert options.student_layers is not None
+    if teacher is None:
+        raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
+    return builders.named(make_student(teacher, options.student_layers).float(), names)
+
+
+def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any, notes: list[str]) -> Any:
+    """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
+    if options.student is not None:
+        return builders.processor_of(options.student, student, notes)
+    if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
+        return teacher.processing_class
+    return builders.new_processor(student.config, options.image_size)
+
+
+def student_start(options: DistillOptions) -> dict[str, Any]:
+    """How the student was made, for the section `models` of results.json."""
+    if options.student is not None:
+        return {"how": "pretrained"}
+    return (
+        {"how": "random"} if options.student_config is not None else {"how": "cut", "layers": options.student_layers}
+    )
+
+
+def _same_classes(student: Any, teacher: Teacher) -> bool:
+    if teacher.new_head:
+        return False
+    try:
+        match_labels(student.config, teacher.model.config)
+    except ValueError:
+        return False
+    return True
+
+
+class Experiment:
+    """All runs of `distill`: for each seed the student with its teacher and (baseline) alone, weights the same."""
+
+    def __init__(self, options: DistillOptions, data_options: DataOptions, config: DistillationConfig):
+        self.options, self.config = options, config
+        self.folder = folder_of(config)
+        self.seeds = options.seeds or [config.seed]
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}, expected different ones.")
+        self.notes: list[str] = []
+        self.arms = self._arms()
+        is_self = options.teacher == "self"
+        self.teacher = None if options.teacher is None or is_self else Teacher.from_pretrained(options.teacher)
+        self.source: Any = "self" if is_self else self.teacher
+        check_teacher_usage(self.source, config)
+        with config.main_process_first(local=False):
+            data = builders.open_data(data_options)
+        student = new_student(options, self.teacher, data.label_names, self.notes)
+        if is_self:
+            adapters.check_self(student, options.student, config)
+        # A teacher of other classes (lwf) cannot be scored on these.
+        self.scored = self.teacher is not None and _same_classes(student, self.teacher)
+        if self.teacher is not None and not self.scored:
+            why = "has no trained head" if self.teacher.new_head else "answers in other classes"
+            self.notes.append(f"the teacher {why}: it is not scored on these images.")
+        self.data = data.in_order(student)
+        self.data_options = data_options
+        self.processor = student_processor(options, self.teacher, student, self.notes)
+        self.student_summary = builders.summary(student)
+
+    def _arms(self) -> dict[str, list[dict[str, Any]]]:
+        """{name of an arm: its objectives}; the student alone comes first."""
+        config = self.config
+        arms = {"distilled": config.entries}
+        if not self.options.baseline:
+            return arms
+        if config.rate_options is not None and config.rate_options.measured:
+            self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
+        task = [entry | {"weight": 1.0} for entry in config.entries if entry["name"] == "task"]
+        return {"alone": task or runs.TASK} | arms
+
+    def trainer(self, arm: str, seed: int, folder: Path) -> Any:
+        """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
+        self._reopen_sharded()
+        set_seed(seed)
+        student = new_student(self.options, self.teacher, self.data.label_names, [])
+        return runs.make_trainer(
+            student,
+            runs.run_settings(self.config, folder, seed, self.arms[arm], taught=arm == "distilled"),
+            self.processor,
+            f"{arm}, seed {seed}",
+            teacher=self.source if arm == "distilled" else None,
+            train_dataset=builders.pixels(self.data.train, self.processor, self.data_options, seed),
+            eval_dataset=builders.pixels(self.data.validation, self.processor),
+        )
+
+    def open_teacher(self) -> None:
+        """The teacher to score: of `--teacher self`, the student as it started. During training no copy is held."""
+        self._reopen_sharded()
+        if self.source == "self":
+            assert self.options.student is not None
+            self.teacher = Teacher.from_pretrained(self.options.student)
+            self.scored = _same_classes(self.teacher.model, self.teacher)
+
+    def _reopen_sharded(self) -> None:
+        """Read the teacher again where a run has left it sharded (FSDP2)."""
+        if self.teacher is not None and isinstance(self.teacher.model, FSDPModule):
+            assert self.options.teacher is not None
+            self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
+
+    def runs(self) -> list[tuple[str, int, Path]]:
+        """(arm, seed, folder) of every run."""
+        return [(arm, seed, self.folder / f"{arm}-seed{seed}") for seed in self.seeds for arm in self.arms]

@@ -1,0 +1,74 @@
+"""Commands to print that work from the folder the user is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_kdtl.models.blocks import stated_depth, vision_config
+
+# Options that say which images a split holds; the others concern training alone.
+SPLIT_OPTIONS = ("dataset", "image_column", "label_column", "validation_fraction", "test_fraction", "split_seed",
+                 "on_bad_image", "high_bit_depth")  # fmt: skip
+
+# What a saved config says of its classes and of its file, and not of its shape.
+LABELS_AND_FILES = ("id2label", "label2id", "num_labels", "architectures", "dtype", "transformers_version",
+                    "problem_type", "model_type", "_name_or_path")  # fmt: skip
+
+
+def typed(path: Path | str) -> str:
+    """A path as one types it: relative where it lies below the working directory."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+
+
+def python() -> str:
+    """The Python that is running: by name where the shell would find it, else by its path."""
+    found = shutil.which("python")
+    return "python" if found == sys.executable else shlex.quote(typed(sys.executable))
+
+
+def program() -> str:
+    """`hf-kdtl` of this environment: by name where the shell would find it, else by its path."""
+    script = Path(sys.executable).with_name("hf-kdtl")
+    if shutil.which("hf-kdtl") == str(script):
+        return "hf-kdtl"
+    return shlex.quote(typed(script)) if script.exists() else f"{python()} -m hf_kdtl"
+
+
+def command(name: str, *flags: str, **settings: Any) -> str:
+    """A command line.
+
+    Args:
+        flags: as they stand, between the name and the settings.
+        settings: `--name value` for those that are not None; paths as the user typed them.
+    """
+    given = [f"--{key} {shlex.quote(typed(str(value)))}" for key, value in settings.items() if value is not None]
+    return " ".join([program(), name, *flags, *given])
+
+
+def split_flags(options: Any) -> str:
+    """The flags that cut the same splits out of the same images: the dataset, and what differs from its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    values = {name: getattr(options, name) for name in SPLIT_OPTIONS}
+    given = {name: value for name, value in values.items() if name == "dataset" or value != defaults[name]}
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
+
+
+def student_flags(model: Any, processor: Any) -> str:
+    """Flags for a student of about half of `model`: half of its blocks, or random weights with stages half as deep."""
+    depths, depth = stated_depth(model.config)
+    if depths is None and depth:
+        return f"--student_layers {max(1, depth // 2)}"
+    kept = {k: v for k, v in model.config.to_diff_dict().items() if k not in LABELS_AND_FILES}
+    halves = {"depths": [max(1, number // 2) for number in depths]} if depths and "depths" in kept else {}
+    settings = {"model_type": model.config.model_type} | kept | halves
+    size = getattr(processor, "size", None) or {}
+    side = None if getattr(vision_config(model.config), "image_size", None) else size.get("height")
+    image_size = "" if side is None else f" --image_size {side}"
+    return f"--student_config {shlex.quote(json.dumps(settings))}{image_size}"
