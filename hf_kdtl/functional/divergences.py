@@ -51,7 +51,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
     `labels`: class indices (B,), or target distributions (B, K). An unlabelled image (index -100, or a row of -100)
     counts 0, in value and gradient. With `label_smoothing` e the target is (1 - e) t + e / K.
+
+    Raises:
+        ValueError: for labels of another shape or type. Their values are checked by `check_labels`.
     """
+    if problem := _form_problem(labels, logits.shape[-1]):
+        raise ValueError(problem)
     precise = logits if logits.dtype == torch.float64 else logits.float()
     if labels.ndim == 1:
         return F.cross_entropy(precise, labels, reduction="none", label_smoothing=label_smoothing)
@@ -64,3 +69,76 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def labelled(labels: Tensor) -> Tensor:
     """Which images carry a label, (B,) bool: index not -100, or a row of (B, K) that is not all -100."""
     return labels != -100 if labels.ndim == 1 else (labels != -100).any(-1)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are neither class indices (B,) nor distributions (B, K); -100 is an unlabelled image.
+
+    Cost: it reads the values, so on an accelerator it waits for the device.
+
+    Raises:
+        ValueError: saying what the labels look like, and what to do about it.
+
+    >>> check_labels(torch.tensor([1, 3]), 3)
+    Traceback (most recent call last):
+    ValueError: the labels go from 1 to 3 and there are 3 classes; expected indices from 0 to 2, and -100 for an \
+unlabelled image. If they count from 1, subtract 1.
+    """
+    problem = _form_problem(labels, classes)
+    if not problem and labels.numel():
+        problem = _index_problem(labels, classes) if labels.ndim == 1 else _row_problem(labels)
+    if problem:
+        raise ValueError(problem)
+
+
+def _form_problem(labels: Tensor, classes: int) -> str:
+    shape = tuple(labels.shape)
+    if labels.ndim == 1 and (labels.is_floating_point() or labels.is_complex()):
+        return (
+            f"the labels are {labels.dtype} of shape {shape}; expected class indices as int64 (a column of floats: "
+            f"int(label)), or distributions of shape ({len(labels)}, {classes})."
+        )
+    if labels.ndim == 1 or (labels.ndim == 2 and shape[1] == classes):
+        return ""
+    more = " Drop the second axis: label[0], or labels.squeeze(1)." if labels.ndim == 2 and shape[1] == 1 else ""
+    return (
+        f"the labels have the shape {shape} and there are {classes} classes; expected class indices (B,), or "
+        f"distributions (B, {classes}).{more}"
+    )
+
+
+def _index_problem(labels: Tensor, classes: int) -> str:
+    known = labels[labels != -100]
+    low, high = (int(v) for v in known.aminmax()) if known.numel() else (0, 0)
+    if low >= 0 and high < classes:
+        return ""
+    hint = " If they count from 1, subtract 1." if low >= 1 and high == classes else ""
+    return (
+        f"the labels go from {low} to {high} and there are {classes} classes; expected indices from 0 to "
+        f"{classes - 1}, and -100 for an unlabelled image.{hint}"
+    )
+
+
+def _row_problem(labels: Tensor) -> str:
+    rows = labels[labelled(labels)].double()
+    sums = rows.sum(-1)
+    # Half precisions round a sum of many classes by more.
+    tolerance = 1e-3 if labels.dtype in (torch.float32, torch.float64) else 2e-2
+    wrong = ~((rows >= 0).all(-1) & ((sums - 1).abs() <= tolerance))
+    if not wrong.any():
+        return ""
+    row = rows[wrong][0]
+    if bool(((row == 0) | (row == 1)).all()):
+        cure = (
+            "Several classes an image are a multi-label problem (problem_type 'multi_label_classification'), which "
+            "these objectives are not for: use plain Trainer. A row of an unlabelled image is all -100."
+        )
+    elif bool((row >= 0).all()) and abs(float(row.sum()) - 100) < 1:
+        cure = "These are percentages: divide them by 100."
+    else:
+        cure = "Scores become a distribution by softmax; independent probabilities are a multi-label problem."
+    return (
+        f"{int(wrong.sum())} of {len(labels)} rows of labels are no distributions over the classes: one sums to "
+        f"{float(row.sum()):.4g}, from {float(row.min()):.4g} to {float(row.max()):.4g}; expected numbers from 0 that "
+        f"sum to 1. {cure}"
+    )

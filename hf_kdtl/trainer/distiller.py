@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.functional.divergences import labelled
+from hf_kdtl.functional.divergences import check_labels, labelled
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
@@ -71,6 +71,7 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.plan = plan
         self.task_loss = task_loss
+        self._labels_checked = False
         self.rates = rates
         self.start, self.split_terms = start, split_terms
         self.plans = {"teacher": plan, "start": start_plan}
@@ -210,6 +211,8 @@ class Distiller(nn.Module):
         with torch.enable_grad() if fraction else nullcontext():
             run = partial(capture, self.student, geometry=geometry)
             student = capture_subset(run, self.student, pixels, student_needs, rows, **rest)
+            if labels is not None and any(self.objective(key).needs_labels for key in self.objectives):
+                self.check_labels(labels, student.logits.shape[-1])
             sources = {"teacher": teacher or Capture(logits=student.logits), "start": start}
             if measured and any(extra):
                 measured.add(self.student, self.teacher, pixels, draws, (student, sources["teacher"]))
@@ -243,6 +246,16 @@ class Distiller(nn.Module):
             with torch.enable_grad():
                 start.weights = self.start.weights(self.student)
         return start
+
+    @torch.compiler.disable
+    def check_labels(self, labels: Tensor, classes: int) -> None:
+        """Refuse labels that are neither class indices nor distributions, unless a user's own loss reads them.
+
+        On an accelerator, where it would wait for the device, only those of the first batch.
+        """
+        if self.task_loss is None and (labels.device.type == "cpu" or not self._labels_checked):
+            check_labels(labels, classes)
+            self._labels_checked = True
 
     def _factors(self, objective: Objective) -> list[float]:
         """A weight for each pair of layers where `layer_rates` has mode loss_weight; else none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class EvaluatingTrainer(PublishingTrainer):
     """A Trainer whose `eval_loss` is the task loss, and whose `eval_objectives` adds eval_<key> for every term."""
 
     _eval_terms: EvaluationTerms | None = None
+    _eval_loss: LabelledMean | None = None
     _micro_step = 0
 
     def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -29,13 +31,16 @@ class EvaluatingTrainer(PublishingTrainer):
     ):
         self._eval_terms = EvaluationTerms() if self.args.eval_objectives else None
         self._micro_step = 0
+        self._eval_loss = LabelledMean()
         # Accelerate patched the container's forward for mixed precision, not the student's.
         with self.accelerator.autocast():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+        assert output.metrics is not None
+        self._eval_loss.correct(output.metrics, f"{metric_key_prefix}_loss", self.accelerator.gather)
+        self._eval_loss = None
         if self._eval_terms is not None:
-            assert output.metrics is not None
             means = self._eval_terms.means()
             output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
         return output
@@ -59,10 +64,38 @@ class EvaluatingTrainer(PublishingTrainer):
         else:
             smoothed = [getattr(o, "label_smoothing", None) for o in self.distiller.objectives.values()]
             smoothing = next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
+            self.distiller.check_labels(labels, outputs["logits"].shape[-1])
             values = cross_entropy(outputs["logits"], labels, smoothing)
             loss = values.sum() / counts["labelled"].clamp(min=1)
         loss = loss * self.accelerator.num_processes
+        if self._eval_loss is not None:
+            self._eval_loss.add(loss.detach(), counts)
         return (loss, outputs) if return_outputs else loss
+
+
+class LabelledMean:
+    """The evaluation loss over the labelled images.
+
+    Trainer weighs the loss of a batch by all of its images, so that a batch without labels would count as loss 0.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def add(self, loss: Tensor, counts: Counts) -> None:
+        """Add one batch: its loss on this rank, and the images that all ranks have in it."""
+        images, labelled_images = counts["images"].to(loss.device), counts["labelled"].to(loss.device)
+        self._batches.append(torch.stack([loss.double() * labelled_images, labelled_images, images]))
+
+    def correct(self, metrics: dict[str, float], key: str, gather: Callable[[Tensor], Tensor]) -> None:
+        """Replace Trainer's mean where some image has no label; without any label there is no loss to report."""
+        if key not in metrics or not self._batches:
+            return
+        total, labelled_images, images = gather(torch.stack(self._batches).sum(0)).view(-1, 3).mean(0).tolist()
+        if labelled_images == 0:
+            del metrics[key]
+        elif labelled_images < images:
+            metrics[key] = total / labelled_images
 
 
 class EvaluationTerms:

@@ -102,6 +102,14 @@ class Teacher:
     def _check_head(self) -> None:
         if self.new_head:
             raise ValueError(missing_head("the teacher", self.new_head))
+        problem = getattr(self.model.config, "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(
+                f"the teacher's problem_type is {problem!r}: its outputs are no distribution over the classes, and "
+                "the objectives take a softmax of them. Use a teacher of one class an image, or objectives that "
+                "compare no class outputs; if it was trained on one class an image, set "
+                "teacher.config.problem_type = 'single_label_classification'."
+            )
 
     def _match_pixels(self, processing_class: Any) -> PixelAdapter | None:
         if self.processing_class is None:
