@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.functional.divergences import check_labels, labelled
+from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
@@ -24,6 +24,7 @@ from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Batch, Objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.trainer.labels import LabelCheck
 
 Counts = dict[str, Tensor]
 """{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
@@ -71,7 +72,8 @@ class Distiller(nn.Module):
         self.teacher = teacher
         self.plan = plan
         self.task_loss = task_loss
-        self._labels_checked = False
+        needing = [key for key, objective in objectives.items() if objective.needs_labels]
+        self.check_labels = LabelCheck(needing, own_loss=task_loss is not None)
         self.rates = rates
         self.start, self.split_terms = start, split_terms
         self.plans = {"teacher": plan, "start": start_plan}
@@ -108,12 +110,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: when an objective needs labels and the batch has none.
         """
-        needing = [key for key in self.objectives if self.objective(key).needs_labels]
-        if needing and inputs.get("labels") is None:
-            raise ValueError(
-                f"objective {needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset a "
-                "column 'labels' (-100 marks an unlabelled image), or remove the objective."
-            )
+        self.check_labels.present(inputs)
         measured = self.rates if self.rates and self.rates.measuring else None
         student, values, entries = self._values(inputs, draws, measured)
         here = micro_batch_counts(inputs)
@@ -211,7 +208,7 @@ class Distiller(nn.Module):
         with torch.enable_grad() if fraction else nullcontext():
             run = partial(capture, self.student, geometry=geometry)
             student = capture_subset(run, self.student, pixels, student_needs, rows, **rest)
-            if labels is not None and any(self.objective(key).needs_labels for key in self.objectives):
+            if self.check_labels.needing:
                 self.check_labels(labels, student.logits.shape[-1])
             sources = {"teacher": teacher or Capture(logits=student.logits), "start": start}
             if measured and any(extra):
@@ -246,16 +243,6 @@ class Distiller(nn.Module):
             with torch.enable_grad():
                 start.weights = self.start.weights(self.student)
         return start
-
-    @torch.compiler.disable
-    def check_labels(self, labels: Tensor, classes: int) -> None:
-        """Refuse labels that are neither class indices nor distributions, unless a user's own loss reads them.
-
-        On an accelerator, where it would wait for the device, only those of the first batch.
-        """
-        if self.task_loss is None and (labels.device.type == "cpu" or not self._labels_checked):
-            check_labels(labels, classes)
-            self._labels_checked = True
 
     def _factors(self, objective: Objective) -> list[float]:
         """A weight for each pair of layers where `layer_rates` has mode loss_weight; else none."""

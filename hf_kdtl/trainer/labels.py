@@ -1,0 +1,41 @@
+"""The labels of a batch, where objectives read them: present, and class indices or distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kdtl.functional.divergences import check_labels
+
+
+class LabelCheck:
+    """Refuses a batch whose labels the objectives cannot read.
+
+    Args:
+        needing: keys of the objectives that read labels.
+        own_loss: whether a user's `compute_loss_func` reads them in their place; their values are then its business.
+    """
+
+    def __init__(self, needing: Iterable[str], own_loss: bool):
+        self.needing, self.own_loss, self._checked = list(needing), own_loss, False
+
+    def present(self, inputs: dict[str, Any]) -> None:
+        """Raises ValueError when the batch has no labels and an objective needs them."""
+        if self.needing and inputs.get("labels") is None:
+            raise ValueError(
+                f"objective {self.needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset "
+                "a column 'labels' (-100 marks an unlabelled image), or remove the objective."
+            )
+
+    @torch.compiler.disable
+    def __call__(self, labels: Tensor | None, classes: int) -> None:
+        """Raises ValueError for labels that are neither indices of `classes` nor distributions over them.
+
+        On an accelerator, where it would wait for the device, only those of the first batch are looked at.
+        """
+        if labels is not None and not self.own_loss and (labels.device.type == "cpu" or not self._checked):
+            check_labels(labels, classes)
+            self._checked = True
