@@ -37,7 +37,6 @@ LONG_MODULES: dict[str, str] = {
     "functional/links.py": "functional: to be split",
     "trainer/trainer.py": "trainer: to be split",
     "hub/card_values.py": "hub: to be split",
-    "data/loading.py": "data: to be split",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "preflight.py:preflight": "trainer: to be split",

@@ -71,9 +71,7 @@ class Distiller(nn.Module):
         self.weights = weights
         self.teacher = teacher
         self.plan = plan
-        self.task_loss = task_loss
-        needing = [key for key, objective in objectives.items() if objective.needs_labels]
-        self.check_labels = LabelCheck(needing, own_loss=task_loss is not None)
+        self.task_loss, self.check_labels = task_loss, LabelCheck(objectives, own_loss=task_loss is not None)
         self.rates = rates
         self.start, self.split_terms = start, split_terms
         self.plans = {"teacher": plan, "start": start_plan}

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import check_labels
+from hf_kdtl.objectives.base import Objective
 
 
 class LabelCheck:
     """Refuses a batch whose labels the objectives cannot read.
 
     Args:
-        needing: keys of the objectives that read labels.
+        objectives: by key; those that need no labels do not count.
         own_loss: whether a user's `compute_loss_func` reads them in their place; their values are then its business.
     """
 
-    def __init__(self, needing: Iterable[str], own_loss: bool):
-        self.needing, self.own_loss, self._checked = list(needing), own_loss, False
+    def __init__(self, objectives: Mapping[str, Objective], own_loss: bool):
+        self.needing = [key for key, objective in objectives.items() if objective.needs_labels]
+        self.own_loss, self._checked = own_loss, False
 
     def present(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError when the batch has no labels and an objective needs them."""
         if self.needing and inputs.get("labels") is None:
             raise ValueError(
-                f"objective {self.needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the dataset "
-                "a column 'labels' (-100 marks an unlabelled image), or remove the objective."
+                f"objective {self.needing[0]!r} needs labels and the batch has only {sorted(inputs)}. Give the "
+                "dataset a column 'labels' (-100 marks an unlabelled image), or remove the objective."
             )
 
     @torch.compiler.disable

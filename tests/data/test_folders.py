@@ -287,3 +287,9 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     data = load_images(str(root))
     assert total(data) == TWO | {"cats": 21}
     data.check_readable()
+
+
+def test_the_search_for_identical_images_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_kdtl.data.duplicates._BUDGET", 2**14 * 3)
+    root = folder(tmp_path, {"train/a": 9, "train/b": 9, "test/b": 4, "val/a": 3})
+    assert noted(load_images(str(root)), "Not all images were compared")
