@@ -1,7 +1,9 @@
-"""Compare several runs: a table with t intervals over seeds, tests corrected for their number, and a picture.
+"""Compare runs: a table with t intervals over seeds, tests corrected for their number, and a figure.
 
-hf-kdtl compare --runs runs/plain runs/mine
-hf-kdtl compare --runs runs/mine/alone runs/mine/distilled runs/other/distilled --metrics accuracy nll
+  hf-kdtl compare --runs runs/plain runs/mine
+  hf-kdtl compare --runs runs/mine/alone runs/mine/distilled runs/other/distilled --metrics accuracy nll
+
+It reads results.json of hf-kdtl distill and hf-kdtl train-teacher, and writes comparison.md and comparison.png.
 """
 
 from __future__ import annotations

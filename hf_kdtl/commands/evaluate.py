@@ -1,10 +1,10 @@
-"""May a student ship? Judge it by more than accuracy, beside its teacher and the model that it would replace.
+"""Measure students by more than accuracy, next to their teacher and the model that they would replace.
 
   hf-kdtl evaluate --models runs/mine/student --teacher runs/teacher/model --dataset my_images \\
       --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
-  hf-kdtl evaluate --models runs/a/student runs/b/student --degradations jpeg gaussian_blur ...
+  hf-kdtl evaluate --models runs/a/student runs/b/student --dataset my_images --degradations jpeg gaussian_blur
 
-Nothing is trained, and nothing is chosen: look at the test split once, when everything else is decided.
+Nothing is trained and nothing is chosen: evaluate on the test split once, when everything else is decided.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Compress a layer of a teacher into a few coefficients: what the objective `bregman` needs.
+"""Compress a layer of a teacher into a few coefficients, for the objective `bregman`.
 
-hf-kdtl fit-representation --teacher runs/teacher/model --dataset my_images --k 8 --output_dir runs/layer
-hf-kdtl fit-representation ... --of attention --layer 7 --explained 0.9
-hf-kdtl fit-representation ... --resume true                                # after it was stopped
+  hf-kdtl fit-representation --teacher runs/teacher/model --dataset my_images --k 8 --output_dir runs/layer
+  hf-kdtl fit-representation --teacher runs/teacher/model --dataset my_images --output_dir runs/layer \\
+      --of attention --layer 7 --explained 0.9
+
+After Ctrl-C the same command with --resume true continues.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Write the card of a finished run again: README.md from results.json, and from nothing else.
 
-hf-kdtl model-card --runs model_cards/vit-4-of-8 model_cards/resnet-small
-hf-kdtl model-card --runs runs/mine --evaluation runs/evaluation
+  hf-kdtl model-card --runs model_cards/vit-4-of-8 model_cards/resnet-small
+  hf-kdtl model-card --runs runs/mine --evaluation runs/evaluation
+
+The second merges what hf-kdtl evaluate found into results.json; once is enough.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class DataOptions:
     )
     image_column: str | None = field(default=None, metadata={"help": "By default the only column of images."})
     label_column: str | None = field(default=None, metadata={"help": "By default the only column of classes."})
-    validation_fraction: float = field(default=0.15, metadata={"help": "Cut from train where there is none."})
-    test_fraction: float = field(default=0.15, metadata={"help": "Cut from train where there is none."})
+    validation_fraction: float = field(default=0.15, metadata={"help": "Of train, where there is none."})
+    test_fraction: float = field(default=0.15, metadata={"help": "Of train, where there is none."})
     split_seed: int = field(default=42, metadata={"help": "Of these cuts. The same for teacher and student!"})
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: leave unreadable images out."})
     high_bit_depth: str = field(

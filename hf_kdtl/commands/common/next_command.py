@@ -29,8 +29,8 @@ def typed(path: Path | str) -> str:
 
 def python() -> str:
     """The Python that is running: by name where the shell would find it, else by its path."""
-    found = shutil.which("python")
-    return "python" if found == sys.executable else shlex.quote(typed(sys.executable))
+    name = Path(sys.executable).name  # python, or python3 where the program was started by its console script
+    return name if shutil.which(name) == sys.executable else shlex.quote(typed(sys.executable))
 
 
 def program() -> str:
@@ -65,10 +65,12 @@ def student_flags(model: Any, processor: Any) -> str:
     depths, depth = stated_depth(model.config)
     if depths is None and depth:
         return f"--student_layers {max(1, depth // 2)}"
-    kept = {k: v for k, v in model.config.to_diff_dict().items() if k not in LABELS_AND_FILES}
+    default = type(model.config)()
+    valid = default.to_dict().keys() - {*LABELS_AND_FILES}
+    kept = {name: value for name, value in model.config.to_diff_dict().items() if name in valid}
     halves = {"depths": [max(1, number // 2) for number in depths]} if depths and "depths" in kept else {}
     settings = {"model_type": model.config.model_type} | kept | halves
     size = getattr(processor, "size", None) or {}
-    side = None if getattr(vision_config(model.config), "image_size", None) else size.get("height")
+    side = None if getattr(vision_config(default), "image_size", None) else size.get("height")
     image_size = "" if side is None else f" --image_size {side}"
     return f"--student_config {shlex.quote(json.dumps(settings))}{image_size}"
