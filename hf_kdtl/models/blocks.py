@@ -21,7 +21,11 @@ def find_blocks(model: nn.Module) -> Blocks:
        layers are the blocks (Swin, ConvNeXt, ResNet, PVT, ...);
     2. containers with as many entries as the config says in all, by `num_hidden_layers` (ViT, DeiT, DINOv2, BEiT,
        CLIP, ...) or by the sum of `depths`;
-    3. containers with two entries or more (EfficientNet; the stages of LeViT and of MobileViT).
+    3. containers with two entries or more (EfficientNet; the stages of LeViT and of MobileViT), before those whose
+       entries are single layers: EfficientViT's head is one of them, and larger than its stages.
+
+    Containers beside each other whose names differ by a number alone (torchvision's and timm's ResNets: layer1 to
+    layer4) are one.
 
     A name is a path in `model`: `model.get_submodule(name) is module`. A model wrapped by PEFT gives the same modules,
     their names start with "base_model.model.".
@@ -32,9 +36,11 @@ def find_blocks(model: nn.Module) -> Blocks:
     """
     depths, depth = stated_depth(getattr(model, "config", None))
     containers = [(name, _entries(name, module)) for name, module in _outermost(model) if "text_model" not in name]
+    containers = _numbered_as_one(containers)
     staged = [layers for _, entries in containers if (layers := _layers_of_stages(entries, depths))]
     stated = [entries for _, entries in containers if len(entries) == depth]
     several = [entries for _, entries in containers if len(entries) > 1]
+    several = [entries for entries in several if any(_composite(m) for _, m in entries)] or several
     blocks = max(staged or stated or several, key=_size, default=[])
     total = sum(p.numel() for p in model.parameters())
     if blocks and _size(blocks) >= _LEAST_SHARE * total:
@@ -90,6 +96,20 @@ def _outermost(module: nn.Module, prefix: str = "") -> Blocks:
         else:
             found += _outermost(child, f"{prefix}{name}.")
     return found
+
+
+def _numbered_as_one(containers: list[tuple[str, Blocks]]) -> list[tuple[str, Blocks]]:
+    joined: dict[str, Blocks] = {}
+    for name, entries in containers:
+        parent, _, own = name.rpartition(".")
+        stem = own.rstrip("0123456789")
+        key = f"{parent}.{stem}*" if stem and stem != own else name
+        joined.setdefault(key, []).extend(entries)
+    return list(joined.items())
+
+
+def _composite(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _entries(name: str, container: nn.Module) -> Blocks:

@@ -1,5 +1,7 @@
 """find_blocks and uniform_layers."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -139,3 +141,38 @@ def test_uniform_layers_out_of_range(student):
         ValueError, match=r"found .* student layers for a teacher of 12; type a whole number from 1 to 12"
     ):
         uniform_layers(student, 12)
+
+
+class _Unit(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)
+
+
+class _Wrapped(nn.Module):
+    """A backbone of timm in transformers' wrapper: a config without depths."""
+
+    def __init__(self, timm_model):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=10)
+        self.timm_model = timm_model
+
+
+def test_stages_beside_each_other_are_one_list():
+    """timm's ResNet-18: layer1 ... layer4, each a Sequential of two; the last alone has most of the parameters."""
+    backbone = nn.Module()
+    backbone.conv1 = nn.Conv2d(3, 4, 7)
+    for i in range(1, 5):
+        setattr(backbone, f"layer{i}", nn.Sequential(_Unit(2**i), _Unit(2**i)))
+    backbone.fc = nn.Linear(16, 10)
+    names = [name for name, _ in find_blocks(_Wrapped(backbone))]
+    assert names == [f"timm_model.layer{i}.{j}" for i in range(1, 5) for j in range(2)]
+
+
+def test_a_head_of_single_layers_is_not_the_blocks():
+    """timm's EfficientViT-B0: its head is larger than its stages."""
+    backbone = nn.Module()
+    backbone.stages = nn.Sequential(_Unit(4), _Unit(8))
+    backbone.head = nn.Module()
+    backbone.head.classifier = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Hardswish(), nn.Linear(64, 10))
+    assert [name for name, _ in find_blocks(_Wrapped(backbone))] == ["timm_model.stages.0", "timm_model.stages.1"]
