@@ -47,7 +47,7 @@ ARMS = [
     Arm("+ hidden_states", beside("hidden_states"), (0.3, 3.0)),
     Arm("+ relation", beside("relation"), (1.0, 10.0)),
     Arm("decoupled_kd", instead("decoupled_kd"), (0.1, 0.5)),
-    Arm("dist", instead("dist"), (0.3, 1.0)),
+    Arm("dist", instead("dist", temperature=4.0), (0.3, 1.0)),
 ]
 
 

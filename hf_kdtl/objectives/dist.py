@@ -25,7 +25,7 @@ class Dist(Objective):
     at exactly zero learns nothing from this term alone, until another one has moved it.
 
     Args:
-        temperature: tau > 0. The authors' default is 1; ours is that of the other objectives.
+        temperature: tau > 0. 1 by default, as the authors have it, where the other objectives have 4.
         beta: weight of the part over classes, >= 0.
         gamma: weight of the part over images, >= 0, not both 0.
 
@@ -44,7 +44,7 @@ class Dist(Objective):
   year = {2022}, eprint = {2205.10536}, archivePrefix = {arXiv}
 }"""
 
-    def __init__(self, *, temperature: float = 4.0, beta: float = 1.0, gamma: float = 1.0):
+    def __init__(self, *, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0):
         super().__init__()
         positive = is_number(temperature) and temperature > 0
         check_option("dist", "temperature", temperature, positive, "a number greater than 0")

@@ -45,9 +45,10 @@ class Jacobian(DerivativeObjective):
 
     normalized || g_S/||g_S|| - g_T/||g_T|| ||^2, in [0, 4]: the paper's practical loss. squared || g_S - g_T ||^2:
     what matching under small pixel noise amounts to (docs/jacobian_matching.md). fisher 1/2 sum_i p_T,i || grad log
-    p_T,i - grad log p_S,i ||^2: the same for soft-max outputs and KL; the one for `output: all`. softmax -sum_i <grad
-    p_T,i, grad log p_S,i>: the paper's term of noisy cross-entropy, for comparison only: it is NOT 0 where student
-    and teacher agree, has no lower bound, and from such a point it runs away.
+    p_T,i - grad log p_S,i ||^2: for soft-max outputs, the one for `output: all`; what noise adds to KL(p_T || p_S)
+    where p_S = p_T in value, and only there. softmax -sum_i <grad p_T,i, grad log p_S,i>: the paper's term of noisy
+    cross-entropy, for comparison only: it is NOT 0 where student and teacher agree, has no lower bound, and from such
+    a point it runs away.
 
     Args:
         distance: normalized | squared | fisher | softmax.

@@ -27,8 +27,8 @@ class Rates:
     mean hold together, and no gain can come from a larger total rate. (With Adam the mean step is fixed by this, not
     its square.) Embeddings take the first block's multiplier, the final norm the last's, head and objectives 1.
 
-    Where modes differ: "llrd" has s_l = decay^(L - 1 - l), scaled to the same mean 1 and not bounded (BEiT's own
-    numbers are these times a constant; its embeddings have one power more, here they take the first block's).
+    Where modes differ: "llrd" has s_l = decay^(L - 1 - l), scaled to the same mean 1 and not bounded; with `normalize`
+    false it is BEiT's own schedule: decay^(L - l), embeddings decay^(L + 1), head and final norm 1.
     "frozen" takes s = q at its one measurement. "permuted" gives each block the s of another, the same one for the
     whole run. "loss_weight" leaves every rate at 1: its multipliers are in `loss_weights`.
 
@@ -67,7 +67,7 @@ class Rates:
         self.multipliers = [1.0] * depth
         if options.mode == "llrd":
             powers = [options.decay ** (depth - 1 - i) for i in range(depth)]
-            mean = weighted_mean(powers, self.sizes)
+            mean = weighted_mean(powers, self.sizes) if options.normalize else 1 / options.decay
             self.multipliers = [power / mean for power in powers]
 
     def update(self, discrepancies: Sequence[float]) -> None:
@@ -99,6 +99,8 @@ class Rates:
         """The multiplier of a param group's `layer`."""
         if self.options.mode == "loss_weight" or layer in ("head", "objectives"):
             return 1.0
+        if self.options.mode == "llrd" and not self.options.normalize and isinstance(layer, str):
+            return 1.0 if layer == "norm" else self.options.decay ** (len(self.sizes) + 1)
         index = {"embeddings": 0, "norm": -1}[layer] if isinstance(layer, str) else layer
         return self.multipliers[index]
 

@@ -37,6 +37,9 @@ class RateOptions:
         r_min, r_max: bounds of a multiplier, 0 < r_min < 1 < r_max.
         probes: directions of hessian that are averaged.
         decay: of llrd, in (0, 1]: from one block to the one before.
+        normalize: of llrd: scale the multipliers to a mean of 1, as those of the other modes. False is BEiT's own
+            schedule, for which decays are published: 1 for head and final norm, decay^(L - l) for block l of L (from
+            0), decay^(L + 1) for the embeddings.
         blocks: of llrd and uniform: names of the student's blocks in order, where they cannot be found.
     """
 
@@ -52,6 +55,7 @@ class RateOptions:
     r_max: float = 4.0
     probes: int = 1
     decay: float = 0.75
+    normalize: bool = True
     blocks: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +99,7 @@ class RateOptions:
 
     def _reads(self) -> tuple[str, ...]:
         if not self.measured:
-            return ("decay", "blocks") if self.mode == "llrd" else ("blocks",)
+            return ("decay", "normalize", "blocks") if self.mode == "llrd" else ("blocks",)
         of_mode = () if self.mode == "frozen" else ("every", "momentum")
         of_source = {"attention": ("map",), "jacobian": ("wrt",), "hessian": ("wrt", "probes")}[self.source]
         return (*_MEASURED, *of_mode, *of_source)
@@ -115,6 +119,7 @@ class RateOptions:
             ("momentum", self.momentum, momentum, "a number in [0, 1)"),
             ("eps", self.eps, is_number(self.eps) and self.eps > 0, "a number above 0, in nats"),
             ("decay", self.decay, decay, "a number in (0, 1]"),
+            ("normalize", self.normalize, isinstance(self.normalize, bool), "true or false"),
             ("[r_min, r_max]", bounds, inside, "0 < r_min < 1 < r_max, such as 0.25 and 4, for a mean of 1"),
         ):
             check_option("layer_rates", option, value, valid, expected)

@@ -15,8 +15,8 @@ VARIANTS = derivative_variants.VARIANTS | {
         {"standardize": True},
         {"hard": True},
     ],
-    "decoupled_kd": [{}, {"temperature": 1.0, "beta": 2.0}, {"alpha": 0.0}, {"beta": 0}],
-    "dist": [{}, {"temperature": 1.0, "beta": 2.0}, {"beta": 0}, {"gamma": 0.0}],
+    "decoupled_kd": [{}, {"temperature": 4.0, "beta": 2.0}, {"alpha": 0.0}, {"beta": 0}],
+    "dist": [{}, {"temperature": 4.0, "beta": 2.0}, {"beta": 0}, {"gamma": 0.0}],
     "attention_map": [
         {},
         {"rows": "all"},

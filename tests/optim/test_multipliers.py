@@ -92,6 +92,14 @@ def test_llrd_and_uniform():
     assert weighted_mean(found, [1, 2, 3]) == pytest.approx(1, abs=1e-12)
 
 
+def test_llrd_without_the_mean_is_beits_schedule():
+    """get_num_layer_for_vit and LayerDecayValueAssigner of BEiT: ids 0 (embeddings), l + 1 (block l), L + 1 (head)."""
+    rates = Rates(RateOptions.of({"mode": "llrd", "decay": 0.5, "normalize": False}), [1, 2, 3])
+    beit = [0.5 ** (4 - layer_id) for layer_id in range(5)]
+    assert [rates.of_layer(layer) for layer in ("embeddings", 0, 1, 2, "head")] == pytest.approx(beit)
+    assert rates.of_layer("norm") == rates.of_layer("objectives") == 1.0
+
+
 def test_permuted_gives_every_block_anothers():
     plain, shuffled = made(momentum=0.0), made(mode="permuted", momentum=0.0)
     for rates in (plain, shuffled):
@@ -178,6 +186,8 @@ def test_the_state_goes_on_bitwise_through_json():
         ({"source": "attention", "wrt": "inputs"}, "wrt has no effect with mode 'discrepancy' and source 'attention'"),
         ({"source": "jacobian", "probes": 2}, "probes has no effect"),
         ({"mode": "uniform", "source": "attention"}, "source has no effect with mode 'uniform'; leave it out"),
+        ({"mode": "llrd", "normalize": 1}, "normalize is 1; expected true or false"),
+        ({"normalize": False}, "normalize has no effect with mode 'discrepancy'"),
         ({"decay": 0.5}, "decay has no effect with mode 'discrepancy'"),
         ({"mode": "frozen", "every": 3}, "every has no effect with mode 'frozen'"),
         ("discrepancy", "is 'discrepancy'; expected a mapping"),

@@ -82,7 +82,7 @@ def decoupled_kd(student, teacher, pixel_values, labels, temperature=4.0, alpha=
     return torch.stack(losses)
 
 
-def dist(student, teacher, pixel_values, labels, temperature=4.0, beta=1.0, gamma=1.0):
+def dist(student, teacher, pixel_values, labels, temperature=1.0, beta=1.0, gamma=1.0):
     p_s = [_softmax(z, temperature) for z in _logits(student, pixel_values)]
     p_t = [[p.detach() for p in _softmax(z, temperature)] for z in _logits(teacher, pixel_values)]
     images, classes = len(p_s), len(p_s[0])
