@@ -127,10 +127,10 @@ class NeverHurt:
 def summary(history: list[dict[str, Any]]) -> dict[str, float]:
     """Means over the run of what the rule met."""
     known = {key: [entry[key] for entry in history if entry[key] is not None] for key in ("removed", "task_step")}
-    whole = [entry["whole"]["cosine"] for entry in history if entry["whole"]["cosine"] is not None]
+    cosines = [e["all_layers"]["cosine"] for e in history if e["all_layers"]["cosine"] is not None]
     against = [step < 0 for step in known["task_step"]]
     return {
-        "cosine": fmean(whole or [0.0]),
+        "cosine": fmean(cosines or [0.0]),
         "removed": fmean(known["removed"] or [0.0]),
         "steps against the task": fmean(against or [0.0]),
     }

@@ -1,4 +1,4 @@
-"""How the task gradient and the transfer gradient become one. A new rule is a class and a line in `GRADIENT_RULES`."""
+"""Rules that combine the task and the transfer gradient. A new one is a class and a line in `GRADIENT_RULES`."""
 
 from hf_kdtl.gradient_rules.accumulator import GradientAccumulator
 from hf_kdtl.gradient_rules.base import GradientRule

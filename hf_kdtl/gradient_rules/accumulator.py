@@ -1,4 +1,4 @@
-"""The two gradients of an optimizer step: gathered over its micro-batches and processes, made one, and recorded."""
+"""The two gradients of an optimizer step: accumulated over micro-batches and processes, combined, and logged."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Term = Tensor | Sequence[Tensor]
 class GradientAccumulator:
     """The gradient of the task and that of the transfer, kept apart until an optimizer step is due.
 
-    `add` each micro-batch, `write` at the end of the window; then clip, `before_step`, the optimizer's step,
+    `add` each micro-batch, `write` after the last one; then clip, `before_step`, the optimizer's step,
     `after_step`; `log` when it is time. Between micro-batches `p.grad` is None. Nothing here synchronises processes
     but `write`: run the forward without DDP's synchronisation (`no_sync`), in the last micro-batch too.
 
     Args:
-        rule: what makes one gradient of the two.
+        rule: what combines the two gradients.
         parameters: (name, parameter) of all that is trained, of student and objectives.
         layers: the layer of each parameter, in their order, for the log.
         blocks: names of the parameters of each block; only a local rule reads it.
@@ -52,7 +52,7 @@ class GradientAccumulator:
         self.parameters = [parameter for _, parameter in parameters]
         if len(layers) != len(parameters):
             raise ValueError(f"{len(layers)} layers of {len(parameters)} parameters; expected one each.")
-        self._record = ConflictLog(layers)
+        self._log = ConflictLog(layers)
         place = {name: i for i, (name, _) in enumerate(parameters)}  # what is frozen has none
         self._blocks = {block: [place[n] for n in names if n in place] for block, names in blocks.items()}
         self._own = {key: [place[n] for n in names if n in place] for key, names in own.items()}
@@ -64,12 +64,12 @@ class GradientAccumulator:
         self.clear()
 
     def clear(self) -> None:
-        """Drop both gradients: of a window that was broken off, before the next begins."""
+        """Drop both gradients: of a window that was interrupted, before the next begins."""
         self._task: list[Tensor | None] = [None] * len(self.parameters)
         self._transfer: list[Tensor | None] = [None] * len(self.parameters)
         self._before: float | None = None
 
-    # ---- Gathering ----
+    # ---- Accumulating ----
 
     def add(self, task: Tensor | None, transfer: Mapping[str, Term], pairs: Mapping[str, Sequence[int]]) -> None:
         """The backward passes of one micro-batch. A term without a gradient adds nothing.
@@ -112,7 +112,7 @@ class GradientAccumulator:
         self, gradient: list[Tensor | None], loss: Tensor, places: Sequence[int], retain_graph: bool = False
     ) -> None:
         """Add a gradient, for the parameters at these places: torch adds in place to `p.grad`, tensor by tensor, so
-        that no second set is ever there."""
+        that no second set exists."""
         reached = [self.parameters[i] for i in places]
         for i, parameter in zip(places, reached, strict=True):
             parameter.grad = gradient[i]
@@ -122,7 +122,7 @@ class GradientAccumulator:
             for i, parameter in zip(places, reached, strict=True):
                 gradient[i], parameter.grad = parameter.grad, None
 
-    # ---- Making one ----
+    # ---- Combining ----
 
     @torch.no_grad()
     def write(self, epoch: int, reduce: Reduce | None = None) -> None:
@@ -135,9 +135,9 @@ class GradientAccumulator:
         Cost: two readings of both gradients, and with `reduce` an exchange of both.
         """
         if reduce is not None:
-            self._agree(reduce)
+            self._average(reduce)
         products = inner_products(self._task, self._transfer)
-        self._record.add(self.rule.conflict(products, epoch), products)
+        self._log.add(self.rule.conflict(products, epoch), products)
         result = self.rule.combine(self._task, self._transfer, products, epoch)
         for parameter, g, combined in zip(self.parameters, self._task, result, strict=True):
             # What is measured later must not be clipped.
@@ -147,10 +147,10 @@ class GradientAccumulator:
         if self.watch:
             self._task = kept
 
-    def _agree(self, reduce: Reduce) -> None:
+    def _average(self, reduce: Reduce) -> None:
         """The mean over processes of both gradients, where any of them has one."""
         buffers = (self._task, self._transfer)
-        # Of all ranks first: a tensor that only some ranks would exchange leaves these waiting for ever.
+        # Of all ranks first: a tensor that only some ranks would exchange leaves these waiting forever.
         held = torch.tensor([[g is not None for g in buffer] for buffer in buffers], dtype=torch.float32)
         held = held.to(self.parameters[0].device)
         reduce(held)
@@ -174,22 +174,22 @@ class GradientAccumulator:
         Cost: one reading of g and of the weights, as in `before_step`.
         """
         if self._before is not None:
-            self._record.task_step = self._before - self._along()
+            self._log.task_step = self._before - self._along()
         self.clear()
 
     def _along(self) -> float:
         return dot(self._task, [parameter.detach() for parameter in self.parameters])
 
-    # ---- What there is to tell ----
+    # ---- Log and state ----
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """An entry for each `log`; see `ConflictLog`."""
-        return self._record.history
+        return self._log.history
 
     def log(self, step: int) -> dict[str, float]:
-        """What happened in the optimizer steps since the last call; see `ConflictLog.log`."""
-        return self._record.log(step)
+        """Means over the optimizer steps since the last call; see `ConflictLog.log`."""
+        return self._log.log(step)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -201,8 +201,9 @@ class GradientAccumulator:
         return {"options": self.options, "history": self.history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._record.history = list(state["history"])
+        """Continue from `state_dict`."""
+        # Until 0.1 the figures of all layers were under another key.
+        self._log.history = [{"all_layers" if k == "whole" else k: v for k, v in e.items()} for e in state["history"]]
 
 
 def _entries(term: Term) -> list[Tensor]:

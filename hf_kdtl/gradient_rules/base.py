@@ -1,4 +1,4 @@
-"""What a gradient rule is: how the gradient of the task and that of the transfer become one."""
+"""The interface of a gradient rule, which combines the task gradient and the transfer gradient."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_kdtl.utils import options
 
 
 class GradientRule:
-    """Makes one gradient of two. Subclass it, and add a line to `GRADIENT_RULES`.
+    """Combines two gradients into one. Subclass it, and add a line to `GRADIENT_RULES`.
 
-    The two are complete: of all micro-batches and processes of an optimizer step. What the rule gives is then clipped
-    and goes to the optimizer. The constructor takes keyword-only options, checks their values, and never takes
+    The two are complete: of all micro-batches and processes of an optimizer step. The rule's result is then clipped
+    and passed to the optimizer. The constructor takes keyword-only options, checks their values, and never takes
     **kwargs.
     """
 
@@ -32,15 +32,15 @@ class GradientRule:
         """The gradient the optimizer gets: one tensor a parameter, None where both are None.
 
         Args:
-            task: g. Left as it is; a tensor of it may be given back.
+            task: g. Not modified; a tensor of it may be returned.
             transfer: d. May be overwritten.
             products: `surgery.inner_products` of the two.
-            epoch: epochs that are finished, from 0.
+            epoch: completed epochs, from 0.
         """
         raise NotImplementedError
 
     def conflict(self, products: Sequence[Products], epoch: int) -> Conflict:
-        """How far the two work against each other and what the rule takes out, for the log."""
+        """How far the two conflict and what the rule removes, for the log."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What there is to tell of the two gradients: how often, how far and in which layers they conflict."""
+"""A log of the two gradients: how often, how far and in which layers they conflict."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class _Step(NamedTuple):
     """What is kept of one optimizer step."""
 
     conflict: Conflict
-    whole: Products
+    total: Products
     layers: dict[str, Products]
 
 
 class ConflictLog:
-    """Gathers optimizer steps, and tells their means when it is time to log.
+    """Collects optimizer steps, and returns their means when it is time to log.
 
     `history` has an entry for each `log`, plain data for JSON: {"step", "cosine": {layer: mean}, "conflicting":
-    {layer: share of the steps in which <g, d> < 0}, "whole": the same two of all layers as one vector, "removed": mean
-    share of the transfer gradient's length, "task_step": <g, step> as last measured}. A figure is None where there was
-    nothing to measure (a layer without one of the two gradients), or where it is not finite.
+    {layer: share of the steps in which <g, d> < 0}, "all_layers": the same two of all layers as one vector, "removed":
+    mean share of the transfer gradient's length, "task_step": <g, step> as last measured}. A value is None where there
+    was nothing to measure (a layer without one of the two gradients), or where it is not finite.
 
     Args:
         layers: the layer of each parameter.
@@ -41,10 +41,10 @@ class ConflictLog:
 
     def add(self, conflict: Conflict, products: Sequence[Products]) -> None:
         """One optimizer step. Cost: none on the device."""
-        # As the rules do: a tensor without a task gradient is not their business.
-        met = [p if p.task != 0 else Products(0.0, 0.0, 0.0) for p in products]
-        layers = {layer: total([met[i] for i in places]) for layer, places in self._layers.items()}
-        self._steps.append(_Step(conflict, total(met), layers))
+        # As in the rules: a tensor without a task gradient does not count.
+        counted = [p if p.task != 0 else Products(0.0, 0.0, 0.0) for p in products]
+        layers = {layer: total([counted[i] for i in places]) for layer, places in self._layers.items()}
+        self._steps.append(_Step(conflict, total(counted), layers))
 
     def log(self, step: int) -> dict[str, float]:
         """Means over the optimizer steps since the last call, for Trainer's log. Empty where there were none.
@@ -54,18 +54,18 @@ class ConflictLog:
         positive where the optimizer's step lowers the task's loss to first order.
 
         Args:
-            step: optimizer steps made. Entries of this step or later, of a run that was begun again, are dropped.
+            step: optimizer steps made. Entries of this step or later, of a run that was restarted, are dropped.
         """
         if not self._steps:
             return {}
         figures = {name: fmean(getattr(s.conflict, name) for s in self._steps) for name in Conflict._fields}
         layers = {layer: _over_steps([s.layers[layer] for s in self._steps]) for layer in self._layers}
-        whole = _over_steps([s.whole for s in self._steps])
+        cosine, share = _over_steps([s.total for s in self._steps])
         entry = {
             "step": step,
             "cosine": {layer: cosine for layer, (cosine, _) in layers.items()},
             "conflicting": {layer: share for layer, (_, share) in layers.items()},
-            "whole": {"cosine": whole[0], "conflicting": whole[1]},
+            "all_layers": {"cosine": cosine, "conflicting": share},
             "removed": _finite(figures["removed"]),
             "task_step": _finite(self.task_step),
         }

@@ -1,4 +1,4 @@
-"""The gradient rules: transfer that does not work against the task, a symmetric baseline, and transfer by layers."""
+"""The gradient rules: transfer that does not conflict with the task, a symmetric baseline, and transfer by layers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ FORMS, SCOPES = ("one_sided", "orthogonal"), ("global", "tensor")
 
 
 class NeverHurt(GradientRule):
-    """The transfer gradient d loses what works against the task gradient g.
+    """Remove from the transfer gradient d what conflicts with the task gradient g.
 
         one_sided   g + d - min(<g, d>, 0) / <g, g> g
         orthogonal  g + c (d - <g, d> / <g, g> g),  c = alpha * decay^epoch
 
-    Both keep <g, result> >= <g, g>. That is a promise about the gradient handed to the optimizer, on that batch, and
-    no more: SGD without momentum keeps it for the step, AdamW does not. With g = (1, .1) and d = (-2, 20) nothing
-    conflicts, and yet Adam's first step has <g, step> = -.9 times the rate: it raises the task's loss. Clipping does
-    no harm; momentum and different rates of the layers may. It promises nothing about test accuracy. What the
-    optimizer's step did is measured and logged: gradient_rule/task_step = <g, step>, positive where the step lowers
-    the task's loss to first order.
+    Both keep <g, result> >= <g, g>. That holds for the gradient passed to the optimizer, on that batch, and
+    for nothing else: SGD without momentum keeps it for the step, AdamW does not. With g = (1, .1) and d = (-2, 20)
+    nothing conflicts, and yet Adam's first step has <g, step> = -.9 times the rate: it raises the task's loss.
+    Clipping keeps it; momentum and different rates of the layers may not. It says nothing about test accuracy. The
+    effect of the optimizer's step is measured and logged: gradient_rule/task_step = <g, step>, positive where the step
+    lowers the task's loss to first order.
 
     A tensor without a task gradient (a projector of an objective) keeps d as it is.
 
     Args:
-        form: "one_sided" takes the harmful part out and leaves a helpful d alone; "orthogonal" takes out all of d
-            along g, and scales the rest.
+        form: "one_sided" removes the conflicting part and keeps a d that does not conflict; "orthogonal" removes all
+            of d along g, and scales the rest.
         alpha: of orthogonal, > 0; 0.1 by default.
         decay: of orthogonal, in (0, 1]; 0.99 by default.
-        scope: "global", or "tensor": inner products, and so the promise, for each tensor alone.
+        scope: "global", or "tensor": inner products, and so the guarantee, for each tensor alone.
 
     Cost: a second backward of what task and transfer share; one more set of gradients; two readings of both sets.
 
@@ -42,7 +42,7 @@ class NeverHurt(GradientRule):
         ValueError: for an unknown form or scope, alpha or decay out of range or without effect.
 
     Source: Wan et al. 2019, arXiv 1911.07489. orthogonal is its code (GrOD in the journal) [paper]; one_sided fits
-    its abstract: A-GEM's and PCGrad's projection, of the regulariser only [ours].
+    its abstract: A-GEM's and PCGrad's projection, of the regularizer only [ours].
     """
 
     name = "never_hurt"
@@ -86,12 +86,12 @@ class NeverHurt(GradientRule):
 
 
 class PCGrad(GradientRule):
-    """The symmetric baseline: where they conflict, each gradient loses its part along the other.
+    """The symmetric baseline: where they conflict, remove from each gradient its part along the other.
 
     g - <g, d> / <d, d> d + d - <g, d> / <g, g> g, and g + d elsewhere. The task is not protected: where they conflict
-    <g, result> = <g, g> (1 - cos^2), less than without any transfer. As for `NeverHurt`, that is the gradient handed
-    to the optimizer, on that batch; what AdamW's step makes of it is logged (gradient_rule/task_step), and no test
-    accuracy is promised.
+    <g, result> = <g, g> (1 - cos^2), less than without any transfer. As for `NeverHurt`, that is the gradient passed
+    to the optimizer, on that batch; the effect of AdamW's step is logged (gradient_rule/task_step), and nothing is
+    said about test accuracy.
 
     Args:
         scope: "global", or "tensor": inner products of each tensor alone.
@@ -126,14 +126,14 @@ class PCGrad(GradientRule):
 
 class LayerLocal(GradientRule):
     """Each pair of layers moves its own block of the student only: g + d, where d holds, for the parameters of block
-    j, the gradient of the term of block j alone. g reaches every layer, as ever.
+    j, the gradient of the term of block j alone. g reaches every layer, as usual.
 
     So the blocks before j do not learn from the distance at block j. An objective's own parameters (projectors) get
     the gradient of all its pairs. Objectives that pair no layers have no block and are refused.
 
-    Nothing is taken out of d, so the task is not protected: d may work against g within a block. As for `NeverHurt`
-    this is about the gradient handed to the optimizer, on that batch; what AdamW's step makes of it is logged
-    (gradient_rule/task_step), and no test accuracy is promised.
+    Nothing is removed from d, so the task is not protected: d may conflict with g within a block. As for `NeverHurt`
+    this is about the gradient passed to the optimizer, on that batch; the effect of AdamW's step is logged
+    (gradient_rule/task_step), and nothing is said about test accuracy.
 
     Args:
         none.

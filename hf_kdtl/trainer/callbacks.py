@@ -1,4 +1,4 @@
-"""What the trainer does between steps: tell the data the epoch, and stop with a whole checkpoint when asked to."""
+"""Callbacks: give the data the epoch, stop with a complete checkpoint on a signal, measure the optimizer's step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class SetDatasetEpoch(TrainerCallback):
     """Call `set_epoch` of the training data at the start of each epoch, on every process.
 
-    Accelerate does so by itself only in the plainest case: with several processes, or in the epoch in which a run is
-    resumed, it reaches the sampler and stops there, and the augmented images of epoch 0 would come again.
-    `DistillationTrainer` has this callback; a plain Trainer needs it beside a `hf_kdtl.data.loading.ImageDataset`.
+    Accelerate does so only in the simplest case: with several processes, or in the epoch in which a run is resumed,
+    it reaches the sampler only, and the augmented images of epoch 0 would be repeated.
+    `DistillationTrainer` has this callback; a plain Trainer needs it for a `hf_kdtl.data.loading.ImageDataset`.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -30,11 +30,11 @@ class SetDatasetEpoch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the optimizer step in hand, save a checkpoint, say how to continue, and only then stop.
+    """On SIGINT or SIGTERM finish the optimizer step, save a checkpoint, report how to continue, and then stop.
 
     An exception in the middle of a step would leave weights and optimizer state of different steps. A second SIGINT
-    stops at once. A second SIGTERM does not: a cluster's scheduler signals every process, and the launcher passes its
-    own on.
+    stops at once. A second SIGTERM does not: a cluster's scheduler signals every process, and the launcher forwards
+    its own.
     """
 
     def __init__(self) -> None:
@@ -58,11 +58,11 @@ class StopOnSignal(TrainerCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            return  # a data-loading worker: it inherits the handler, and is ended with its parent
+            return  # a data-loading worker: it inherits the handler, and ends with its parent
         if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt(
-                "stopped at once, at the second Ctrl-C. trainer.train(resume_from_checkpoint=True) continues from the "
-                "last whole checkpoint; one whose save was broken off is not used."
+                "stopped at once, at the second Ctrl-C. trainer.train(resume_from_checkpoint=True) resumes from "
+                "the latest complete checkpoint; one whose save was interrupted is not used."
             )
         if self.received is None:
             how = "Ctrl-C once more" if number == signal.SIGINT else "Ctrl-C twice"
@@ -84,29 +84,29 @@ class StopOnSignal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._agreed(args):
-            lost = " (save_only_model: without the optimizer's state, so not as if never stopped)"
+            lost = " (save_only_model: without the optimizer's state, so not identical to an uninterrupted run)"
             raise KeyboardInterrupt(
                 f"stopped after step {state.global_step}, saved in {args.output_dir}/checkpoint-{state.global_step}. "
                 "Continue with trainer.train(resume_from_checkpoint=True), or the same command with "
                 f"--resume_from_checkpoint true{lost if args.save_only_model else ''}."
             )
 
-    def raise_if_told_late(self, args: TrainingArguments) -> None:
+    def raise_if_late(self, args: TrainingArguments) -> None:
         """Raises KeyboardInterrupt when the signal came after the last step, where no checkpoint follows."""
         if self._agreed(args):
-            raise KeyboardInterrupt("told to stop when training was finished: nothing is lost, the model is trained.")
+            raise KeyboardInterrupt("the signal came after the last step: training is complete, and nothing is lost.")
 
     def _agreed(self, args: TrainingArguments) -> bool:
-        """Whether any rank was told to stop: saving is done together, so the ranks must stop at the same step."""
+        """Whether any rank received a signal: all ranks save together, so they must stop at the same step."""
         if args.world_size == 1 or not dist.is_initialized():
             return self.received is not None
-        told = torch.tensor(float(self.received is not None), device=args.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        received = torch.tensor(float(self.received is not None), device=args.device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return bool(received.item())
 
 
 class MeasureTaskStep(TrainerCallback):
-    """Have the optimizer's step measured along the task's gradient, where a gradient rule is at work."""
+    """Measure the optimizer's step along the task's gradient, under a gradient rule."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

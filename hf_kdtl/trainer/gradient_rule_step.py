@@ -16,10 +16,10 @@ from hf_kdtl.trainer.distiller import Distiller
 
 
 def build_accumulator(rule: GradientRule | None, distiller: Distiller) -> GradientAccumulator | None:
-    """The buffers of a rule, for everything that the container trains; None without a rule.
+    """The accumulator of a rule, for everything that the container trains; None without a rule.
 
     Raises:
-        ValueError: when the rule goes by blocks and the student's cannot be found.
+        ValueError: when the rule works by blocks and the student's are not found.
     """
     if rule is None:
         return None
@@ -27,7 +27,7 @@ def build_accumulator(rule: GradientRule | None, distiller: Distiller) -> Gradie
     try:
         groups = layer_groups(distiller.student, distiller.objectives)
         layer_of = {id(p): str(group["layer"]) for group in groups for p in group["params"]}
-    except ValueError:  # no blocks to be found, and one layer in the log; a local rule fails below
+    except ValueError:  # no blocks, and one layer in the log; a local rule fails below
         layer_of = {}
     layers = [layer_of.get(id(p), "model") for _, p in trained]
     blocks: dict[int, list[str]] = {}
@@ -71,7 +71,7 @@ def separate_backward(
 
 
 def _write(trainer: Any, gradients: GradientAccumulator) -> None:
-    """The rule's gradient, of the whole accumulated batch on all processes."""
+    """Write the rule's gradient, of the accumulated batch on all processes."""
     args, step = trainer.args, trainer.state.global_step + 1
     every = (trainer.state.logging_steps or 1) if args.logging_strategy == "steps" else 1
     gradients.watch = step % every == 0 or (step == 1 and args.logging_first_step)

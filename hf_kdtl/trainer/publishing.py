@@ -26,7 +26,8 @@ class PublishingTrainer(ShardingTrainer):
     """Trainer whose Hub methods publish the student and nothing else: weights, settings, card, results.
 
     `push_to_hub` and `create_model_card` take what Trainer's take. With `args.push_to_hub` token, repository and
-    licence are looked at when the trainer is made. A push that fails during training is said and changes nothing.
+    license are checked when the trainer is constructed. A push that fails during training is logged, and training
+    continues.
     """
 
     args: DistillationConfig
@@ -35,11 +36,11 @@ class PublishingTrainer(ShardingTrainer):
     push_in_progress: Any = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As Trainer's, and look at everything that could refuse the student later: see `check_access`.
+        """As Trainer's, and check everything that could make a later push fail: see `check_access`.
 
         Raises:
-            ValueError, HubError: as `check_access`; with `args.push_to_hub` also for the licence, for an adapter whose
-                base model nobody else could open, and for a results.json in `args.output_dir` that cannot be read.
+            ValueError, HubError: as `check_access`; with `args.push_to_hub` also for the license, for an adapter whose
+                base model nobody else can open, and for a results.json in `args.output_dir` that cannot be read.
         """
         if not self.is_world_process_zero():
             return
@@ -50,7 +51,7 @@ class PublishingTrainer(ShardingTrainer):
         private = self.args.hub_private_repo if private is None else private
         token, revision = token or self.args.hub_token, self.args.hub_revision
         if self.args.push_to_hub:
-            self._licence(None)
+            self._license(None)
             recipes_results(self._run_folder)
             for adapter in (getattr(self.model, "peft_config", None) or {}).values():
                 check_base(adapter.base_model_name_or_path)
@@ -70,7 +71,7 @@ class PublishingTrainer(ShardingTrainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """Write the student's card as README.md into `args.output_dir`. The arguments are Trainer's; `license` is by
-        default `args.license`, and then the teacher's; where none is known, the card says so.
+        default `args.license`, and then the teacher's; where none is known, the card states it.
 
         Raises:
             ValueError: as `hf_kdtl.hub.model_card.student_card`.
@@ -115,23 +116,25 @@ class PublishingTrainer(ShardingTrainer):
         results = self._results()
         try:
             self._finish_current_push()
-            name = self._looked_at(token, revision, private, create_pr)
-            given = kwargs | {"license": self._licence(kwargs.get("license"))}
-            job = self._staged(folder, results, self._card(results, name, **given), token)
+            name = self._writable_repo(token, revision, private, create_pr)
+            given = kwargs | {"license": self._license(kwargs.get("license"))}
+            job = self._stage(folder, results, self._card(results, name, **given), token)
             card = Path(job.name, "README.md").read_text("utf-8")
             (folder / "README.md").write_text(card, "utf-8")
             how = name, token, revision, commit_message or "End of training", create_pr
             return _send_and_remove(job, *how) if blocking else self._in_background(job, *how)
         except HubError as error:
             if not _keep(folder, results):
-                raise HubError(f"{error} The student is whole in {folder}; do trainer.push_to_hub() again.") from error
+                raise HubError(
+                    f"{error} The student is saved in {folder}: call trainer.push_to_hub() again."
+                ) from error
             asked = {"license": kwargs.get("license") or self.args.license, "private": private, "revision": revision,
                      "create_pr": create_pr}  # fmt: skip
             command = retry_command(folder, folder, self._repo_name(), **asked)
             raise HubError(f"{error} {command}, or trainer.push_to_hub().") from error
 
-    def _looked_at(self, token: str | None, revision: str | None, private: bool | None, create_pr: bool) -> str:
-        """The name of the repository, once what will be written to was looked at."""
+    def _writable_repo(self, token: str | None, revision: str | None, private: bool | None, create_pr: bool) -> str:
+        """The name of the repository, after checking write access."""
         from hf_kdtl.hub.upload import check_access
 
         if create_pr:
@@ -155,14 +158,14 @@ class PublishingTrainer(ShardingTrainer):
         token = self.args.hub_token
         try:
             results = self._results()
-            card = self._card(results, str(self.hub_model_id), license=self._licence(None))
-            job = self._staged(Path(checkpoint_folder), results, card, token)
-        except Exception as error:  # whatever it is, it is not worth the training
-            return _say_failed(when, error)
+            card = self._card(results, str(self.hub_model_id), license=self._license(None))
+            job = self._stage(Path(checkpoint_folder), results, card, token)
+        except Exception as error:  # no error of a push should end the training
+            return _log_failure(when, error)
         future = self._in_background(
             job, str(self.hub_model_id), token, self.args.hub_revision, f"Training in progress, {when}"
         )
-        future.add_done_callback(lambda done: _say_failed(when, done.exception()) if done.exception() else None)
+        future.add_done_callback(lambda done: _log_failure(when, done.exception()) if done.exception() else None)
 
     # ---- Parts of these ----
 
@@ -181,8 +184,8 @@ class PublishingTrainer(ShardingTrainer):
     def _repo_name(self) -> str:
         return self.args.hub_model_id or self._run_folder.absolute().name
 
-    def _licence(self, asked: str | None) -> str:
-        """The student's licence: what is asked for, as far as those of its teacher and its start allow it."""
+    def _license(self, asked: str | None) -> str:
+        """The student's license: what is requested, as far as those of its teacher and its start allow it."""
         from hf_kdtl.hub.license import student_license
         from hf_kdtl.hub.provenance import made_from
 
@@ -190,7 +193,7 @@ class PublishingTrainer(ShardingTrainer):
         return student_license(made_from(self), asked)
 
     def _results(self) -> dict[str, Any]:
-        """What is known about this run, without paths."""
+        """The results of this run, without paths."""
         from hf_kdtl.hub.card_results import published, results_of
 
         return published(results_of(self))
@@ -206,7 +209,7 @@ class PublishingTrainer(ShardingTrainer):
         given["tags"] = list(dict.fromkeys([*tags, *(getattr(self.model, "model_tags", None) or [])])) or None
         return student_card(results, model_id=name, **given)
 
-    def _staged(
+    def _stage(
         self, student: Path, results: dict[str, Any], card: ModelCard, token: str | None
     ) -> TemporaryDirectory[str]:
         from hf_kdtl.hub.staging import stage_student
@@ -223,13 +226,13 @@ def _send_and_remove(folder: TemporaryDirectory[str], *how: Any) -> CommitInfo:
         return create_commit(staged, *how)
 
 
-def _say_failed(when: str, error: BaseException | None) -> None:
-    logger.warning(f"the push of {when} failed, training goes on: {error}")
+def _log_failure(when: str, error: BaseException | None) -> None:
+    logger.warning(f"the push of {when} failed, training continues: {error}")
 
 
 def _keep(folder: Path, results: dict[str, Any]) -> bool:
-    """Write results.json for a later push; whether the folder is fit for one. What a recipe wrote of another student
-    stays as it is."""
+    """Write results.json for a later push; False where the folder holds a recipe's results of another student, which
+    are not changed."""
     from hf_kdtl.evaluation.results import FILE, read_results, update_results
     from hf_kdtl.hub.card_results import hash_of
 

@@ -41,6 +41,7 @@ from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.trainer.evaluation import EvaluatingTrainer
 from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
 from hf_kdtl.trainer.loss_meter import TermMeter
+from hf_kdtl.trainer.non_finite import check_finite, non_finite_gradient_error
 from hf_kdtl.trainer.process_checks import check_ranks
 
 logger = logging.get_logger(__name__)
@@ -49,13 +50,13 @@ logger = logging.get_logger(__name__)
 class DistillationTrainer(EvaluatingTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
-    Every argument of Trainer keeps its meaning and place. `model` is the student; what is saved, evaluated and
-    predicted is the student alone. With `objectives=[{"name": "task"}]` and no teacher it is the plain Trainer.
+    Every argument of Trainer keeps its meaning and place. `model` is the student; only the student is saved,
+    evaluated and used for predictions. With `objectives=[{"name": "task"}]` and no teacher it is the plain Trainer.
 
     Where it differs on purpose:
 
-    - the loss is averaged over the images of the whole batch (all micro-batches and ranks), so how the batch is
-      split changes nothing;
+    - the loss is averaged over all images of an optimizer step (all micro-batches and ranks), so splitting the batch
+      changes nothing;
     - float labels (B, K) are class distributions, not multi-label targets;
     - resuming and `load_best_model_at_end` load every tensor of the student, or fail (Trainer 5.23 leaves the blocks
       of a ViT untrained there);
@@ -77,7 +78,7 @@ class DistillationTrainer(EvaluatingTrainer):
         >>> DistillationTrainer(student, config, teacher=teacher, train_dataset=images).train()  # doctest: +SKIP
     """
 
-    # The loss is divided by the images of the whole accumulated batch, so Trainer must not divide it again.
+    # The loss is divided by all images of the accumulated batch, so Trainer must not divide it again.
     loss_is_scaled_for_ga = True
     args: DistillationConfig
     model: Any
@@ -119,7 +120,7 @@ class DistillationTrainer(EvaluatingTrainer):
 
     @property
     def distiller(self) -> Distiller:
-        """Student and objectives as one module, built when first asked for: `model_init` makes the student late."""
+        """Student and objectives as one module, built at the first access: `model_init` makes the student late."""
         if self._distiller is not None and self.model is self._distiller:  # inside _prepare_for_training
             return self._distiller
         stale = self._distiller is None or self._distiller.student is not self.model
@@ -213,13 +214,13 @@ class DistillationTrainer(EvaluatingTrainer):
         result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
         self._micro_step += 1
         self._term_losses = result.pop("terms")
-        checks.check_finite(self, result)
+        check_finite(self, result)
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result) if return_outputs else result["loss"]
 
     def _draws(self, inputs: dict[str, Any]) -> Draws:
-        """Randomness by the image's place in the whole batch (in evaluation: in the data set), so that micro-batches
-        and ranks change nothing. In evaluation every image takes part."""
+        """Randomness by the image's position in the accumulated batch (in evaluation: in the dataset), so that
+        micro-batches and ranks change nothing. In evaluation every image is included."""
         evaluating = not self.model.training
         first = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         first *= self.args.eval_batch_size if evaluating else self._train_batch_size
@@ -236,13 +237,13 @@ class DistillationTrainer(EvaluatingTrainer):
         with self.accelerator.autocast():
             return self.distiller.terms(inputs, self._draws(inputs))[1]
 
-    # ---- Never silently wrong ----
+    # ---- Checks ----
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # With fp16 the scaler expects infinite gradients, and skips the step.
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise checks.non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
+            raise non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
         return norm
 
     def _match_teacher(self) -> None:
@@ -284,7 +285,7 @@ class DistillationTrainer(EvaluatingTrainer):
         check_ranks(self)
         with self._stop.listening():
             output = super().train(*args, **kwargs)
-        self._stop.raise_if_told_late(self.args)
+        self._stop.raise_if_late(self.args)
         return output
 
     def _checkpoint_parts(self, folder: Path) -> dict[str, CheckpointPart]:

@@ -74,7 +74,7 @@ def test_a_launcher_that_started_one_process_of_two_is_found(bare, tmp_path):
     multi_cpu.write_text((ROOT / "hf_kdtl/configs/launch/cpu.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU"))
     for asked in (["--cpu", "--num_processes=2"], ["--num_processes=2"], [f"--config_file={multi_cpu}"]):
         said = launch_problem(environment(*asked), 1)
-        assert "asked for several processes and started one" in said and "--multi_gpu --num_processes 2" in said
+        assert "configured for several processes and started one" in said and "--multi_gpu --num_processes 2" in said
     assert launch_problem(environment("--cpu", "--num_processes=1"), 1) is None
     assert launch_problem(environment(f"--config_file={ROOT / 'hf_kdtl/configs/launch/one.yaml'}"), 1) is None
 
@@ -86,7 +86,7 @@ def test_processes_that_torchrun_started_are_fine(bare):
     assert launch_problem(ranked | {"WORLD_SIZE": "1"}, 1) is None  # torchrun --nproc_per_node 1
     assert launch_problem({"MASTER_ADDR": "a-cluster"}, 1) is None  # no launcher
     said = launch_problem(ranked, 1)
-    assert "asked for 2 processes (WORLD_SIZE) and this run sees 1" in said and "--num_processes 2" in said
+    assert "requests 2 processes (WORLD_SIZE) and this run has 1" in said and "--num_processes 2" in said
 
 
 # ---- Other ways of several devices ----
@@ -104,7 +104,7 @@ def test_fsdp_is_for_the_launcher_to_ask(tmp_path, plugin):
     runner = trainer(tmp_path, build("vit"), data=Images(4))
     runner.is_fsdp_enabled, runner.args.fsdp = plugin, not plugin
     with pytest.raises(
-        ValueError, match="by the launcher alone: hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2"
+        ValueError, match="in the launcher alone: hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2"
     ):
         check_setting(runner)
 
@@ -117,8 +117,8 @@ def environment_of_fsdp(monkeypatch, **changed):
 
 
 NOT_SHARDED = [
-    ({"gradient_rule": "pcgrad"}, "gradient_rule, which compares whole gradients"),
-    ({"layer_rates": {"mode": "discrepancy"}}, "layer_rates that are measured"),
+    ({"gradient_rule": "pcgrad"}, "gradient_rule, which compares full gradients"),
+    ({"layer_rates": {"mode": "discrepancy"}}, "measured layer_rates"),
     ({"torch_compile": True}, "torch_compile"),
     (
         {"activation_checkpointing": True, "objectives": [{"name": "task"}, {"name": "jacobian"}]},
@@ -144,7 +144,9 @@ def test_what_fsdp2_would_break_is_refused(monkeypatch, tmp_path, settings, says
     runner = trainer(tmp_path, *pair())
     for name, value in settings.items():
         setattr(runner.args, name, value)
-    with pytest.raises(ValueError, match=f"FSDP2 does not go with {says}.*Or use DDP: accelerate launch --multi_gpu"):
+    with pytest.raises(
+        ValueError, match=f"{says}.* is not supported under FSDP2. Use DDP: accelerate launch --multi_gpu"
+    ):
         check_setting(runner)
 
 
@@ -235,7 +237,7 @@ def test_one_process_where_two_were_asked_for(tmp_path):
     command += ["-m", "tests.distributed.ranks_worker", str(tmp_path / "out")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
     found = json.loads((tmp_path / "out.0.json").read_text())
-    assert found["world"] == 1 and "asked for several processes and started one" in found["equal"]
+    assert found["world"] == 1 and "configured for several processes and started one" in found["equal"]
 
 
 def command_of(file, name, *arguments):

@@ -98,7 +98,10 @@ def test_log_means_over_steps_and_history():
     assert entry["step"] == 7 and entry["task_step"] is None
     assert entry["removed"] == pytest.approx(logged["gradient_rule/removed"], rel=1e-5)
     assert entry["conflicting"] == {"rest": 0.5, "0": 0.5, "1": 0.5, "objectives": None}
-    assert entry["whole"] == {"cosine": pytest.approx(logged["gradient_rule/cosine"], rel=1e-5), "conflicting": 0.5}
+    assert entry["all_layers"] == {
+        "cosine": pytest.approx(logged["gradient_rule/cosine"], rel=1e-5),
+        "conflicting": 0.5,
+    }
     assert -0.1 < entry["cosine"]["0"] < 0.5 and entry["cosine"]["objectives"] is None
     g, d = small.sides(wrong=1.0)
     block = [i for i, (n, _) in enumerate(small.parameters) if ".layers.0." in n]
@@ -124,7 +127,7 @@ def test_figures_of_layers_by_hand():
         "step": 3,
         "cosine": {"a": 0.5, "b": None},
         "conflicting": {"a": pytest.approx(1 / 3), "b": None},
-        "whole": {"cosine": 0.5, "conflicting": pytest.approx(1 / 3)},
+        "all_layers": {"cosine": 0.5, "conflicting": pytest.approx(1 / 3)},
         "removed": pytest.approx(1 / 6, rel=1e-5),
         "task_step": 0.25,
     }

@@ -123,9 +123,9 @@ def test_registry(name):
     assert rule.name == name and rule.citation.startswith("@") and rule.local == (name == "layer_local")
     kinds = [p.kind for p in inspect.signature(type(rule)).parameters.values()]
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds)
-    # What is promised, and what is not, where users read the name.
+    # What is guaranteed, and what is not, where users read the name.
     text = " ".join(inspect.getdoc(type(rule)).split())
-    for said in ("handed to the optimizer, on that batch", "AdamW", "test accuracy", "task_step", "Source:", "Cost:"):
+    for said in ("passed to the optimizer, on that batch", "AdamW", "test accuracy", "task_step", "Source:", "Cost:"):
         assert said in text
 
 

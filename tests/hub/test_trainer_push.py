@@ -142,7 +142,7 @@ def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # 
     one.train()
     assert one.state.global_step == 2 and Path("out/checkpoint-2/model.safetensors").is_file()
     said = [record.getMessage() for record in caplog.records if record.name == "hf_kdtl.trainer.publishing"]
-    assert said[0].startswith("the push of step 1 failed, training goes on: the Hub")
+    assert said[0].startswith("the push of step 1 failed, training continues: the Hub")
     if fault is None:
         with pytest.raises(HubError, match="could not be reached") as caught:
             one.push_to_hub()
@@ -210,7 +210,7 @@ def test_nothing_that_is_wrong_with_a_push_stops_training(hub, monkeypatch, capl
     one = trainer(**PUSH, save_strategy="steps", save_steps=1)
     monkeypatch.setattr("hf_kdtl.hub.staging.stage_student", lambda *_: [][0])
     one.train()
-    assert one.state.global_step == 2 and "the push of step 2 failed, training goes on: list index" in caplog.text
+    assert one.state.global_step == 2 and "the push of step 2 failed, training continues: list index" in caplog.text
 
 
 def test_one_push_at_a_time(hub):  # noqa: F811
@@ -270,7 +270,7 @@ def test_results_that_cannot_be_read_are_told_before_training_and_stop_none(hub,
     Path("out/results.json").write_text(content)
     one.train()
     assert (
-        one.state.global_step == 2 and "the push of step 2 failed, training goes on: out/results.json" in caplog.text
+        one.state.global_step == 2 and "the push of step 2 failed, training continues: out/results.json" in caplog.text
     )
     with pytest.raises(ValueError, match=r"out/results\.json (is not valid JSON|has schema 9)"):
         trainer(**PUSH)
@@ -282,7 +282,7 @@ def test_what_a_recipe_wrote_of_another_student_stays(hub):  # noqa: F811
     before = Path("out/results.json").read_bytes()
     one = trainer(**PUSH)
     hub.fail(Fault("POST", "/commit/", 503, times=1))
-    with pytest.raises(HubError, match=r"The student is whole in out; do trainer\.push_to_hub\(\) again\.$"):
+    with pytest.raises(HubError, match=r"The student is saved in out: call trainer\.push_to_hub\(\) again\.$"):
         one.push_to_hub()
     assert Path("out/results.json").read_bytes() == before
     one.push_to_hub()

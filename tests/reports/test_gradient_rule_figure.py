@@ -19,7 +19,7 @@ def history(entries=12, scale=0.4, layers=("embeddings", "0", "1", "norm", "head
             },
             "conflicting": dict.fromkeys(layers),
             "removed": 0.3 + 0.02 * i,
-            "whole": {"cosine": -0.1, "conflicting": 0.1 * (i % 5) if scale else None},
+            "all_layers": {"cosine": -0.1, "conflicting": 0.1 * (i % 5) if scale else None},
             "task_step": None,
         }
         for i in range(entries)

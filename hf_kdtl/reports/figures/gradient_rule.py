@@ -43,7 +43,11 @@ def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) ->
     figure.colorbar(image, ax=above, label="cosine (red: they conflict)")
     for key, values, colour in (
         ("transfer removed", [entry["removed"] for entry in history], "#0072B2"),
-        ("steps in conflict", [entry["whole"]["conflicting"] for entry in history], "#D55E00"),
+        (
+            "steps in conflict",
+            [_all_layers(entry)["conflicting"] for entry in history],
+            "#D55E00",
+        ),
     ):
         below.plot(range(len(steps)), [_number(v) for v in values], color=colour, label=key, marker=".")
     below.set_ylim(-0.05, 1.05)
@@ -58,3 +62,7 @@ def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) ->
 
 def _number(value: float | None) -> float:
     return np.nan if value is None else value
+
+
+def _all_layers(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry["all_layers"] if "all_layers" in entry else entry["whole"]  # the key of results before this version

@@ -1,0 +1,47 @@
+"""The errors for losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hf_kdtl.checkpoints.manifest import verify
+from hf_kdtl.checkpoints.rotation import checkpoints
+
+
+def check_finite(trainer: Any, result: dict[str, Any]) -> None:
+    """Raises FloatingPointError where the loss of a micro-batch, as `Distiller` returns it, is nan or infinite."""
+    if not torch.isfinite(result["loss"]):
+        counted, weights = result["counted"], trainer.distiller.weights
+        terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        raise non_finite_loss_error(step, result["loss"].item(), terms, folder)
+
+
+def non_finite_loss_error(
+    step: int, loss: float, terms: dict[str, float], output_dir: str | None
+) -> FloatingPointError:
+    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch."""
+    broken = [key for key, value in terms.items() if not math.isfinite(value)]
+    largest = max(terms, key=lambda key: math.inf if math.isnan(terms[key]) else abs(terms[key]))
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in terms.items())
+    return FloatingPointError(
+        f"the loss is {loss} at step {step}: {', '.join(broken) or 'the sum of the terms'} is not finite. Weighted "
+        f"terms: {shown}; the largest is {largest}. {_last_good(output_dir)} Lower the learning rate or that term's "
+        "weight, or check the data."
+    )
+
+
+def non_finite_gradient_error(step: int, norm: float, output_dir: str | None) -> FloatingPointError:
+    """The error for a gradient that is nan or infinite where the loss was not."""
+    return FloatingPointError(
+        f"the gradient's norm is {norm} at step {step}; the weights were not changed. {_last_good(output_dir)} "
+        "Lower the learning rate, or check the data."
+    )
+
+
+def _last_good(output_dir: str | None) -> str:
+    complete = [c for c in checkpoints(output_dir or "") if not verify(c, contents=False)]
+    return f"The latest complete checkpoint is {complete[-1]}." if complete else "No checkpoint was written yet."
