@@ -196,9 +196,9 @@ def test_the_settings_that_differ_are_named():
     [
         (3, 4, False, "4 processes and 3 training images.*--num_processes 3"),
         (4, 4, False, None),
-        (31, 4, True, "31 training images are less than one batch of 4 x 8.*--per_device_train_batch_size 7"),
+        (31, 4, True, "31 training images are fewer than one batch of 4 x 8.*--per_device_train_batch_size 7"),
         (32, 4, True, None),
-        (7, 1, True, "7 training images are less than one batch of 1 x 8"),
+        (7, 1, True, "7 training images are fewer than one batch of 1 x 8"),
     ],
 )
 def test_data_that_does_not_go_round(images, processes, drop_last, says):
@@ -211,7 +211,7 @@ def test_one_process_is_not_compared(bare, tmp_path):
     runner = trainer(tmp_path, build("vit"), data=Images(4))
     check_ranks(runner)
     runner.train_dataset, runner.args.dataloader_drop_last = Images(2), True
-    with pytest.raises(ValueError, match="nothing would be trained"):
+    with pytest.raises(ValueError, match="training would make no step"):
         check_ranks(runner)
 
 
