@@ -37,6 +37,7 @@ from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import checks
 from hf_kdtl.trainer.build import assemble
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
+from hf_kdtl.trainer.data_errors import explain_data_errors
 from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
 from hf_kdtl.trainer.evaluation import EvaluatingTrainer
 from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
@@ -175,7 +176,8 @@ class DistillationTrainer(EvaluatingTrainer):
             self._gradients.clear()  # of an interrupted window
         if self.layer_rates is not None:
             self.layer_rates.begin(self.state.global_step)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        with explain_data_errors(self):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list, device: torch.device
@@ -193,7 +195,7 @@ class DistillationTrainer(EvaluatingTrainer):
         # Blocks that are recomputed in the backward pass must use the kernel that their forward pass used.
         recomputed = getattr(self.model, "is_activation_checkpointing", False)
         math = recomputed and self.distiller.student_needs.order >= 2
-        with math_attention() if math else nullcontext():
+        with explain_data_errors(self), math_attention() if math else nullcontext():
             if self._gradients is None:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             else:
