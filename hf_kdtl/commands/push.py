@@ -84,7 +84,7 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
 
 
 def planned(config: DistillationConfig, teacher: str | None, student: str | None) -> PushOptions | None:
-    """What hf-kdtl distill will push at its end, once everything was looked at that could refuse it then; None
+    """What hf-kdtl distill will push at its end, after checking everything that could refuse it then; None
     where it will not, and on other processes than the first.
 
     Args:
@@ -108,7 +108,7 @@ def planned(config: DistillationConfig, teacher: str | None, student: str | None
 
 
 def check_student(run: Path, results: dict[str, Any]) -> None:
-    """Raises ValueError where a run is not finished, or its results are not of the student beside them."""
+    """Raises ValueError where a run is not finished, or its results are not of the student in it."""
     student = student_of(run)
     if not (student / "config.json").is_file() and not (student / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds no student; let the run finish: --resume_from_checkpoint true continues it.")

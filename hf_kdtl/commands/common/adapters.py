@@ -1,4 +1,4 @@
-"""Students that learn through adapters (PEFT): how they are put on, and what is kept of them."""
+"""Students that learn through adapters (PEFT): adding them before training, saving them after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_kdtl.utils.options import check_known
 
 
 def with_adapter(model: Any, settings: dict | str) -> Any:
-    """The model with an adapter of PEFT: `peft_type` and that type's options. The head is trained whole beside it, and
+    """The model with an adapter of PEFT: `peft_type` and that type's options. The head is trained in full too, and
     so is BatchNorm, whose running statistics training changes.
 
     Raises:
@@ -37,8 +37,8 @@ def with_adapter(model: Any, settings: dict | str) -> Any:
         check_known(f"option of adapter {kind}", name, sorted(config.__dataclass_fields__))
     if "modules_to_save" in config.__dataclass_fields__:
         heads = {id(head) for head in classifiers(model)}
-        beside = [n for n, m in model.named_modules() if id(m) in heads or isinstance(m, _BatchNorm)]
-        options = {"modules_to_save": beside} | options
+        full = [n for n, m in model.named_modules() if id(m) in heads or isinstance(m, _BatchNorm)]
+        options = {"modules_to_save": full} | options
     try:
         return peft.get_peft_model(model, config(**options))
     except (ValueError, TypeError) as error:

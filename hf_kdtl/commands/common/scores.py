@@ -1,4 +1,4 @@
-"""The end of hf-kdtl distill: the only place that looks at the test split."""
+"""Scores of all runs of hf-kdtl distill, after training: the only place that reads the test split."""
 
 from __future__ import annotations
 
@@ -128,6 +128,6 @@ def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
 
 
 def _example(study: Any, row: int) -> None:
-    """An image for the command that the recipe ends with."""
+    """An image for the command that is printed at the end."""
     image = study.data.test[row]["image"]
     decode(image["bytes"] or image["path"], "a test image").save(study.folder / "example.png")
