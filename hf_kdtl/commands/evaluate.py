@@ -32,7 +32,7 @@ from hf_kdtl.reports.run_report import SPLITS, write_report
 
 @dataclass
 class EvaluateOptions:
-    """Which models, and how much is looked at."""
+    """Which models, and how much is measured."""
 
     models: list[str] = field(metadata={"help": "Folders or Hub names of the students to be judged."})
     teacher: str | None = field(default=None, metadata={"help": "A folder or Hub name."})
@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     references = {"teacher": options.teacher, "baseline": options.baseline}
     candidates = open_candidates(options.models, references, data, notes)
     for candidate in candidates:
-        notes += [said.replace("the teacher", candidate.name)
-                  for said in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip
+        notes += [note.replace("the teacher", candidate.name)
+                  for note in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip
     summaries = {one.name: f"{one.path}: {builders.summary(one.model)}" for one in candidates}
     say(config, *builders.describe_data(data), *(f"{who}: {what}" for who, what in summaries.items()))
     say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
     if config.process_index == 0:
-        clear(folder)  # not before everything that can be wrong was looked at
+        clear(folder)  # after everything that can be refused was checked
     evaluation = Evaluation(candidates, data, options.split, options.images, config)
     value = evaluation.section(names, sorted(set(options.severities)))
     for candidate in candidates:

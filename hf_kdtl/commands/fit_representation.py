@@ -67,12 +67,12 @@ class RepresentationOptions:
     batch_size: int = field(default=256, metadata={"help": "Images a forward of the teacher."})
     tolerance: float = field(default=1e-5, metadata={"help": "Stop where a pass brings less than this share."})
     passes: int = field(default=200, metadata={"help": "Passes over the outputs, at most."})
-    resume: bool = field(default=False, metadata={"help": "Go on with what output_dir holds."})
+    resume: bool = field(default=False, metadata={"help": "Continue what output_dir holds."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove what output_dir holds."})
 
 
 class Rows:
-    """Outputs in a file, as batches on a device: read anew at each pass, never held together."""
+    """Outputs in a file, as batches on a device: read again at each pass, never held together."""
 
     def __init__(self, path: Path, device: torch.device, size: int = 8192):
         self.rows, self.device, self.size = np.load(path, mmap_mode="r"), device, size
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = builders.open_data(data_options)
     images = _images(options, teacher.to(device), data)
     width_of(options.of, options.layer, describe(teacher.model, _pixels(images, [0]).to(device)))  # or it says why
-    for path in remains:  # not before everything that can be wrong was looked at
+    for path in remains:  # after everything that can be refused was checked
         path.unlink()
     place = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     update_results(folder, "run", {"recipe": "fit_representation", "settings": settings, "device": place})
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, Any]) -> list[Path]:
-    """What is to be removed from output_dir first: nothing where a fit goes on.
+    """What is to be removed from output_dir first: nothing where a fit continues.
 
     Raises:
         ValueError: when it holds another fit, or the same with other settings; saying what to type.
@@ -127,7 +127,7 @@ def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, 
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{folder} was begun with {name} {before.get(name)!r} and is now asked to go on with {value!r}. "
+                    f"{folder} was begun with {name} {before.get(name)!r} and is asked to continue with {value!r}. "
                     "Set it back, or begin anew: --resume false --overwrite_output_dir true."
                 )
         if (folder / JSON).is_file():
@@ -135,7 +135,7 @@ def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, 
         return []
     if remains and not options.overwrite_output_dir:
         raise ValueError(
-            f"{folder} holds another fit. Go on with it by --resume true, remove it by --overwrite_output_dir true, "
+            f"{folder} holds another fit. Continue it with --resume true, remove it with --overwrite_output_dir true, "
             "or name another folder."
         )
     return remains
@@ -177,15 +177,15 @@ def write_rows(
         done += len(rows)
     assert part is not None
     part.flush()
-    (folder / SHOWN).write_text(digest.hexdigest())  # last: the rows are whole
+    (folder / SHOWN).write_text(digest.hexdigest())  # last: the rows are complete
 
 
 def fitted(rows: Rows, link: str, options: RepresentationOptions, folder: Path) -> Representation:
-    """The fit, with a bar over its passes. The directions are kept after each, so that it can go on from there."""
+    """The fit, with a bar over its passes. The directions are saved after each, so that it can resume from there."""
     start = None
     if options.k is not None and (folder / BEGUN).is_file():
         start = load_file(folder / BEGUN)["directions"]
-        tqdm.write("the fit goes on from the directions it had.")
+        tqdm.write("the fit resumes from its saved directions.")
 
     def kept(step: int, now: Representation) -> None:
         bar.update()

@@ -112,10 +112,10 @@ def check_student(run: Path, results: dict[str, Any]) -> None:
     student = student_of(run)
     if not (student / "config.json").is_file() and not (student / "adapter_config.json").is_file():
         raise ValueError(f"{run} holds no student; let the run finish: --resume_from_checkpoint true continues it.")
-    said, found = hash_of(results), saved_hash(student, is_adapter(student, results))
-    if said != found:
+    stated, found = hash_of(results), saved_hash(student, is_adapter(student, results))
+    if stated != found:
         raise ValueError(
-            f"{run / FILE} is of a student with the weights {said}, and the one in {student} has {found}: its figures "
+            f"{run / FILE} is of a student with the weights {stated}, and {student} has {found}: its figures "
             "would be of another model. Put the two of one run together, or run hf-kdtl distill again."
         )
 

@@ -122,7 +122,7 @@ def test_it_goes_on_where_it_was_stopped(command, images, teacher, capsys):
     finally:
         module.fit, module.write_rows = fitting, writing
     told = capsys.readouterr().out
-    assert "outputs are there from before" in told and "goes on from the directions" in told
+    assert "outputs are there from before" in told and "resumes from its saved directions" in told
     assert calls[0].shape == (5, 2) and {p.name for p in Path("out").iterdir()} == FILES
     one, other = whole.representation, BregmanLayer.load("out").representation
     assert other.divergence == pytest.approx(one.divergence, rel=1e-3)
@@ -155,11 +155,11 @@ def test_a_folder_in_use_is_kept(command, images, teacher, capsys):
     main(arguments())
     before = Path("out/representation.safetensors").read_bytes()
     for extra, said in (
-        ([], "out holds another fit. Go on with it by --resume true"),
+        ([], "out holds another fit. Continue it with --resume true"),
         (["--resume", "true"], "out is finished"),
         (
             ["--resume", "true", "--of", "pooled"],
-            "begun with of 'probabilities' and is now asked to go on with 'pooled",
+            "begun with of 'probabilities' and is asked to continue with 'pooled",
         ),
         (["--overwrite_output_dir", "true", "--teacher", "nowhere/at/all"], "does not exist"),
     ):
