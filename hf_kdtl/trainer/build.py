@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from hf_kdtl.models.pairing import plan
 from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.chance import ChanceCheck
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.distiller import Distiller
@@ -53,6 +54,8 @@ def assemble(trainer: Any) -> Distiller:
         student, objectives, args.weights(), teacher, pairing, trainer.compute_loss_func, context, rates,
         start, beside, split_terms,
     )  # fmt: skip
+    if any(objective.compares_classes for objective in by_teacher):
+        distiller.chance = ChanceCheck()
     for note in distiller.notes:
         logger.info(note)
     if trainer.place_model_on_device:

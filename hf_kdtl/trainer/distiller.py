@@ -18,6 +18,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.chance import ChanceCheck
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.objectives import OBJECTIVES
@@ -50,6 +51,8 @@ class Distiller(nn.Module):
         start_plan: what student and start give.
         split_terms: what a gradient rule reads: each of the "terms", or of their "pairs" of layers. None: the sum.
     """
+
+    chance = ChanceCheck(images=0)  # none, until a trainer asks for it
 
     def __init__(
         self,
@@ -182,11 +185,8 @@ class Distiller(nn.Module):
         geometry = known.student if known is not None else None
         pixels = inputs["pixel_values"]
         fraction = max(self.student_needs.fraction, self.teacher_needs.fraction)
-        rows = (
-            select_images(draws, fraction, pixels).nonzero()[:, 0]
-            if fraction
-            else pixels.new_zeros(0, dtype=torch.long)
-        )
+        none = pixels.new_zeros(0, dtype=torch.long)
+        rows = select_images(draws, fraction, pixels).nonzero()[:, 0] if fraction else none
         extra = measured.needs if measured else (Needs(), Needs())
         student_needs, teacher_needs = self.student_needs | extra[0], self.teacher_needs | extra[1]
         if measured and not any(extra):
@@ -201,6 +201,7 @@ class Distiller(nn.Module):
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
+            self.chance.add(teacher, labels)
         values, entries = {}, {}
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
