@@ -201,7 +201,6 @@ class Distiller(nn.Module):
         batch: Batch = {"draws": draws}
         if labels is not None:
             batch["labels"] = labels
-            self.chance.add(teacher, labels)
         values, entries = {}, {}
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
@@ -209,6 +208,7 @@ class Distiller(nn.Module):
             student = capture_subset(run, self.student, pixels, student_needs, rows, **rest)
             if self.check_labels.needing:
                 self.check_labels(labels, student.logits.shape[-1])
+            self.chance.add(teacher, labels)
             sources = {"teacher": teacher or Capture(logits=student.logits), "start": start}
             if measured and any(extra):
                 measured.add(self.student, self.teacher, pixels, draws, (student, sources["teacher"]))

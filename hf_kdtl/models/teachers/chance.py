@@ -26,13 +26,18 @@ class ChanceCheck:
     def __init__(self, images: int = 128):
         self.images, self._seen, self._parts = images, 0, list[tuple[Tensor, Tensor]]()
 
-    def add(self, teacher: Capture | None, labels: Tensor) -> None:
-        """Take in a batch: the teacher's logits (B, K), in the student's order, and labels (B,) or (B, K)."""
-        if teacher is None or self._seen >= self.images:
+    def add(self, teacher: Capture | None, labels: Tensor | None) -> None:
+        """Take in a batch: the teacher's logits (B, K), in the student's order, and labels (B,) or (B, K).
+
+        Labels of other kinds are left to those who read them.
+        """
+        if teacher is None or labels is None or self._seen >= self.images:
             return
         logits = teacher.logits
-        kept = labelled(labels)
+        if labels.shape != logits.shape and (labels.ndim != 1 or labels.is_floating_point()):
+            return
         classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        kept = labelled(labels) & (classes >= 0) & (classes < logits.shape[-1])
         self._parts.append((logits.detach().argmax(-1)[kept], classes[kept]))
         self._seen += int(kept.sum())
         if self._seen >= self.images:

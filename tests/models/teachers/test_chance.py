@@ -55,6 +55,11 @@ def test_unlabelled_images_do_not_count_and_distributions_do(caplog):
     assert not _warned(caplog, logits[:128], soft) and _warned(caplog, logits[128:], soft)
 
 
+@pytest.mark.parametrize("labels", [None, torch.zeros(128, 1), torch.rand(128), torch.full((128,), 9)])
+def test_labels_of_other_kinds_are_left_to_those_who_read_them(labels):
+    ChanceCheck().add(Capture(logits=torch.randn(128, 4)), labels)
+
+
 def test_one_class_alone_says_nothing(caplog):
     assert not _warned(caplog, torch.tensor([[1.0, 0.0]]).expand(128, 2), torch.zeros(128, dtype=torch.long))
 
