@@ -25,7 +25,7 @@ from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, stude
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.evaluation.cost import parameters
-from hf_kdtl.evaluation.results import read_results, update_results
+from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers.resolve import open_classifier
@@ -87,12 +87,12 @@ def record_fingerprint(experiment: Experiment) -> None:
 
 def summary(experiment: Experiment) -> list[str]:
     """The table, the difference, where the student is, and the next commands."""
-    results, folder = read_results(experiment.folder), experiment.folder
+    results, folder = load_results(experiment.folder), experiment.folder
     image, student = folder / "example.png", folder / "student"
     use = f"print(pipeline('image-classification', '{student}')('{image}'))"
     return [
-        f"\n{table(results)}\n\n{note(results)}",
-        difference(results),
+        f"\n{table(results.evaluation)}\n\n{note(results)}",
+        difference(results.evaluation),
         f"\nThe student is in {student}, the report in {folder / 'report.md'}. Next, evaluate it, or use it:\n",
         f"  {evaluation_command(experiment)}",
         f'  {python()} -c "from transformers import pipeline; {use}"',

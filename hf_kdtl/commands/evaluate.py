@@ -23,9 +23,9 @@ from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
-from hf_kdtl.evaluation.results import FILE, read_results, update_results
+from hf_kdtl.evaluation.results import FILE, load_results, read_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
-from hf_kdtl.reports.evaluation_sections import PICTURES
+from hf_kdtl.reports.evaluation_sections import FIGURES
 from hf_kdtl.reports.evaluation_summary import verdict_table
 from hf_kdtl.reports.run_report import SPLITS, write_report
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for section, found in (sections | {"pairing": summaries | {"notes": notes}}).items():
             update_results(folder, section, found)
         report = write_report(folder)
-        say(config, f"\n{verdict_table(read_results(folder)['evaluation'])}", f"\nThe report is {report}.")
+        say(config, f"\n{verdict_table(load_results(folder).evaluation)}", f"\nThe report is {report}.")
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -113,7 +113,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove an earlier evaluation: its pictures may be more than those of the new one."""
-    pictures = [path for what in PICTURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
+    pictures = [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
     for path in (folder / FILE, folder / "report.md", *pictures):
         path.unlink(missing_ok=True)
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in options.runs:
         if options.evaluation is not None:
             merged = with_evaluation(read_results(folder), read_results(options.evaluation))
-            update_results(folder, "judged", merged["judged"])
+            update_results(folder, "student_evaluation", merged["student_evaluation"])
         print(write_card(folder))
 
 

@@ -27,7 +27,7 @@ from hf_kdtl.commands.common.runs import TASK, say
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.loading import ImageData
 from hf_kdtl.evaluation.metrics import paired_scores
-from hf_kdtl.evaluation.results import read_results, update_results
+from hf_kdtl.evaluation.results import load_results, update_results
 from hf_kdtl.reports.run_report import SPLITS, note, table, write_report
 
 
@@ -106,12 +106,12 @@ def evaluate(config: DistillationConfig, data: ImageData, processor: Any) -> Non
 def summary(config: DistillationConfig, data_options: DataOptions, processor: Any) -> list[str]:
     """The table, where the model is, and the next command."""
     folder = folder_of(config)
-    results = read_results(folder)
+    results = load_results(folder)
     flags = [split_flags(data_options), student_flags(runs.load(folder), processor), "--baseline true"]
     cpu = "true" if config.use_cpu else None
     student = command("distill", *flags, teacher=folder / "model", output_dir=folder.parent / "student", use_cpu=cpu)
     return [
-        f"\n{table(results)}\n\n{note(results)}",
+        f"\n{table(results.evaluation)}\n\n{note(results)}",
         f"\nThe model is in {folder / 'model'}, the report in {folder / 'report.md'}. Next, a student of it:\n",
         f"  {student}",
     ]

@@ -1,4 +1,4 @@
-"""results.json: what a run folder says about itself. Reports and cards are made from it and from nothing else."""
+"""results.json: what a run folder reports about itself. Reports and cards are made from it and from nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hf_kdtl.evaluation.json_records import FILE as FILE
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.utils.redaction import relative_paths
 
-FILE = "results.json"
-SCHEMA = 1
+SCHEMA = 2
 SECTIONS = (
     "run",
     "data",
@@ -23,12 +24,12 @@ SECTIONS = (
     "gradient_rule",
     "representation",
     "evaluation",
-    "judged",
+    "student_evaluation",
 )
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """The results of a run folder.
+    """The results of a run folder as JSON, in the current schema; schema 1 is converted.
 
     Raises:
         FileNotFoundError: when there are none.
@@ -36,25 +37,47 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder, FILE)
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {FILE}; expected the output_dir of a recipe.")
+        raise FileNotFoundError(f"{folder} has no {FILE}; expected the output_dir of a training or an evaluation.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it, or run the recipe again.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it, or run the command again.") from error
+    return upgrade(results, str(path))
+
+
+def load_results(folder: str | Path) -> Results:
+    """The results of a run folder as typed records. Raises as `read_results`, and for malformed sections."""
+    results = read_results(folder)
+    try:
+        return Results.of(results)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def upgrade(results: Any, source: str = "the results") -> dict[str, Any]:
+    """Results in the current schema: what schema 1 calls `judged` is `student_evaluation`.
+
+    Raises:
+        ValueError: for another schema; `source` names the file.
+    """
     found = results.get("schema") if isinstance(results, dict) else None
+    if found == 1:
+        renamed = {"judged": "student_evaluation"}
+        return {renamed.get(name, name): value for name, value in results.items()} | {"schema": SCHEMA}
     if found != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found!r} and this version reads {SCHEMA}. Use the version of hf_kdtl that wrote it, "
-            "or run the recipe again in another output_dir."
+            f"{source} has schema {found!r} and this version reads 1 and {SCHEMA}. Use the version of hf_kdtl that "
+            "wrote "
+            "it, or run the command again in another output_dir."
         )
     return results
 
 
 def update_results(folder: str | Path, section: str, value: Any) -> dict[str, Any]:
-    """Replace one section, and return all of them. The file is made when it is missing, and never half-written.
+    """Replace one section, and return all of them; sections of other programs stay as they are.
 
-    Paths below the working directory and the home directory are shortened to what follows them: the file may be
-    published.
+    The file is written to a temporary file and moved into place, so that it is never incomplete. Paths below the
+    working directory and the home directory are shortened to what follows them: the file may be published.
 
     Raises:
         ValueError: for an unknown section, or a file of another schema.

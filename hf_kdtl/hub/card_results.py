@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json
-from hf_kdtl.hub.card_tables import ARM, judged_student, split_scores
+from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json, upgrade
+from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores, student_evaluation
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.reports.evaluation_values import models_with_role
 from hf_kdtl.utils.redaction import anonymous, local_name
 from hf_kdtl.utils.text import percent
 
@@ -26,7 +25,8 @@ _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gr
 
 
 def with_evaluation(results: Results, evaluation_results: Results) -> Results:
-    """The results of a run with an evaluation of its student (hf-kdtl evaluate) as the section `judged`.
+    """The results of a run with an evaluation of its student (hf-kdtl evaluate) as the section
+    `student_evaluation`.
 
     Args:
         evaluation_results: of one student or several; the one with this student's weights is taken.
@@ -34,18 +34,16 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
     Raises:
         ValueError: when it is of another schema, no evaluation, of other data, or of another student or teacher.
     """
+    results, evaluation_results = upgrade(results), upgrade(evaluation_results, "the evaluation")
     check_results(results)
     run, evaluation = evaluation_results.get("run", {}), evaluation_results.get("evaluation", {})
-    if evaluation_results.get("schema") != SCHEMA or run.get("recipe") != "evaluate_student":
-        raise ValueError(
-            f"found results of {run.get('recipe')!r} with schema {evaluation_results.get('schema')!r}; expected those "
-            f"of hf-kdtl evaluate with schema {SCHEMA}."
-        )
+    if run.get("recipe") != "evaluate_student":
+        raise ValueError(f"found results of {run.get('recipe')!r}; expected those of hf-kdtl evaluate.")
     if evaluation.get("split") != "test":
         raise ValueError(f"the evaluation is of the {evaluation.get('split')} split; expected --split test.")
     _check_data(results.get("data", {}), evaluation_results.get("data", {}))
     kept: dict[str, Any] = {"student": _same(results, evaluation)}
-    if teacher := models_with_role(evaluation, "teacher"):
+    if teacher := _with_role(evaluation, "teacher"):
         its, model = results.get("models", {}).get("teacher", {}).get("fingerprint"), teacher["teacher"]
         if its is None or model.get("fingerprint") != its:
             raise ValueError(
@@ -59,8 +57,8 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
     fidelity = {"student": evaluation["fidelity"][name]} if name in evaluation.get("fidelity", {}) else {}
     value = {key: item for key, item in evaluation.items() if key != "disagreement"}
     value |= {"models": models} | ({"fidelity": fidelity} if fidelity else {})
-    judged = {"evaluation": value, "device": run.get("device"), "versions": run.get("versions")}
-    check_results(found := results | {"judged": judged})
+    added = {"evaluation": value, "device": run.get("device"), "versions": run.get("versions")}
+    check_results(found := results | {"student_evaluation": added})
     return found
 
 
@@ -183,12 +181,7 @@ def _present(value: Any) -> Any:
 
 
 def check_results(results: Results) -> None:
-    found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
-        raise ValueError(
-            f"the results have schema {found!r} and this version reads {SCHEMA}. Use the version of hf_kdtl that "
-            "wrote them, or run the recipe again."
-        )
+    upgrade(results)
     if (recipe := results.get("run", {}).get("recipe")) not in (None, "distill"):
         raise ValueError(
             f"the results are of {recipe!r}; expected those of hf-kdtl distill, which trains a student. An "
@@ -201,22 +194,22 @@ def _check_same_accuracy(results: Results) -> None:
     """What the run measured of its student and what the evaluation did, on other hardware perhaps: a few images may
     turn out otherwise, not more."""
     split, scores = split_scores(results)
-    mine, model = scores.get("accuracy"), judged_student(results)
+    mine, measured = scores.get("accuracy"), student_evaluation(results)
     if mine is not None and not 0 <= mine <= 1:
         raise ValueError(f"{FILE}, section evaluation: an accuracy of {mine}; expected 0 to 1. Restore the file.")
-    if mine is None or model is None or split != "test":
+    if mine is None or measured is None or split != "test":
         return
-    its = next(iter(model["runs"].values()))["test"].get("accuracy")
-    images = results["judged"]["evaluation"].get("images") or 1
+    its = next(iter(evaluated_student(measured).runs.values()))["test"].get("accuracy")
+    images = measured.evaluation.images or 1
     if its is not None and abs(its - mine) > max(0.01, 2 / images):
         raise ValueError(
-            f"the run says that its student is right in {percent(mine)} of the test images, and the evaluation of the "
-            f"same student in {percent(its)}: one of them was changed. Restore {FILE}, or evaluate again."
+            f"the run reports a test accuracy of {percent(mine)} for its student, and the evaluation of the "
+            f"same student {percent(its)}: one of them was changed. Restore {FILE}, or evaluate again."
         )
 
 
 def _check_data(mine: dict[str, Any], its: dict[str, Any]) -> None:
-    # A student may list the classes in another order than the data; what is judged is named, and not by place.
+    # A student may list the classes in another order than the data; the evaluation refers to them by name.
     mine, its = ({**data, "classes": sorted(data.get("classes", []))} for data in (mine, its))
     for what in ("source", "classes", "splits"):
         if mine.get(what) != its.get(what):
@@ -233,7 +226,7 @@ def _same(results: Results, evaluation: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's model that has the weights of the run's student."""
     wanted, students = (
         results.get("models", {}).get("student", {}).get("fingerprint"),
-        models_with_role(evaluation, "student"),
+        _with_role(evaluation, "student"),
     )
     for model in students.values():
         if wanted is not None and model.get("fingerprint") == wanted:
@@ -243,3 +236,7 @@ def _same(results: Results, evaluation: dict[str, Any]) -> dict[str, Any]:
         f"the evaluation is of another student: the run's has weights {wanted}, found {found or 'no student'}. "
         "Evaluate the run's own: hf-kdtl evaluate --models <run>/student ..."
     )
+
+
+def _with_role(evaluation: dict[str, Any], role: str) -> dict[str, dict[str, Any]]:
+    return {name: model for name, model in evaluation["models"].items() if model["role"] == role}

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation, StudentEvaluation
+from hf_kdtl.evaluation.records import Results as TypedResults
 from hf_kdtl.evaluation.scoring import accuracy_interval
 from hf_kdtl.hub.markdown import Markdown
-from hf_kdtl.reports.evaluation_findings import sentences
+from hf_kdtl.reports.evaluation_findings import confidence_text, sentences
 from hf_kdtl.reports.evaluation_sections import degraded_table, fidelity_note
 from hf_kdtl.reports.evaluation_summary import verdict_table
-from hf_kdtl.reports.evaluation_values import calibration_text, mean_of_bins, models_with_role, scores_of
+from hf_kdtl.reports.evaluation_values import calibration_text, models_with_role, scores_of
 from hf_kdtl.reports.run_report import ARMS, SPLITS, note, table
 from hf_kdtl.reports.score_tables import scores_note, scores_table
 from hf_kdtl.utils.redaction import local_name
@@ -22,6 +24,7 @@ Results = dict[str, Any]
 ARM = "distilled"
 """How results.json calls the runs of the student that is published."""
 NOT = "not measured."
+SIMILARITY = "Similarity to the teacher inside"
 
 
 def models_of(results: Results) -> dict[str, Any]:
@@ -49,10 +52,15 @@ def source_name(data: dict[str, Any]) -> str | None:
     return source if data.get("hub") else local_name(source)
 
 
-def judged_student(results: Results) -> dict[str, Any] | None:
-    """What hf-kdtl evaluate found of the student; None where it was not run."""
-    evaluation = results.get("judged", {}).get("evaluation")
-    return None if evaluation is None else next(iter(models_with_role(evaluation, "student").values()))
+def student_evaluation(results: Results) -> StudentEvaluation | None:
+    """What hf-kdtl evaluate measured of the student; None where it was not run."""
+    section = results.get("student_evaluation")
+    return None if section is None else StudentEvaluation.of(section, "student_evaluation")
+
+
+def evaluated_student(found: StudentEvaluation) -> EvaluatedModel:
+    """The student among the models of its evaluation."""
+    return next(iter(models_with_role(found.evaluation, "student").values()))
 
 
 def first_seed(results: Results) -> str | None:
@@ -98,16 +106,16 @@ def teacher_scores(results: Results) -> dict[str, float] | None:
 
 def measured_section(results: Results) -> dict[str, Any]:
     """The template's values from `figures` to `lost`."""
-    student, evaluation = judged_student(results), results.get("judged", {}).get("evaluation")
+    measured = student_evaluation(results)
     found: dict[str, Any] = {"measured": _measured(results), "degraded": None, "lost": [], "by_seed": None,
                              "by_seed_note": None} | _figures(results)  # fmt: skip
     runs = _test_runs(results)
     if any(len(scores) > 1 for arm in runs.values() for scores in arm):
         found |= {"by_seed": Markdown(scores_table(runs)), "by_seed_note": Markdown(scores_note(runs))}
-    if student is not None:
-        found["lost"] = [Markdown(line) for line in sentences(evaluation, student)]
-        if "degraded" in evaluation:
-            found["degraded"] = Markdown(degraded_table(evaluation))
+    if measured is not None:
+        found["lost"] = [Markdown(line) for line in sentences(measured.evaluation, evaluated_student(measured))]
+        if measured.evaluation.degraded is not None:
+            found["degraded"] = Markdown(degraded_table(measured.evaluation))
     return found
 
 
@@ -119,17 +127,14 @@ def _test_runs(results: Results) -> dict[str, list[dict[str, float]]]:
 
 
 def _figures(results: Results) -> dict[str, Markdown]:
-    judged = results.get("judged")
-    if judged is not None:
-        evaluation = judged["evaluation"]
-        said = [f"On {evaluation['images']:,} {evaluation['split']} images.", *_baseline(results)]
-        said.append(
-            f"Images/s and memory: batch size {evaluation['batch_size']}, {escape_markdown(judged['device'])}."
-        )
-        return {"figures": Markdown(verdict_table(evaluation)), "figures_note": Markdown(" ".join(said))}
-    models = results.get("evaluation", {}).get("models", {})
-    if models and all(_tabled(model) for model in models.values()):
-        return {"figures": Markdown(table(results)), "figures_note": Markdown(note(results))}
+    if (measured := student_evaluation(results)) is not None:
+        evaluation = measured.evaluation
+        notes = [f"On {evaluation.images:,} {evaluation.split} images.", *_baseline(results, evaluation)]
+        notes.append(f"Images/s and memory: batch size {evaluation.batch_size}, {escape_markdown(measured.device)}.")
+        return {"figures": Markdown(verdict_table(evaluation)), "figures_note": Markdown(" ".join(notes))}
+    typed = TypedResults.of({name: results[name] for name in ("run", "evaluation") if name in results})
+    if typed.evaluation.models and all(_tabled(model) for model in typed.evaluation.models.values()):
+        return {"figures": Markdown(table(typed.evaluation)), "figures_note": Markdown(note(typed))}
     split, found = split_scores(results)
     if not found:
         return {"figures": Markdown("Not measured."), "figures_note": Markdown("")}
@@ -138,23 +143,21 @@ def _figures(results: Results) -> dict[str, Markdown]:
     return {"figures": table_of_one, "figures_note": Markdown(f"On the {split} split{chosen}.")}
 
 
-def _tabled(model: dict[str, Any]) -> bool:
+def _tabled(model: EvaluatedModel) -> bool:
     """Whether the report's table has a row for it."""
-    known = [model.get(what) for what in ("parameters", "images_per_second")]
-    known += [run.get(split, {}).get("accuracy") for run in model["runs"].values() for split in SPLITS]
-    return None not in known
+    accuracies = [run.get(split, {}).get("accuracy") for run in model.runs.values() for split in SPLITS]
+    return None not in (model.parameters, model.images_per_second, *accuracies)
 
 
-def _baseline(results: Results) -> list[str]:
+def _baseline(results: Results, evaluation: Evaluation) -> list[str]:
     """What the evaluation's baseline is: known by its scores where it is the student alone."""
-    its = results["judged"]["evaluation"]["models"].get("baseline")
-    if its is None:
+    if (its := evaluation.models.get("baseline")) is None:
         return []
-    nll = next(iter(its["runs"].values()))["test"].get("nll")
+    nll = next(iter(its.runs.values()))["test"].get("nll")
     runs = results.get("evaluation", {}).get("models", {}).get("alone", {}).get("runs", {})
     alone = {seed: run["test"].get("nll") for seed, run in runs.items() if "test" in run}
-    if None in (nll, *alone.values()):
-        return []  # not to be told apart
+    if nll is None or None in alone.values():
+        return []  # the scores do not tell
     for seed, value in alone.items():
         if math.isclose(value, nll, rel_tol=1e-4):
             return [f"The baseline is the same student trained without the teacher, seed {escape_markdown(seed)}."]
@@ -162,28 +165,36 @@ def _baseline(results: Results) -> list[str]:
 
 
 def _measured(results: Results) -> dict[str, str]:
-    """A line for each of the four things that a card has to tell; what was not measured says so."""
-    student, evaluation = judged_student(results), results.get("judged", {}).get("evaluation", {})
-    if student is None:
+    """A line for each of the four things that a card has to report; what was not measured says so."""
+    measured = student_evaluation(results)
+    if measured is None:
         ece = split_scores(results)[1].get("ece")
         known = {} if ece is None else {"Calibration": f"expected calibration error {percent(ece)}."}
-        return dict.fromkeys(("Likeness inside", "Calibration", "Degraded images", "Cost"), NOT) | known
-    fidelity = next(iter(evaluation.get("fidelity", {}).values()), None)
-    name = next(iter(models_with_role(evaluation, "student")))
-    ece = scores_of(evaluation, name).get("ece")
-    claimed, held = (percent(mean_of_bins(student, key)) for key in ("confidence", "accuracy"))
-    degraded = evaluation.get("degraded")
-    single = student["latency_ms"]["1"]["median"] if "latency_ms" in student else None
+        return dict.fromkeys((SIMILARITY, "Calibration", "Degraded images", "Cost"), NOT) | known
+    student, evaluation = evaluated_student(measured), measured.evaluation
+    fidelity = next(iter(evaluation.fidelity.values()), None)
+    ece = scores_of(evaluation, next(iter(models_with_role(evaluation, "student")))).get("ece")
     return {
-        "Likeness inside": Markdown(fidelity_note(fidelity)) if fidelity else NOT,
-        "Calibration": f"expected calibration error {percent(ece)}; it claims {claimed} in the mean and is right in "
-        f"{held}: {calibration_text(student)}.",
-        "Degraded images": f"accuracy on {degraded['images']:,} of the images, mean over the severities "
-        f"{', '.join(map(str, degraded['severities']))}, in the table below."
-        if degraded
-        else NOT,
-        "Cost": NOT
-        if single is None
-        else f"{student['flops'] / 1e9:.3g} GFLOP and {single:.1f} ms for one image "
-        f"({student['device']}, {student['dtype']}), a file of {student['file_bytes'] / 1e6:.1f} MB.",
+        SIMILARITY: Markdown(fidelity_note(fidelity)) if fidelity else NOT,
+        "Calibration": f"expected calibration error {percent(ece)}; {confidence_text(student)}: "
+        f"{calibration_text(student)}.",
+        "Degraded images": _degraded(evaluation),
+        "Cost": _cost(student),
     }
+
+
+def _degraded(evaluation: Evaluation) -> str:
+    if (degraded := evaluation.degraded) is None:
+        return NOT
+    severities = ", ".join(map(str, degraded.severities))
+    return f"accuracy on {degraded.images:,} of the images, mean over the severities {severities}, in the table below."
+
+
+def _cost(student: EvaluatedModel) -> str:
+    single = student.latency_ms.get("1")
+    if student.flops is None or student.file_bytes is None or single is None:
+        return NOT
+    return (
+        f"{student.flops / 1e9:.3g} GFLOP and {single.median:.1f} ms for one image "
+        f"({student.device}, {student.dtype}), a file of {student.file_bytes / 1e6:.1f} MB."
+    )

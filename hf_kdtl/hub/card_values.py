@@ -11,23 +11,31 @@ from typing import Any
 import yaml
 
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
+from hf_kdtl.evaluation.records import History
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.hub.card_tables import (
     ARM,
+    evaluated_student,
     first_seed,
-    judged_student,
     measured_section,
     models_of,
     shown_scores,
     source_name,
+    student_evaluation,
     teacher_scores,
 )
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.optim.options import RateOptions
-from hf_kdtl.reports.evaluation_values import class_accuracies, degraded_mean, overconfidence, worst_degradation
-from hf_kdtl.reports.run_report import conflict_note, rates_note, shown_conflicts, shown_rates
+from hf_kdtl.reports.evaluation_values import (
+    calibration_bias,
+    class_accuracies,
+    degraded_mean,
+    overconfidence,
+    worst_degradation,
+)
+from hf_kdtl.reports.run_report import conflict_note, first_with_history, rates_note
 from hf_kdtl.utils.redaction import without_paths
 from hf_kdtl.utils.text import percent
 
@@ -169,9 +177,11 @@ def _far(results: Results) -> dict[str, Any]:
     if mine["accuracy"] is None or its is None or its.get("accuracy") is None:
         return found
     found |= {"points": f"{100 * (mine['value'] - its['accuracy']):+.1f}", "teacher": percent(its["accuracy"])}
-    student = judged_student(results)
-    if student is not None and (difference := student["differences"].get("teacher")) and difference["interval"]:
-        low, high = difference["interval"]
+    if (measured := student_evaluation(results)) is None:
+        return found
+    difference = evaluated_student(measured).differences.get("teacher")
+    if difference is not None and difference.interval is not None:
+        low, high = difference.interval
         found["interval"] = f"{100 * low:+.1f} to {100 * high:+.1f}"
     return found
 
@@ -196,17 +206,18 @@ def _cannot(results: Results) -> Markdown:
     ]
     if size:
         told.append(f"it sees {' x '.join(map(str, size))} pixels, whatever the size of the image")
-    model, evaluation = judged_student(results), results.get("judged", {}).get("evaluation", {})
-    if model is not None:
+    if (measured := student_evaluation(results)) is not None:
+        model, evaluation = evaluated_student(measured), measured.evaluation
         name, (accuracy, _) = min(class_accuracies(model).items(), key=lambda item: item[1])
         told.append(f"its worst class is {inline(name, 40)} ({percent(accuracy)})")
         if (worst := worst_degradation(evaluation, model)) is not None:
             told.append(
-                f"on degraded images it is right in {percent(degraded_mean(model))} in the mean, "
-                f"in {percent(worst[2])} under {inline(worst[0])} at severity {worst[1]}"
+                f"on degraded images its mean accuracy is {percent(degraded_mean(model))}, the lowest "
+                f"{percent(worst[2])} under {inline(worst[0])} at severity {worst[1]}"
             )
-        over = 100 * overconfidence(model)
-        told.append(f"its confidence is {abs(over):.1f} points too {'high' if over > 0 else 'low'} in the mean")
+        if calibration_bias(model) is not None:
+            over = 100 * overconfidence(model)
+            told.append(f"its confidence is {abs(over):.1f} points too {'high' if over > 0 else 'low'} on average")
     else:
         told.append("classes one by one, confidence and degraded images were not measured")
     return Markdown(f"{'; '.join(told)}.")
@@ -226,16 +237,21 @@ def _objectives(entries: list[dict[str, Any]]) -> Markdown:
     return table(rows)
 
 
+def _first_history(results: Results, section: str) -> tuple[str, History] | None:
+    runs = results.get(section, {})
+    return first_with_history({name: History.of(value, f"{section}.{name}") for name, value in runs.items()})
+
+
 def _layer_rates(results: Results) -> str:
-    if (shown := shown_rates(results)) is not None:
+    if (shown := _first_history(results, "layer_rates")) is not None:
         return rates_note(*shown)
     asked = results.get("run", {}).get("settings", {}).get("layer_rates")
     return f"{asked}; nothing was measured." if asked else "one rate for all layers."
 
 
 def _gradient_rule(results: Results) -> str:
-    if (met := shown_conflicts(results)) is not None:
-        return conflict_note(*met)
+    if (shown := _first_history(results, "gradient_rule")) is not None:
+        return conflict_note(*shown)
     asked = results.get("run", {}).get("settings", {}).get("gradient_rule")
     return f"{asked}." if asked else "none: the gradients of all objectives are added."
 
@@ -271,7 +287,7 @@ def _short(value: Any) -> Any:
 
 
 def _limits(results: Results) -> Iterable[str]:
-    data, model = results.get("data", {}), judged_student(results)
+    data, measured = results.get("data", {}), student_evaluation(results)
     classes, sizes = data.get("classes", []), data.get("sizes", {})
     if classes and "train" in sizes:
         yield f"It learned from {sizes['train']:,} images, {sizes['train'] / len(classes):,.0f} a class in the mean."
@@ -284,16 +300,16 @@ def _limits(results: Results) -> Iterable[str]:
         "of people or things that the data does not tell apart, were not measured."
     )
     yield "Images made to mislead it (adversarial ones) and images of none of its classes were not measured."
-    if model is None:
+    if measured is None:
         yield "Not measured: its classes one by one, degraded images, what moves it, memory and time of one image."
         return
-    evaluation = results["judged"]["evaluation"]
-    if "degraded" not in evaluation:
+    evaluation = measured.evaluation
+    if evaluation.degraded is None:
         yield "Degraded images were not measured."
-    elif evaluation["degradations_left_out"]:
-        yield f"Degradations that were not measured: {', '.join(evaluation['degradations_left_out'])}."
-    for found in evaluation.get("fidelity", {}).values():
-        for what, why in found["reasons"].items():
+    elif evaluation.degradations_left_out:
+        yield f"Degradations that were not measured: {', '.join(evaluation.degradations_left_out)}."
+    for found in evaluation.fidelity.values():
+        for what, why in found.reasons.items():
             yield without_paths(f"Not measured, {what.replace('_', ' ')}: {why}")
     yield "Times hold for the device that they were measured on, and for what else it had to do."
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results
+from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results, upgrade
 from hf_kdtl.hub.card_results import Results, check_results, published, results_of, with_evaluation, without_nulls
 from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
@@ -85,7 +85,7 @@ def _card(
 ) -> ModelCard:  # fmt: skip
     from hf_kdtl.evaluation.metrics import METRICS
 
-    results = without_nulls(results)
+    results = without_nulls(upgrade(results))
     check_results(results)
     results = published(results)
     found, said = _licence(results, license)

@@ -1,14 +1,13 @@
-"""May it ship? The first screen of an evaluation's report, from the section `evaluation` alone."""
+"""Can it be deployed? The first screen of an evaluation's report, from the section `evaluation` alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation
 from hf_kdtl.reports.evaluation_findings import not_measured, sentences
 from hf_kdtl.reports.evaluation_values import (
-    Model,
-    calibration_text,
+    calibration_bias,
     class_accuracies,
     degraded_mean,
     interval_verdict,
@@ -21,9 +20,11 @@ from hf_kdtl.reports.evaluation_values import (
 )
 from hf_kdtl.utils.text import escape_markdown, markdown_table, percent
 
+Value = Callable[[EvaluatedModel], float | None]
 
-def first_screen(evaluation: dict[str, Any], device: str) -> list[str]:
-    """The lines that answer whether it may ship: table, sentences, what was not measured."""
+
+def first_screen(evaluation: Evaluation, device: str) -> list[str]:
+    """The summary: one sentence, a table, what is lost and gained, what was not measured."""
     students = models_with_role(evaluation, "student")
     lines = [line for name, model in students.items() for line in (in_short(evaluation, name, model), "")]
     lines += [verdict_table(evaluation), "", _how_to_read(evaluation, device), ""]
@@ -33,96 +34,105 @@ def first_screen(evaluation: dict[str, Any], device: str) -> list[str]:
     return [*lines, "### Not measured", "", *(f"- {one}" for one in not_measured(evaluation, device)), ""]
 
 
-def in_short(evaluation: dict[str, Any], name: str, model: Model) -> str:
-    """One sentence: accuracy, accuracy on degraded images and cost, beside the teacher and the baseline."""
-    told = [f"{escape_markdown(name)} is right in {percent(scores_of(evaluation, name)['accuracy'])} of the images"]
+def in_short(evaluation: Evaluation, name: str, model: EvaluatedModel) -> str:
+    """One sentence: accuracy, accuracy on degraded images and cost, next to the teacher and the baseline."""
+    parts = [f"{escape_markdown(name)} has accuracy {percent(scores_of(evaluation, name)['accuracy'])}"]
     for role in references(evaluation):
-        found = model["differences"][role]
-        told.append(f"{100 * found['mean']:+.1f} points against the {role} ({interval_verdict(found)})")
+        found = model.differences[role]
+        parts.append(f"{100 * found.mean:+.1f} points against the {role} ({interval_verdict(found)})")
     if relative_robustness(model):
-        told.append(f"on degraded ones in {percent(degraded_mean(model))}")
+        parts.append(f"{percent(degraded_mean(model))} on degraded images")
     for role, its in references(evaluation).items():
-        ratios = [f"{value(model) / value(its):.2f} x the {what}" for what, value in RATIOS.items()]
-        told.append(f"at {' and '.join(ratios)} of the {role}")
-    return f"**In short:** {', '.join(told)}."
+        ratios = [f"{ratio} x the {what}" for what, value in RATIOS.items() if (ratio := _ratio(value, model, its))]
+        if ratios:
+            parts.append(f"at {' and '.join(ratios)} of the {role}")
+    return f"**Summary:** {', '.join(parts)}."
 
 
 # ---- The table ----
 
 
-def verdict_table(evaluation: dict[str, Any]) -> str:
-    """A column for each model, a row for each question; rows that no model answers are left out."""
-    models = evaluation["models"]
-    cells: dict[str, Callable[[str, Model], str]] = {
+def verdict_table(evaluation: Evaluation) -> str:
+    """A column for each model, a row for each question; rows without any value are left out."""
+    models = evaluation.models
+    cells: dict[str, Callable[[str, EvaluatedModel], str]] = {
         "accuracy [95% interval]": lambda name, model: _accuracy(evaluation, name, model),
         "worst class": lambda name, model: _worst_class(model),
         "calibration error (ECE)": lambda name, model: _calibration(evaluation, name, model),
         "worst degradation": lambda name, model: _worst_degradation(evaluation, model),
         "degraded images, mean accuracy": lambda name, model: robustness_text(model),
-        "right in the baseline, wrong here": lambda name, model: _score(evaluation, name, model, "negative_flip_rate"),
-        "same answer as the teacher": lambda name, model: _score(evaluation, name, model, "agreement"),
+        "correct in the baseline, wrong here": lambda name, model: _score(evaluation, name, "negative_flip_rate"),
+        "same prediction as the teacher": lambda name, model: _score(evaluation, name, "agreement"),
     }
     cells |= {what: _cost_cell(evaluation, *cost) for what, cost in COSTS.items()}
     rows = [[what, *(cell(name, model) for name, model in models.items())] for what, cell in cells.items()]
     return markdown_table([["", *map(escape_markdown, models)], *(row for row in rows if set(row[1:]) != {"-"})])
 
 
-RATIOS: dict[str, Callable[[Model], float]] = {
-    "operations": lambda model: model["flops"],
-    "time for one image": lambda model: model["latency_ms"]["1"]["median"],
-}
-COSTS: dict[str, tuple[Callable[[Model], float], str]] = {
-    "parameters (million)": (lambda model: model["parameters"] / 1e6, ".2f"),
-    "file (MB)": (lambda model: model["file_bytes"] / 1e6, ".1f"),
-    "peak memory (MB)": (lambda model: model["peak_memory_bytes"] / 1e6, ",.0f"),
-    "operations an image (GFLOP)": (lambda model: model["flops"] / 1e9, ".3g"),
-    "images/s": (lambda model: model["images_per_second"], ",.0f"),
-    "milliseconds of one image": (lambda model: model["latency_ms"]["1"]["median"], ".1f"),
+def _single(model: EvaluatedModel) -> float | None:
+    return model.latency_ms["1"].median if "1" in model.latency_ms else None
+
+
+RATIOS: dict[str, Value] = {"FLOPs": lambda model: model.flops, "latency of one image": _single}
+COSTS: dict[str, tuple[Value, float, str]] = {
+    "parameters (million)": (lambda model: model.parameters, 1e6, ".2f"),
+    "file (MB)": (lambda model: model.file_bytes, 1e6, ".1f"),
+    "peak memory (MB)": (lambda model: model.peak_memory_bytes, 1e6, ",.0f"),
+    "FLOPs per image (G)": (lambda model: model.flops, 1e9, ".3g"),
+    "images/s": (lambda model: model.images_per_second, 1, ",.0f"),
+    "latency of one image (ms)": (_single, 1, ".1f"),
 }
 
 
-def _score(evaluation: dict[str, Any], name: str, model: Model, metric: str) -> str:
+def _ratio(value: Value, model: EvaluatedModel, other: EvaluatedModel) -> str | None:
+    mine, its = value(model), value(other)
+    return None if mine is None or not its else f"{mine / its:.2f}"
+
+
+def _score(evaluation: Evaluation, name: str, metric: str) -> str:
     return percent(scores_of(evaluation, name).get(metric))
 
 
-def _accuracy(evaluation: dict[str, Any], name: str, model: Model) -> str:
-    interval = model["accuracy_interval"]
+def _accuracy(evaluation: Evaluation, name: str, model: EvaluatedModel) -> str:
+    interval = model.accuracy_interval
     bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
     return percent(scores_of(evaluation, name)["accuracy"]) + bounds
 
 
-def _worst_class(model: Model) -> str:
+def _worst_class(model: EvaluatedModel) -> str:
     name, (value, _) = min(class_accuracies(model).items(), key=lambda item: item[1])
     return f"{escape_markdown(name)} {percent(value)}"
 
 
-def _calibration(evaluation: dict[str, Any], name: str, model: Model) -> str:
-    return f"{percent(scores_of(evaluation, name)['ece'])}, {calibration_text(model)}"
+def _calibration(evaluation: Evaluation, name: str, model: EvaluatedModel) -> str:
+    bias = calibration_bias(model)
+    return _score(evaluation, name, "ece") + (f", {bias}" if bias else "")
 
 
-def _worst_degradation(evaluation: dict[str, Any], model: Model) -> str:
+def _worst_degradation(evaluation: Evaluation, model: EvaluatedModel) -> str:
     found = worst_degradation(evaluation, model)
-    return f"{found[0]} {found[1]}: {percent(found[2])}" if found else "-"
+    return f"{escape_markdown(found[0])} {found[1]}: {percent(found[2])}" if found else "-"
 
 
-def _cost_cell(evaluation: dict[str, Any], value: Callable[[Model], float], form: str) -> Callable[[str, Model], str]:
-    """The value, and how many times that of the teacher (without one: of the baseline) it is."""
+def _cost_cell(evaluation: Evaluation, value: Value, scale: float, form: str) -> Callable[[str, EvaluatedModel], str]:
+    """The value, and its ratio to that of the teacher (without one: of the baseline)."""
     base = next(iter(references(evaluation).values()), None)
 
-    def cell(name: str, model: Model) -> str:
-        ratio = "" if base is None or model is base else f" ({value(model) / value(base):.2f} x)"
-        return f"{value(model):{form}}{ratio}"
+    def cell(name: str, model: EvaluatedModel) -> str:
+        if (mine := value(model)) is None:
+            return "-"
+        ratio = None if base is None or model is base else _ratio(value, model, base)
+        return f"{mine / scale:{form}}" + (f" ({ratio} x)" if ratio else "")
 
     return cell
 
 
-def _how_to_read(evaluation: dict[str, Any], device: str) -> str:
+def _how_to_read(evaluation: Evaluation, device: str) -> str:
     of = next(iter(references(evaluation)), None)
-    split, size = evaluation["split"], evaluation["batch_size"]
-    parts = [f"On {evaluation['images']:,} {split} images; the interval is the bootstrap over these images."]
-    if (found := evaluation.get("degraded")) is not None:
-        parts.append(f"Degraded: {found['images']:,} of them.")
-    parts.append(f"Memory and images/s at batch size {size}, times on {device}.")
+    parts = [f"{evaluation.images:,} {evaluation.split} images; the interval is a bootstrap over these images."]
+    if evaluation.degraded is not None:
+        parts.append(f"Degraded: {evaluation.degraded.images:,} of them.")
+    parts.append(f"Memory and images/s at batch size {evaluation.batch_size}, times on {device}.")
     if of is not None:
-        parts.append(f"In brackets: times the {of}'s.")
+        parts.append(f"In parentheses: relative to the {of}.")
     return " ".join(parts)

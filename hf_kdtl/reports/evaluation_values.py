@@ -1,87 +1,108 @@
-"""What is read out of the section `evaluation` of results.json, for the report's text and pictures."""
+"""Values that the report's text and figures derive from the records of an evaluation."""
 
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any
 
+from hf_kdtl.evaluation.records import Difference, EvaluatedModel, Evaluation, Scores
+from hf_kdtl.evaluation.scoring import calibration_interval
 from hf_kdtl.utils.text import percent
 
-Model = dict[str, Any]
 REFERENCES = ("teacher", "baseline")
 
 
-def models_with_role(evaluation: dict[str, Any], role: str) -> dict[str, Model]:
+def models_with_role(evaluation: Evaluation, role: str) -> dict[str, EvaluatedModel]:
     """{name: model} of the students, the teacher or the baseline."""
-    return {name: model for name, model in evaluation["models"].items() if model["role"] == role}
+    return {name: model for name, model in evaluation.models.items() if model.role == role}
 
 
-def class_accuracies(model: Model) -> dict[str, tuple[float, int]]:
-    """{class: (accuracy, images)} of the classes that have images."""
-    counts = {name: sum(row.values()) for name, row in model["confusion"].items()}
-    return {name: (row.get(name, 0) / counts[name], counts[name]) for name, row in model["confusion"].items() if row}
+def references(evaluation: Evaluation) -> dict[str, EvaluatedModel]:
+    """{"teacher": model, "baseline": model}, where present."""
+    return {role: found for role in REFERENCES for found in models_with_role(evaluation, role).values()}
 
 
-def overconfidence(model: Model) -> float:
-    """Mean confidence minus accuracy, in [-1, 1]: above 0 the model claims more than it holds."""
-    return mean_of_bins(model, "confidence") - mean_of_bins(model, "accuracy")
-
-
-def mean_of_bins(model: Model, key: str) -> float:
-    """`confidence` or `accuracy`, mean over the images."""
-    bins = [one for one in model["reliability"] if one["images"]]
-    return sum(one["images"] * one[key] for one in bins) / sum(one["images"] for one in bins)
-
-
-def relative_robustness(model: Model) -> dict[str, list[float]]:
-    """{degradation: share of the clean accuracy that is left at each severity}; empty where none was measured."""
-    degraded = model.get("degraded", {})
-    clean = degraded.get("clean")
-    return {name: [v / clean for v in values] for name, values in degraded.items() if name != "clean"} if clean else {}
-
-
-def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float | None]:
+def scores_of(evaluation: Evaluation, name: str) -> Scores:
     """A model's metrics on the split that was evaluated."""
-    return evaluation["models"][name]["runs"][name][evaluation["split"]]
+    return evaluation.models[name].runs[name][evaluation.split]
 
 
-def calibration_text(model: Model) -> str:
-    """Which way its confidence is off."""
-    return "over-confident" if overconfidence(model) > 0 else "under-confident"
+def class_accuracies(model: EvaluatedModel) -> dict[str, tuple[float, int]]:
+    """{class: (accuracy, images)} of the classes that have images. Raises LookupError where none was counted."""
+    if not any(model.confusion.values()):
+        raise LookupError("a model has no 'confusion', the images by true and predicted class")
+    counts = {name: sum(row.values()) for name, row in model.confusion.items()}
+    return {name: (row.get(name, 0) / counts[name], counts[name]) for name, row in model.confusion.items() if row}
 
 
-def worst_degradation(evaluation: dict[str, Any], model: Model) -> tuple[str, int, float] | None:
-    """(name, severity, accuracy) where a model is least often right."""
+# ---- Calibration ----
+
+
+def mean_confidence(model: EvaluatedModel) -> float:
+    """Mean over the images of the probability of the predicted class."""
+    return _mean_of_bins(model, "confidence")
+
+
+def mean_accuracy(model: EvaluatedModel) -> float:
+    """Accuracy over the same images."""
+    return _mean_of_bins(model, "accuracy")
+
+
+def overconfidence(model: EvaluatedModel) -> float:
+    """Mean confidence minus accuracy, in [-1, 1]."""
+    return mean_confidence(model) - mean_accuracy(model)
+
+
+def _mean_of_bins(model: EvaluatedModel, key: str) -> float:
+    bins = [one for one in model.reliability if one.images]
+    return sum(one.images * getattr(one, key) for one in bins) / sum(one.images for one in bins)
+
+
+def calibration_bias(model: EvaluatedModel) -> str | None:
+    """Over- or under-confident, only where the bootstrap interval of confidence minus accuracy excludes 0."""
+    low, high = calibration_interval(model.reliability) or (0.0, 0.0)
+    return "over-confident" if low > 0 else "under-confident" if high < 0 else None
+
+
+def calibration_text(model: EvaluatedModel) -> str:
+    """The bias in words, also where none was shown."""
+    return calibration_bias(model) or "no over- or under-confidence shown"
+
+
+# ---- Degraded images ----
+
+
+def relative_robustness(model: EvaluatedModel) -> dict[str, list[float]]:
+    """{degradation: accuracy relative to the clean accuracy, at each severity}; empty where none was measured."""
+    clean = model.clean_accuracy
+    return {name: [v / clean for v in values] for name, values in model.by_degradation.items()} if clean else {}
+
+
+def worst_degradation(evaluation: Evaluation, model: EvaluatedModel) -> tuple[str, int, float] | None:
+    """(name, severity, accuracy) of the lowest accuracy."""
+    if evaluation.degraded is None or not model.by_degradation:
+        return None
     values = {
         (name, severity): value
-        for name, row in model.get("degraded", {}).items()
-        if name != "clean"
-        for severity, value in zip(evaluation["degraded"]["severities"], row, strict=True)
+        for name, row in model.by_degradation.items()
+        for severity, value in zip(evaluation.degraded.severities, row, strict=True)
     }
-    if not values:
-        return None
     (name, severity), value = min(values.items(), key=lambda item: item[1])
     return name, severity, value
 
 
-def degraded_mean(model: Model) -> float | None:
+def degraded_mean(model: EvaluatedModel) -> float | None:
     """Accuracy, mean over degradations and severities."""
-    rows = [row for name, row in model.get("degraded", {}).items() if name != "clean"]
+    rows = model.by_degradation.values()
     return fmean(value for row in rows for value in row) if rows else None
 
 
-def robustness_text(model: Model) -> str:
-    """Mean accuracy over degradations and severities, and the share of the clean accuracy that this is."""
+def robustness_text(model: EvaluatedModel) -> str:
+    """Mean accuracy over degradations and severities, and as a share of the clean accuracy."""
     mean, shares = percent(degraded_mean(model)), relative_robustness(model).values()
-    return f"{mean} ({percent(fmean(v for row in shares for v in row))} left)" if shares else mean
+    return f"{mean} ({percent(fmean(v for row in shares for v in row))} of clean)" if shares else mean
 
 
-def references(evaluation: dict[str, Any]) -> dict[str, Model]:
-    """{"teacher": model, "baseline": model}, those that there are."""
-    return {role: found for role in REFERENCES for found in models_with_role(evaluation, role).values()}
-
-
-def interval_verdict(found: dict[str, Any]) -> str:
+def interval_verdict(found: Difference) -> str:
     """What a difference's interval shows."""
-    low, high = found["interval"] or [found["mean"]] * 2
-    return "lost" if high < 0 else "gained" if low > 0 else "no difference was shown"
+    low, high = found.interval or (found.mean, found.mean)
+    return "worse" if high < 0 else "better" if low > 0 else "no difference shown"

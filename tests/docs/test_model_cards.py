@@ -58,12 +58,12 @@ def test_its_figures_are_those_of_results(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
 def test_the_evaluation_is_of_this_student(folder):
     results = read_results(folder)
-    models = results["judged"]["evaluation"]["models"]
+    models = results["student_evaluation"]["evaluation"]["models"]
     assert models["student"]["fingerprint"] == results["models"]["student"]["fingerprint"]
     assert models["teacher"]["fingerprint"] == results["models"]["teacher"]["fingerprint"]
     mine = next(iter(results["evaluation"]["models"]["distilled"]["runs"].values()))["test"]["accuracy"]
     assert models["student"]["runs"]["student"]["test"]["accuracy"] == mine
-    assert {"fidelity", "degraded"} <= set(results["judged"]["evaluation"])
+    assert {"fidelity", "degraded"} <= set(results["student_evaluation"]["evaluation"])
     assert "baseline is the same student trained without the teacher" in ModelCard.load(folder / "README.md").text
 
 
@@ -102,8 +102,8 @@ def test_a_changed_figure_changes_the_card(folder):
     before = str(student_card(results))
     next(iter(results["evaluation"]["models"]["distilled"]["runs"].values()))["test"]["accuracy"] = 0.123
     with pytest.raises(
-        ValueError, match=r"right in 12\.3 % of the test images, and the evaluation of the same student"
+        ValueError, match=r"test accuracy of 12\.3 % for its student, and the evaluation of the same student"
     ):
         student_card(results)
-    results["judged"]["evaluation"]["models"]["student"]["runs"]["student"]["test"]["accuracy"] = 0.123
+    results["student_evaluation"]["evaluation"]["models"]["student"]["runs"]["student"]["test"]["accuracy"] = 0.123
     assert "**12.3 %**" in str(student_card(results)) != before

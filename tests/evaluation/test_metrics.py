@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 
 from hf_kdtl.evaluation import METRICS, compute_metrics, metrics, streaming
 from hf_kdtl.evaluation.metrics import RECORDS, MetricRecord, paired_scores
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import SCHEMA
 from hf_kdtl.evaluation.scoring import reliability
 from hf_kdtl.hub.card_tables import measured_section
@@ -362,7 +363,7 @@ def test_a_new_metric_is_a_class_and_a_record(monkeypatch):
 
     model = {"parameters": 1, "images_per_second": 2.0, "runs": {"1": {"validation": found, "test": found}}}
     results = {"schema": SCHEMA, "evaluation": {"models": {"distilled": model}, "batch_size": 4}}
-    report, card = markdown(results), measured_section(results)
+    report, card = markdown(Results.of(results)), measured_section(results)
     for text in (report, card["by_seed"]):
         assert re.search(r"\| `sharpness` +\| +1\.8889 \|", text)
     for text in (report, card["by_seed_note"]):

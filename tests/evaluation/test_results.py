@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 from hf_kdtl.evaluation import read_results, update_results
+from hf_kdtl.evaluation.records import Results
+from hf_kdtl.evaluation.results import SCHEMA, load_results
 
 
 def test_round_trip_section_by_section():
@@ -15,7 +18,7 @@ def test_round_trip_section_by_section():
     )
     update_results("run", "curves", {"a": [{"loss": float("nan")}, {"loss": 0.25}]})
     assert read_results("run") == {
-        "schema": 1,
+        "schema": SCHEMA,
         "objectives": [{"name": "task", "weight": 0.1}],
         "curves": {"a": [{"loss": None}, {"loss": 0.25}]},
     }
@@ -37,7 +40,7 @@ def test_what_it_refuses():
         read_results("run")
     Path("run").mkdir()
     for text, said in (
-        ('{"schema": 2}', "schema 2 and this version reads 1"),
+        ('{"schema": 3}', "schema 3 and this version reads 1 and 2"),
         ("[]", "schema None"),
         ("{", "not valid"),
     ):
@@ -55,3 +58,64 @@ def test_no_path_of_the_machine():
     assert str(here) not in text and str(home) not in text
     assert json.loads(text)["data"]["path"] == "x"
     assert json.loads(text)["data"]["notes"] == ["left out: images/a.png, ~/b.png"]
+
+
+def test_schema_1_is_read_and_becomes_schema_2_when_a_section_is_written(tmp_path):
+    """A real file of schema 1, which calls the section of the student's evaluation `judged`."""
+    old = json.loads(gzip.decompress(Path(__file__).with_name("results-schema-1.json.gz").read_bytes()))
+    assert old["schema"] == 1 and "judged" in old and "student_evaluation" not in old
+    tmp_path.joinpath("results.json").write_text(json.dumps(old))
+    found = read_results(tmp_path)
+    assert found["schema"] == 2 and "judged" not in found
+    assert found["student_evaluation"] == old["judged"] and list(found)[1:] == [
+        "student_evaluation" if name == "judged" else name for name in list(old)[1:]
+    ]
+    student = load_results(tmp_path).student_evaluation.evaluation.models["student"]
+    assert student.runs["student"]["test"]["accuracy"] == 0.39 and student.differences["teacher"].number == 2000
+    update_results(tmp_path, "data", old["data"])
+    assert json.loads(tmp_path.joinpath("results.json").read_text()) == found
+
+
+def test_sections_of_other_programs_stay():
+    update_results("run", "data", {"source": "digits"})
+    path = Path("run/results.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mine": {"kept": [1, None]}}))
+    update_results("run", "run", {"recipe": "distill", "more": 1})
+    assert json.loads(path.read_text())["mine"] == {"kept": [1, None]}
+    found = load_results("run")
+    assert found.extra == {"mine": {"kept": [1, None]}} and found.run.extra == {"more": 1}
+
+
+@pytest.mark.parametrize(
+    "section, value, said",
+    [
+        ("evaluation", [], r"section evaluation: found a list \(\[\]\), expected an object"),
+        (
+            "evaluation",
+            {"models": {"a": {}}},
+            r"section evaluation \(evaluation.models.a\): found no 'runs', expected an object",
+        ),
+        ("evaluation", {"images": "many"}, r"\(evaluation.images\): found a text \('many'\), expected a whole number"),
+        (
+            "evaluation",
+            {"paired_difference": {"test": {"mean": 1, "interval": [0.5]}}},
+            r"interval\): found 1 values, expected 2",
+        ),
+        (
+            "data",
+            {"sizes": {"test": True}},
+            r"section data \(data.sizes.test\): found true or false .*expected a whole number",
+        ),
+        ("curves", {"run": [3]}, r"section curves \(curves.run.0\): found a whole number \(3\), expected an object"),
+    ],
+)
+def test_a_malformed_section_is_named(section, value, said):
+    update_results("run", section, value)
+    with pytest.raises(ValueError, match=rf"^run: results.json, .*{said}"):
+        load_results("run")
+
+
+def test_null_is_the_default_of_what_was_not_measured():
+    value = {"models": {"a": {"runs": {"a": {"test": {"accuracy": None}}}, "flops": None, "degraded": None}}}
+    model = Results.of({"schema": SCHEMA, "evaluation": value, "data": None}).evaluation.models["a"]
+    assert model.flops is None and model.by_degradation == {} and model.runs["a"]["test"] == {"accuracy": None}

@@ -10,7 +10,15 @@ from scipy.special import softmax
 
 from hf_kdtl.evaluation import scoring
 from hf_kdtl.evaluation.metrics import paired_scores
-from hf_kdtl.evaluation.scoring import accuracy_interval, correct, diagnostics, largest_disagreements
+from hf_kdtl.evaluation.records import Bin
+from hf_kdtl.evaluation.scoring import (
+    accuracy_interval,
+    calibration_interval,
+    correct,
+    diagnostics,
+    largest_disagreements,
+    reliability,
+)
 from hf_kdtl.utils import text
 
 NAMES = ["cat", "dog", "emu"]
@@ -90,3 +98,20 @@ def test_largest_disagreements(scale):
     assert largest_disagreements(student, teacher, 3) == found[:3]
     if scale == 1:
         assert found[-1] == 7 and values[0] > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+def test_the_interval_of_the_bins_is_the_bootstrap_over_the_images(scale):
+    logits, labels = random(6, n=400)
+    logits = scale * (logits + 1.5 * np.eye(3)[labels])
+    confidence, right = softmax(logits, axis=1).max(1), logits.argmax(1) == labels
+    draw = np.random.default_rng(1)
+    rows = draw.integers(0, 400, (4000, 400))
+    slow = np.quantile((confidence - right)[rows].mean(1), [0.025, 0.975])
+    found = calibration_interval([Bin.of(one) for one in reliability(logits, labels)])
+    assert np.abs(found - slow).max() < 0.006  # of a width of 0.08: two bootstraps differ by about as much
+    assert found[0] < (confidence - right).mean() < found[1]
+
+
+def test_no_calibration_interval_where_nothing_varies():
+    assert calibration_interval([]) is None and calibration_interval([Bin(5, 0.9, 1.0)]) is None

@@ -18,6 +18,7 @@ from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
 from hf_kdtl.data.loading import ImageData
+from hf_kdtl.evaluation import records
 from hf_kdtl.evaluation.cost import cost
 from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.metrics import paired_scores
@@ -26,7 +27,7 @@ from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names, label_order
 from hf_kdtl.models.teachers.resolve import open_classifier
-from hf_kdtl.reports.evaluation_sections import picture_name
+from hf_kdtl.reports.evaluation_sections import figure_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
 from hf_kdtl.reports.figures.samples import sample_figure
 
@@ -173,7 +174,8 @@ class Evaluation:
         images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
         its, own = (torch.tensor(logits[name][rows]).float().softmax(-1).numpy() for name in ("teacher", student))
         folder_of(self.config).mkdir(parents=True, exist_ok=True)
-        path = Path(folder_of(self.config), picture_name(value, student, "disagreement"))
+        name = figure_name(records.Evaluation.of(value, "evaluation"), student, "disagreement")
+        path = folder_of(self.config) / name
         which = "Shown are the images on which the probabilities lie furthest apart (Jensen-Shannon divergence)."
         return sample_figure(path, images, found["label"], self.names, its, own, which)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_kdtl.reports.evaluation_values import Model, class_accuracies
+from hf_kdtl.evaluation.records import EvaluatedModel
+from hf_kdtl.reports.evaluation_values import class_accuracies
 from hf_kdtl.reports.figures.style import new_figure
 from hf_kdtl.utils.text import figure_label
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 MOST_CLASSES = 24  # in a picture
 
 
-def classes_figure(model: Model, others: dict[str, Model], path: str | Path) -> str:
+def classes_figure(model: EvaluatedModel, others: dict[str, EvaluatedModel], path: str | Path) -> str:
     """Each class's accuracy minus that of the others ({role: model}), worst first; returns which classes it shows."""
     mine = class_accuracies(model)
     changes = {

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from hf_kdtl.reports.evaluation_values import Model, class_accuracies
+from hf_kdtl.evaluation.records import EvaluatedModel
+from hf_kdtl.reports.evaluation_values import class_accuracies
 from hf_kdtl.reports.figures.classes import MOST_CLASSES
 from hf_kdtl.reports.figures.style import new_figure
 from hf_kdtl.utils.text import figure_label
 
 
-def confusion_figure(model: Model, other: Model, role: str, path: str | Path) -> str:
+def confusion_figure(model: EvaluatedModel, other: EvaluatedModel, role: str, path: str | Path) -> str:
     """Which classes are taken for which more or less often than by another model, red where that is worse; returns
     which classes it shows."""
     names = list(class_accuracies(model))
@@ -43,8 +43,8 @@ def confusion_figure(model: Model, other: Model, role: str, path: str | Path) ->
     return "" if len(chosen) == len(names) else f"The {len(chosen)} classes that changed most, of {len(names)}."
 
 
-def _shares(model: Model, names: Sequence[str]) -> np.ndarray:
+def _shares(model: EvaluatedModel, names: Sequence[str]) -> np.ndarray:
     """(K, K): of the images of the class of a row, the share that is taken for that of a column."""
-    rows: dict[str, Any] = model["confusion"]
+    rows = model.confusion
     counts = np.array([[rows[i].get(j, 0) for j in names] for i in names], dtype=float)
     return counts / np.array([sum(rows[i].values()) for i in names])[:, None]

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from hf_kdtl.reports.evaluation_values import Model
+from hf_kdtl.evaluation.records import EvaluatedModel
 from hf_kdtl.reports.figures.style import model_colors, new_figure
 from hf_kdtl.utils.text import figure_label
 
 
-def degradations_figure(models: dict[str, Model], severities: Sequence[int], path: str | Path) -> None:
+def degradations_figure(models: dict[str, EvaluatedModel], severities: Sequence[int], path: str | Path) -> None:
     """Accuracy against severity, 0 being the image as it is: a panel for each degradation, and the mean of all."""
-    shown = {name: model["degraded"] for name, model in models.items()}
-    names = [name for name in next(iter(shown.values())) if name != "clean"]
+    shown = {name: model.by_degradation for name, model in models.items()}
+    names = list(next(iter(shown.values())))
     panels = [*names, "mean of all"] if len(names) > 1 else names
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
@@ -23,7 +23,7 @@ def degradations_figure(models: dict[str, Model], severities: Sequence[int], pat
     for axes, panel in zip(grid, panels, strict=False):
         for (name, found), colour in zip(shown.items(), model_colors(models).values(), strict=True):
             values = found.get(panel) or [fmean(found[n][i] for n in names) for i in range(len(severities))]
-            line = [found["clean"], *values]
+            line = [models[name].clean_accuracy or 0.0, *values]
             axes.plot(
                 [0, *severities],
                 [100 * v for v in line],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_kdtl.reports.evaluation_values import Model
+from hf_kdtl.evaluation.records import EvaluatedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,8 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def model_colors(models: dict[str, Model]) -> dict[str, str]:
+def model_colors(models: dict[str, EvaluatedModel]) -> dict[str, str]:
     """A colour for each model: that of its role, and others for further students."""
     more = iter(["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"] * len(models))
     own = {"teacher": COLORS["teacher"], "baseline": COLORS["alone"]}
-    return {name: own.get(model["role"]) or next(more) for name, model in models.items()}
+    return {name: own.get(model.role) or next(more) for name, model in models.items()}
