@@ -33,14 +33,11 @@ UPWARD: dict[str, str] = {
 }
 LONG_MODULES: dict[str, str] = {
     "optim/layer_rates.py": "optim: to be split",
-    "functional/bregman.py": "functional: to be split",
-    "functional/links.py": "functional: to be split",
     "trainer/trainer.py": "trainer: to be split",
     "hub/card_values.py": "hub: to be split",
 }
 LONG_FUNCTIONS: dict[str, str] = {
     "preflight.py:preflight": "trainer: to be split",
-    "models/forward/geometry.py:describe": "models: to be split",
     "trainer/distiller.py:_values": "trainer: to be split",
     "trainer/checks.py:setting_problems": "trainer: to be split",
 }

@@ -18,18 +18,16 @@ tensor([[0.7071, 0.7071]], dtype=torch.float64)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_kdtl.functional.bregman_data import RANK, Data, Rows
 from hf_kdtl.functional.links import Link, checked, coefficients, conjugate, find, pairs, pieces, symmetric
 
-Rows = Tensor | Iterable[Tensor]
-
 _MEMORY = 8
-_RANK = 1e-6  # of the largest singular value
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def fit(
         RuntimeError: when a pass gives other rows than the one before.
     """
     link = find(link)
-    data = _Data(y, link)
+    data = Data(y, link)
     _check_k(k, data)
     if isinstance(k, int):
         return _fit(data, k, tolerance, passes, start, callback)
@@ -146,69 +144,6 @@ def fit(
     return found
 
 
-class _Data:
-    """The rows, read as often as needed, and what two passes tell of them: mean, baseline, rank and start."""
-
-    def __init__(self, y: Rows, link: Link):
-        if isinstance(y, Iterator):
-            raise ValueError(
-                "y is an iterator, which can be read once; give a list of batches, a DataLoader or a tensor."
-            )
-        self.y, self.link, self.rows, self.width = y, link, 0, 0
-        count, total, first, varies = 0, torch.zeros(()), None, False
-        for part in self.parts(1):
-            count, total = count + len(part), part.sum(0) + total.to(part)
-            first = part[0] if first is None else first
-            varies = varies or bool((part != first).any())
-        if not count:
-            raise ValueError("y has no rows; expected outputs of the layer, (n, d).")
-        if not varies:
-            raise ValueError(f"all {count} rows of y are equal; there is nothing to represent beyond the mean.")
-        self.rows = count
-        self.mean = link.inverse(total / count)
-        edge = (~self.mean.isfinite()).nonzero().flatten().tolist()
-        if edge:
-            raise ValueError(
-                f"column {edge[0]} is the same extreme value in every row ({len(edge)} such columns); its mean has no "
-                f"pre-activation under {link.name!r}. Drop the column, of the student's target too."
-            )
-        baseline, outer = 0.0, self.mean.new_zeros(self.width, self.width)
-        inner = outer.clone()
-        for part in self.parts(1):
-            centred = part - total / count
-            outer += centred.T @ centred
-            # For a rank any large pre-activation will do where an output is saturated: a step off the edge.
-            before = link.inverse(torch.lerp(part, total / count, 1e-9)) - self.mean
-            inner += before.T @ before
-            baseline += link.divergence(self.mean, part).sum().item()
-        self.baseline = baseline / count
-        self._outer = outer
-        values = torch.linalg.eigvalsh(inner)
-        self.rank = min(int((values > values[-1] * _RANK**2).sum()), count, self._full())
-
-    def _full(self) -> int:
-        return self.width - 1 if self.link.coupled else self.width
-
-    def start(self, k: int) -> Tensor:
-        """(d, k): the principal components of the outputs, in the metric of the Hessian at the mean."""
-        slope = self.link.slope(self.mean)
-        scale = slope.clamp(min=1e-8 * slope.max()).sqrt()  # a class that never comes would be blown up
-        vectors = torch.linalg.eigh(self._outer / scale / scale[:, None]).eigenvectors
-        return vectors[:, -k:].flip(1) / scale[:, None]
-
-    def parts(self, k: int) -> Iterator[Tensor]:
-        """The rows in float64, checked, in pieces that leave room for k^2 numbers each."""
-        seen = 0
-        for batch in [self.y] if isinstance(self.y, Tensor) else self.y:
-            batch = checked(batch, self.link, self.width)
-            self.width, seen = batch.shape[1], seen + len(batch)
-            yield from pieces(batch, k) if len(batch) else ()
-        if self.rows and seen != self.rows:
-            raise RuntimeError(
-                f"this pass gave {seen} rows and the first one {self.rows}; y must give the same rows every time."
-            )
-
-
 @dataclass
 class _Pass:
     """What one pass over the rows tells of directions V: divergence, gradient, curvature and moments of c."""
@@ -219,11 +154,11 @@ class _Pass:
     moments: Tensor  # (k, k)
 
 
-def _fit(data: _Data, k: int, tolerance: float, passes: int, start: Tensor | None, callback) -> Representation:
+def _fit(data: Data, k: int, tolerance: float, passes: int, start: Tensor | None, callback) -> Representation:
     if k > data.rank:
         raise ValueError(
             f"k is {k}; the {data.rows} rows of {data.width} numbers have pre-activations that differ from the mean's "
-            f"in {data.rank} directions (to {_RANK:g} of the largest). Give k from 1 to {data.rank}."
+            f"in {data.rank} directions (to {RANK:g} of the largest). Give k from 1 to {data.rank}."
         )
     if start is not None and start.shape != (data.width, k):
         raise ValueError(f"start is {tuple(start.shape)}; expected (d, k) = ({data.width}, {k}).")
@@ -264,7 +199,7 @@ def _step(data, directions, here, history, hints, tolerance) -> tuple[Tensor, _P
     return None
 
 
-def _run(data: _Data, directions: Tensor, hints: dict[int, Tensor]) -> _Pass:
+def _run(data: Data, directions: Tensor, hints: dict[int, Tensor]) -> _Pass:
     link, m = data.link, data.mean
     d, k = directions.shape
     divergence, gradient = 0.0, torch.zeros_like(directions)
@@ -300,7 +235,7 @@ def _quasi_newton(here: _Pass, history: list[tuple[Tensor, Tensor]]) -> Tensor:
     return q
 
 
-def _representation(data: _Data, directions: Tensor, here: _Pass) -> Representation:
+def _representation(data: Data, directions: Tensor, here: _Pass) -> Representation:
     link, m = data.link, data.mean
     fixed = conjugate(link, m, directions)
     # V c = fixed c', with c' = fixed' H V c.
@@ -314,7 +249,7 @@ def _representation(data: _Data, directions: Tensor, here: _Pass) -> Representat
     )
 
 
-def _check_k(k: int | float, data: _Data) -> None:
+def _check_k(k: int | float, data: Data) -> None:
     number = isinstance(k, int) and not isinstance(k, bool) and k >= 1
     share = isinstance(k, float) and 0 < k < 1
     if not number and not share:

@@ -19,6 +19,7 @@ Map = Callable[[Tensor], Tensor]
 _HELD = 2**22  # numbers in one temporary tensor: 32 MB
 _GRADIENT = 1e-9  # of a row's coefficients, relative to that at the mean where this is above 1
 _NEWTON = 200
+_LOG2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,6 @@ def _tanh_divergence(a: Tensor, y: Tensor) -> Tensor:
     conjugate = (xlog1py(1 + y, y) + xlog1py(1 - y, -y)) / 2
     return (size - y * a + _softplus(-2 * size) + (conjugate - _LOG2)).clamp(min=0).sum(-1)
 
-
-_LOG2 = 0.6931471805599453
 
 LINKS: dict[str, Link] = {
     link.name: link
@@ -244,8 +243,7 @@ def coefficients(
     Raises:
         RuntimeError: when strict and a row's gradient is not below 1e-6 (relative to that at m where it is above 1).
     """
-    k = directions.shape[1]
-    c = y.new_zeros(len(y), k)
+    c = y.new_zeros(len(y), k := directions.shape[1])
     if hint is not None and hint.shape == c.shape:  # of other directions it can lie in a flat tail: 0 is then better
         better = link.divergence(hint.to(y) @ directions.T + m, y) < link.divergence(m, y)
         c = torch.where(better[:, None], hint.to(y), c)
@@ -266,8 +264,8 @@ def coefficients(
         if link.coupled:
             average = slope @ directions
             hessian = hessian - average[:, :, None] * average[:, None, :]
-        # Damped in proportion to the gradient: the end stays quadratic, and a flat tail is left in finite steps. the
-        # matrix is singular all the same, the step is not finite and the next one is damped more.
+        # Damped in proportion to the gradient: the end stays quadratic, and a flat tail is left in finite steps. A
+        # step of a matrix that is singular all the same is not finite, and the next one is damped more.
         hessian = hessian + (damping[left] * size)[:, None, None] * eye
         step = -torch.linalg.solve_ex(hessian, gradient.unsqueeze(-1)).result.squeeze(-1)
         here, ahead = (link.divergence(x, y[left]) for x in (a, a + step @ directions.T))
@@ -284,7 +282,7 @@ def coefficients(
 
 
 def pieces(y: Tensor, k: int) -> tuple[Tensor, ...]:
-    """Rows (n, d) in pieces of at most 32 MB, that leave room for k^2 numbers a row."""
+    """Rows (n, d) in pieces of at most 32 MB that leave room for k^2 numbers each."""
     return y.split(max(1, _HELD // max(y.shape[1], k * k, 1)))
 
 

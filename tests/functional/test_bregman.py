@@ -272,7 +272,7 @@ def test_the_start_is_principal_components_in_the_metric_of_the_mean(name):
 
 @all_links
 def test_gradient_of_the_least_divergence(name):
-    data = bregman._Data(outputs(name), LINKS[name])
+    data = bregman.Data(outputs(name), LINKS[name])
     v, towards, s = data.start(2) + 0.1 * randn(6, 2, seed=4), randn(6, 2, seed=5), 1e-4
     ahead, here, behind = (bregman._run(data, v + t * towards, {}) for t in (s, 0.0, -s))
     slope = (ahead.divergence - behind.divergence) / (2 * s)
