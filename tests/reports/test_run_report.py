@@ -83,12 +83,14 @@ def test_aligned():
     ]
 
 
-def test_sheet_choice():
-    teacher = np.eye(2)[[0, 0, 0, 0, 0, 0]]
-    student = np.eye(2)[[0, 1, 0, 1, 1, 0]]
-    assert choose_samples(teacher, student, 4) == [1, 3, 0, 2]
-    assert choose_samples(teacher, teacher, 4) == [0, 1, 2, 3]
-    assert choose_samples(teacher, student, 100) == [1, 3, 4, 0, 2, 5]
+def test_samples_are_the_largest_disagreements_spread_over_the_classes():
+    teacher = 4.0 * np.eye(3)[[0, 0, 0, 1, 2, 2]]
+    student = np.array([[3, 0, 0], [0, 1, 0], [0, 5, 0], [1.1, 1, 0], [0, 0, 3.9], [0, 0, 1]])
+    # 1, 2 and 3 differ; 2 is furthest apart and of the same class as 1, so 3 comes before 1.
+    assert choose_samples(teacher, student, 4) == [2, 3, 5, 0]
+    assert choose_samples(teacher, student, 100) == [2, 3, 1, 5, 0, 4]
+    assert len(set(choose_samples(teacher, teacher, 3))) == 3
+    assert {int(teacher[row].argmax()) for row in choose_samples(teacher, teacher, 3)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("number", [1, 5])
@@ -97,4 +99,4 @@ def test_sheet_with_two_classes(number):
     images = [Image.new("RGB", (12, 8), "red")] * number
     names = ["a class of a very long name", "dog"]
     caption = sample_figure("sheet.png", images, [0] * number, names, chances, chances)
-    assert Path("sheet.png").stat().st_size > 5_000 and "first images that the two classify differently" in caption
+    assert Path("sheet.png").stat().st_size > 5_000 and "images that the two classify differently" in caption

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_kdtl.evaluation.scoring import largest_disagreements
 from hf_kdtl.reports.figures.style import COLORS, new_figure
 from hf_kdtl.utils.text import figure_label
 
@@ -17,20 +18,34 @@ if TYPE_CHECKING:
 
 SHEET = "sheet.png"
 FIRST = (
-    "Shown are the first images that the two classify differently, up to half of the sheet, and then the first of the "
-    "others."
+    "Shown are images that the two classify differently, up to half of the sheet, those whose probabilities are "
+    "furthest apart first, and then others; both halves take turns over the classes that the teacher predicts."
 )
 
 
 def choose_samples(teacher: np.ndarray, student: np.ndarray, count: int = 12) -> list[int]:
-    """Which images to show: the first that the two classify differently, up to half; then the first of the others.
+    """Which images to show: up to half that the two classify differently, those furthest apart first, then others.
+
+    Both halves take turns over the classes that the teacher predicts, because the images of a folder are sorted.
 
     Args:
-        teacher, student: logits or probabilities (n, K) in one class order.
+        teacher, student: logits (n, K) in one class order.
     """
-    differ = teacher.argmax(1) != student.argmax(1)
-    chosen = np.flatnonzero(differ)[: count // 2].tolist()
-    return chosen + np.flatnonzero(~differ)[: count - len(chosen)].tolist()
+    order = np.array(largest_disagreements(student, teacher, len(teacher)))
+    differ = (teacher.argmax(1) != student.argmax(1))[order]
+    chosen = _by_turns(order[differ], teacher)[: count // 2]
+    return chosen + _by_turns(order[~differ], teacher)[: count - len(chosen)]
+
+
+def _by_turns(rows: np.ndarray, teacher: np.ndarray) -> list[int]:
+    """The first row of each class that the teacher predicts, then the second of each, ..."""
+    seen: dict[int, int] = {}
+    turns = []
+    for place, row in enumerate(rows.tolist()):
+        predicted = int(teacher[row].argmax())
+        seen[predicted] = turn = seen.get(predicted, -1) + 1
+        turns.append((turn, place, row))
+    return [row for _, _, row in sorted(turns)]
 
 
 def sample_figure(
