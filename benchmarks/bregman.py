@@ -63,7 +63,7 @@ def outputs(teacher: Teacher, split: Any, of: str, layer: int | None, images: in
     for first in range(0, images, 250):
         batch = shown.__getitems__(list(range(first, min(first + 250, images))))
         pixels = torch.stack([row["pixel_values"] for row in batch])
-        rows.append(outputs_of(teacher(pixels, needs_of(of, layer)), of, layer).double())
+        rows.append(outputs_of(teacher.capture(pixels, needs_of(of, layer)), of, layer).double())
     return torch.cat(rows)
 
 
@@ -170,7 +170,7 @@ def layer_of(teacher: Teacher, data: ImageData, of: str, k: int, options: argpar
     if not Path(folder, "representation.json").is_file():
         y = outputs(teacher, data.train, of, None, options.images)
         facts = {"width": y.shape[1], "dataset": "train, drawn with seed 0", "images": len(y)}
-        provenance = Provenance.of_model(teacher.model, of, None, version=hf_kdtl.__version__, **facts)
+        provenance = Provenance.of_source(teacher, of, None, version=hf_kdtl.__version__, **facts)
         BregmanLayer(fit(y, k, LINKS_OF[of][0], tolerance=TOLERANCE), provenance).save(folder)
     found = BregmanLayer.load(folder).representation
     print(f"{of}: k = {k} explains {100 * found.explained:.2f} % of {found.baseline:.4f} on the fitted images")

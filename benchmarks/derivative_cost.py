@@ -103,7 +103,7 @@ class Steps:
         if name:
             objectives[name] = OBJECTIVES[name](**(options or {}))
         weights = dict.fromkeys(objectives, 1.0)
-        distiller = Distiller(student, objectives, weights, teacher, plan(student, teacher))
+        distiller = Distiller(student, objectives, weights, {"teacher": teacher}, {"teacher": plan(student, teacher)})
         counts = micro_batch_counts(self.inputs)
         sizes = [int(part * len(self.inputs["labels"])) for part in parts]
         micro_batches = [

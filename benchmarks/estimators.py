@@ -131,7 +131,7 @@ class Bench:
         teacher = Teacher(copy.deepcopy(self.teacher).to(dtype))
         name = str(objective.name)
         # A RunContext of nothing: here wrong steps are wanted.
-        distiller = Distiller(student, {name: objective}, {name: 1.0}, teacher, context=RunContext())
+        distiller = Distiller(student, {name: objective}, {name: 1.0}, {"teacher": teacher}, context=RunContext())
         inputs = {"pixel_values": self.images.to(dtype)}
         draws = Draws(0, draw, tuple(range(len(self.images))))
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -77,7 +77,7 @@ def main() -> None:
 
     def run(objectives: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         set_seed(seed)
-        student = make_student(teacher.model, options.layers)
+        student = make_student(teacher.classifier(), options.layers)
         config = DistillationConfig(
             "runs/features", objectives=objectives, seed=seed, max_steps=options.steps, warmup_steps=10,
             per_device_train_batch_size=options.batch, per_device_eval_batch_size=250, use_cpu=True,

@@ -65,7 +65,7 @@ class Transfer:
         student = AutoConfig.from_pretrained(options.student)
         self.processor = AutoImageProcessor.from_pretrained(options.student)
         self.teacher = Teacher.from_pretrained(options.teacher)
-        config: Any = self.teacher.model.config
+        config: Any = self.teacher.classifier().config
         names = [config.id2label[i] for i in range(config.num_labels)]
         self.classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         student.update(self.classes)
@@ -134,7 +134,7 @@ class Transfer:
     def fidelity(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """How the student's answers on the test images compare with the teacher's."""
         if self.taught is None:
-            model: Any = self.teacher.model
+            model: Any = self.teacher.classifier()
             runner = self.trainer(model, [{"name": "task"}], 1e-3, 0)
             output = runner.predict(self.held_out["test"][1])
             self.taught = np.asarray(output.predictions), np.asarray(output.label_ids)

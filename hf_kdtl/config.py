@@ -28,7 +28,7 @@ DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
     {"name": "logit_kd", "weight": 0.9, "temperature": 4.0},
 ]
 # What any entry of `objectives` may hold in addition to the objective's own options.
-ENTRY_KEYS = ("name", "key", "weight", "role")
+ENTRY_KEYS = ("name", "key", "weight", "role", "teacher")
 
 
 @dataclass
@@ -240,6 +240,13 @@ def _build_entry(entry: Mapping[str, Any]) -> Objective:
         role = entry["role"]
         check_option(f"objective {name!r}", "role", role, role in ("task", "transfer"), "'task' or 'transfer'")
         objective.role = role
+    if "teacher" in entry:
+        teacher = entry["teacher"]
+        takes = objective.source == "teacher" and objective.needs_teacher
+        named = takes and isinstance(teacher, str) and teacher != "start"
+        expected = "the name of one of several teachers" if takes else "nothing: it takes no signals of a teacher"
+        check_option(f"objective {name!r}", "teacher", teacher, named, expected)
+        objective.source = teacher
     return objective
 
 

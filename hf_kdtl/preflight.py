@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.config import DistillationConfig
+from hf_kdtl.config import DistillationConfig, entry_key
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.pairing import plan
-from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.models.teachers import as_source
+from hf_kdtl.models.teachers import SignalSource, as_source
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.estimators import missing_derivative
-from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim import LayerRates
+from hf_kdtl.trainer.build import build_distiller
 from hf_kdtl.trainer.checks import setting_problems
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 from hf_kdtl.utils.distributed import fsdp_requested
@@ -88,15 +86,30 @@ def preflight(
     objectives = config.build_objectives()
     report = Report(pairing="no teacher, no pairs.", warnings=_warnings(objectives, config))
     report.problems += setting_problems(config, student)
+    start = None
     try:
         source = None if teacher is None else as_source(teacher)
         if source is not None:
             source.match(student, processing_class, any(o.compares_classes for o in objectives.values()))
             seen = {"student": pixels, "teacher": source.pixels(pixels)}
             report.notes += [*source.notes, *(_pixel_note(who, values) for who, values in seen.items())]
+        _pair(report, student, source, config, pixels)
+        if any(objective.source == "start" for objective in objectives.values()):
+            start = StartingPoint(student)
+            if config.start is not None:
+                start = StartingPoint.from_path(config.start, student, processing_class)
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
         return report
+    options = {"processing_class": processing_class, "start": start, "sharded": fsdp_requested()}
+    _measure(report, student, source, config, pixels, options)
+    return report
+
+
+def _pair(
+    report: Report, student: nn.Module, source: SignalSource | None, config: DistillationConfig, pixels: Tensor
+) -> None:
+    """Report the pairs and the layers' rates. Only objectives that pair layers need a plan; others run without one."""
     pairing = None
     try:
         if source is not None:
@@ -108,70 +121,66 @@ def preflight(
                 if model.weights_only
             ]
     except ValueError as error:
-        # Only objectives that pair layers need a plan; the others run without one.
         report.pairing = f"none: {error}"
     try:
         if config.rate_options is not None:
             report.rates = LayerRates(config.rate_options, student, pairing, seed=config.seed).table(student)
     except ValueError as error:
         report.problems.append(str(error))
-    compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
-    context = RunContext.of(student, source, compiled, checkpointing, fsdp_requested())
-    start = beside = None
-    try:
-        if any(objective.source == "start" for objective in objectives.values()):
-            start = StartingPoint(student)
-            if config.start is not None:
-                start = StartingPoint.from_path(config.start, student, processing_class)
-            beside = plan(student, start, pixel_values=pixels)
-    except (ValueError, OSError) as error:
-        report.problems.append(str(error))
-        return report
-    make = partial(Distiller, teacher=source, plan=pairing, context=context, start=start, start_plan=beside)
-    _measure(report, student, make, objectives, pixels)
-    return report
 
 
 def _measure(
     report: Report,
     student: nn.Module,
-    make: Callable[..., Distiller],
-    objectives: dict[str, Objective],
+    source: SignalSource | None,
+    config: DistillationConfig,
     pixels: Tensor,
+    options: dict[str, Any],
 ) -> None:
+    """Build and try each objective beside the task, and report what it costs.
+
+    Args:
+        options: of `build_distiller`.
+    """
     model_config: Any = student.config
     labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
     inputs = {"pixel_values": pixels, "labels": labels}
     steps = {}
-    entries: dict[str, Objective | None] = {"task alone": None, **objectives}
-    for key, objective in entries.items():
-        if isinstance(objective, Task):
-            continue
-        terms: dict[str, Objective] = {"task": Task()} if objective is None else {"task": Task(), key: objective}
+    entries = {entry_key(entry): entry for entry in config.entries if entry["name"] != "task"}
+    for key, entry in {"task alone": None, **entries}.items():
+        one: Any = copy.copy(config)
+        one.layer_rates = one.gradient_rule = None
+        one.objectives = [{"name": "task", "key": "task alone"}, *([entry | {"weight": 1.0}] if entry else [])]
         try:
             # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
-            weights = dict.fromkeys(terms, 1.0)
-            distiller = make(copy.deepcopy(student).train(), terms, weights)
+            trained = copy.deepcopy(student).train()
+            distiller = build_distiller(trained, source, one, images=partial(_repeated, inputs), **options)
             report.notes += distiller.notes
-            repeats = -(-max(terms[t].sample for t in terms) // len(pixels))  # as many as are wanted, the same again
-            distiller.measure({k: v.repeat(repeats, *[1] * (v.ndim - 1)) for k, v in inputs.items()})
             problem = _first_step(distiller.to(pixels.device), inputs, key)
             report.problems += [problem] if problem else []
             steps[key] = distiller
         except (ValueError, RuntimeError) as error:
             without = missing_derivative(error)
             report.problems.append(f"objective {key!r}: {without}" if without else str(error))
-    if "task alone" not in steps:
-        return
+    if "task alone" in steps:
+        report.costs = _costs(steps, inputs)
+
+
+def _repeated(inputs: dict[str, Tensor], images: int) -> list[dict[str, Tensor]]:
+    """The batch as often as it takes to have so many images."""
+    return [inputs] * -(-images // len(inputs["pixel_values"]))
+
+
+def _costs(steps: dict[str, Distiller], inputs: dict[str, Tensor]) -> list[Cost]:
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(5):  # in turns: a machine that slows down slows all of them
         for key, distiller in steps.items():
             times[key].append(_timed(distiller, inputs))
     held = {key: _held(distiller, inputs) for key, distiller in steps.items()}
     base = statistics.median(times["task alone"]), held["task alone"]
-    for key in steps.keys() - {"task alone"}:
-        report.costs.append(Cost(key, statistics.median(times[key]) / base[0], held[key] / base[1]))
-    report.costs.sort(key=lambda cost: list(objectives).index(cost.key))
+    return [
+        Cost(key, statistics.median(times[key]) / base[0], held[key] / base[1]) for key in steps if key != "task alone"
+    ]
 
 
 def _first_step(distiller: Distiller, inputs: dict[str, Tensor], key: str) -> str:

@@ -34,8 +34,8 @@ def main(dataset="digits", student="runs/student", teacher="runs/teacher"):
     processor = AutoImageProcessor.from_pretrained(student)
     test = ImageDataset(images.test, processor)
     logits, labels = logits_of(model, test)
-    its, _ = logits_of(teacher.model, ImageDataset(images.test, teacher.processing_class))
-    order, _ = match_labels(model.config, teacher.model.config)  # None: the same classes in the same order
+    its, _ = logits_of(teacher.classifier(), ImageDataset(images.test, teacher.processing_class))
+    order, _ = match_labels(model.config, teacher.provenance())  # None: the same classes in the same order
     found = paired_scores(logits, labels, teacher=its if order is None else its[:, order])
 
     # What the teacher's answers do not show: features, attention and input gradients.

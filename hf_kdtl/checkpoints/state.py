@@ -139,7 +139,7 @@ class StartState:
                 "since, or they were damaged. Restore the run's own starting point, or start a new run from the "
                 "checkpoint's weights."
             )
-        self.trainer.distiller.start = start
+        self.trainer.distiller.sources["start"] = start
 
     def _kept(self) -> StartingPoint:
         student = self.trainer.model

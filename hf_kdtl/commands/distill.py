@@ -61,7 +61,7 @@ def begin(experiment: Experiment, run: dict[str, Any]) -> None:
     runs.check_one_batch(first)
     splits = builders.split_notes(options.teacher, experiment.data, data_options) if options.teacher else []
     notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
-    models = {"teacher": builders.summary(first.teacher.model)} if first.teacher else {}
+    models = {"teacher": builders.summary(first.teacher.classifier())} if first.teacher else {}
     models |= {"student": experiment.student_summary}
     sections = {
         "run": run,

@@ -37,7 +37,6 @@ from hf_kdtl.functional.bregman import Representation, fit
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.bregman.layer import JSON, TENSORS, BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import check_of, needs_of, outputs_of, width_of
-from hf_kdtl.models.forward.geometry import describe
 from hf_kdtl.reports.figures.representation import PICTURE, representation_figure
 
 ROWS, SHOWN, BEGUN = "rows.npy", "shown.txt", "directions.safetensors"
@@ -95,23 +94,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = builders.open_data(data_options)
     images = _images(options, teacher.to(device), data)
-    width_of(options.of, options.layer, describe(teacher.model, _pixels(images, [0]).to(device)))  # or it says why
+    width_of(options.of, options.layer, teacher.geometry(_pixels(images, [0]).to(device)))  # or it says why
     for path in remains:  # after everything that can be refused was checked
         path.unlink()
     place = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     update_results(folder, "run", {"recipe": "fit_representation", "settings": settings, "device": place})
     update_results(folder, "data", builders.facts(data, data_options))
-    tqdm.write(f"{builders.summary(teacher.model)}: {options.of} of {len(images)} images, link {link}, {place}.")
+    tqdm.write(
+        f"{builders.summary(teacher.classifier())}: {options.of} of {len(images)} images, link {link}, {place}."
+    )
     write_rows(teacher, images, options, folder, device)
     rows = Rows(folder / ROWS, device)
     found = fitted(rows, link, options, folder)
     facts = {"width": rows.rows.shape[1], "dataset": (folder / SHOWN).read_text(), "images": len(images)}
-    provenance = Provenance.of_model(teacher.model, options.of, options.layer, version=hf_kdtl.__version__, **facts)
+    provenance = Provenance.of_source(teacher, options.of, options.layer, version=hf_kdtl.__version__, **facts)
     BregmanLayer(found, provenance).save(folder)
     report(found, provenance, rows, images, folder)
     for name in (ROWS, SHOWN, BEGUN):
         Path(folder, name).unlink()
-    flags = [split_flags(data_options), student_flags(teacher.model, teacher.processing_class)]
+    flags = [split_flags(data_options), student_flags(teacher.classifier(), teacher.processing_class)]
     tqdm.write(summary(found, options, *flags))
 
 
@@ -146,7 +147,7 @@ def _images(options: RepresentationOptions, teacher: Teacher, data: Any) -> Imag
     if number is not None and not 2 <= number <= total:
         raise ValueError(f"images is {number}, expected 2 to {total} (all of train).")
     chosen = data.train if number is None else data.train.shuffle(seed=0).select(range(number))
-    processor = teacher.processing_class or builders.new_processor(teacher.model.config)
+    processor = teacher.processing_class or builders.new_processor(teacher.classifier().config)
     return ImageDataset(chosen, processor)
 
 
@@ -168,7 +169,7 @@ def write_rows(
     for first in tqdm(range(0, len(images), options.batch_size), desc="Teacher", leave=False):
         pixels = _pixels(images, list(range(first, min(first + options.batch_size, len(images)))))
         digest.update(pixels.numpy().data)
-        got = outputs_of(teacher(pixels.to(device), needs), options.of, options.layer).float().cpu()
+        got = outputs_of(teacher.capture(pixels.to(device), needs), options.of, options.layer).float().cpu()
         rows = got.flatten(0, -2).numpy()
         if part is None:
             shape = (len(images) * len(rows) // len(pixels), rows.shape[1])

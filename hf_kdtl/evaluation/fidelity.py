@@ -5,6 +5,7 @@ Agreement of their answers (`agreement`, `teacher_kl`) is among the metrics.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from statistics import fmean
@@ -22,10 +23,10 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan, plan
-from hf_kdtl.models.teachers import Teacher, as_source
+from hf_kdtl.models.teachers import SignalSource, as_source
 
 
-def jacobian_cosine(student: nn.Module, teacher: Teacher, pixel_values: Tensor) -> Tensor:
+def jacobian_cosine(student: nn.Module, teacher: SignalSource, pixel_values: Tensor) -> Tensor:
     """cos(d log p_S,c / d x, d log p_T,c / d x) of every image, (B,), in [-1, 1]: do the same pixels move both?
 
     c is the class that the teacher finds likeliest. x are the student's pixels; the teacher's re-normalisation and
@@ -48,13 +49,14 @@ def jacobian_cosine(student: nn.Module, teacher: Teacher, pixel_values: Tensor) 
     >>> class Linear(nn.Linear):
     ...     def forward(self, pixel_values):
     ...         return SimpleNamespace(logits=super().forward(pixel_values.flatten(1)))
+    >>> from hf_kdtl.models import Teacher
     >>> one, other = Linear(2, 2), Linear(2, 2)
     >>> one.weight.data, other.weight.data = torch.eye(2), torch.tensor([[3.0, 1.0], [0.0, 1.0]])
     >>> jacobian_cosine(one, Teacher(other), torch.ones(1, 1, 1, 2))  # (1, -1) against (3, 0)
     tensor([0.7071], dtype=torch.float64)
     """
     needs = Needs(input_gradient=True, order=1, fraction=1.0)
-    its, mine = teacher(pixel_values, needs), capture(student, pixel_values, needs)
+    its, mine = teacher.capture(pixel_values, needs), capture(student, pixel_values, needs)
     top = its.logits.argmax(-1, keepdim=True)
     slopes = []
     for got in (mine, its):
@@ -124,13 +126,12 @@ class _Fidelity:
     """What `fidelity` has found in the batches so far."""
 
     def __init__(self, student: Any, teacher: Any, processing_class: Any, layers: Layers):
-        given = as_source(teacher)
         self.student, self.layers = student, layers
         # A new one, so that what a trainer made of the given one stays.
-        self.teacher = Teacher(given.model, given.processing_class)
+        self.teacher = copy.copy(as_source(teacher))
         self.reasons: dict[str, str] = {}
         try:
-            match_labels(student.config, given.model.config)
+            match_labels(student.config, self.teacher.provenance())
         except ValueError as error:
             self.reasons["jacobian_cosine"] = str(error)
         self.teacher.match(student, processing_class, compare_classes=not self.reasons)
@@ -176,7 +177,7 @@ class _Fidelity:
                 (plan.teacher, [pair.teacher_layer for pair in self.pairs]),
             )
         ]
-        mine, its = capture(self.student, x, needs[0], plan.student), self.teacher(x, needs[1], plan.teacher)
+        mine, its = capture(self.student, x, needs[0], plan.student), self.teacher.capture(x, needs[1])
         if len(x) >= FEWEST:
             self.cka.update(_features(mine), _features(its))
         if self.pairs:

@@ -140,7 +140,16 @@ def channel_importance(hidden: Tensor, gradient: Tensor) -> Tensor:
     >>> channel_importance(h, g)  # r = (0, 0, 4), standardised (-.707, -.707, 1.414)
     tensor([0.2834, 0.2834, 0.4332])
     """
-    rise = -(precise(hidden) * precise(gradient)).sum((0, 1))
+    return importance_of_rises(channel_rises(hidden, gradient))
+
+
+def channel_rises(hidden: Tensor, gradient: Tensor) -> Tensor:
+    """r_c of `channel_importance`, (D,), of these images: those of several batches add up."""
+    return -(precise(hidden) * precise(gradient)).sum((0, 1))
+
+
+def importance_of_rises(rise: Tensor) -> Tensor:
+    """softmax_c((r_c - mean r) / (5 std r)), (D,) -> (D,) of sum 1; raises as `channel_importance`."""
     spread = rise.std(correction=0)
     if not spread > 0:
         raise ValueError(

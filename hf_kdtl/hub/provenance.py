@@ -17,9 +17,10 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.hub import license as licenses
-from hf_kdtl.models.adapters import plain_state
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.teachers import SelfTeacher, SignalSource
+from hf_kdtl.models.teachers.teacher import adapter_kinds
 from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
 
@@ -42,11 +43,20 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
 def origin_of(model: Any) -> dict[str, Any]:
     """`origin` of a model in memory, by what its config says. A licence that was found is not asked for again."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = getattr(base.config, "_name_or_path", None)
-    known = _origins.setdefault(base, {})
+    return _known_origin(base, getattr(base.config, "_name_or_path", None), getattr(base.config, "_commit_hash", None))
+
+
+def origin_of_source(source: SignalSource) -> dict[str, Any]:
+    """`origin` of the model that teacher signals are of."""
+    info = source.provenance()
+    return _known_origin(source, info.name_or_path, info.revision)
+
+
+def _known_origin(key: Any, name: str | None, revision: str | None) -> dict[str, Any]:
+    known = _origins.setdefault(key, {})
     if known.get("licence") is None or known["asked"] != name:
-        known |= {"asked": name, **origin(name, getattr(base.config, "_commit_hash", None))}
-    return {key: value for key, value in known.items() if key != "asked"}
+        known |= {"asked": name, **origin(name, revision)}
+    return {fact: value for fact, value in known.items() if fact != "asked"}
 
 
 _origins: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -57,9 +67,9 @@ def made_from(trainer: Any) -> dict[str, Any]:
     start, teacher = origin_of(trainer.model), getattr(trainer, "teacher", None)
     # Without a name it is random or cut, and nobody knows which.
     found = {"student": {"start": {"how": "pretrained" if start["name"] else None, **start}}}
-    if teacher is None or teacher.model in (None, trainer.model):  # the student itself, with its adapters off
+    if teacher is None or isinstance(teacher, SelfTeacher):
         return found
-    return {"teacher": origin_of(teacher.model)} | found
+    return {"teacher": origin_of_source(teacher)} | found
 
 
 def is_on_hub(text: str) -> bool:
@@ -93,7 +103,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "parameters": parameters(model),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "image_size": [size, size] if isinstance(size, int) else size,
-        "adapters": _adapters(model),
+        "adapters": adapter_kinds(model),
     }
 
 
@@ -144,22 +154,24 @@ def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[st
         student["image_size"] = size
     section: dict[str, Any] = {"student": student, "pairing": pairing_tables(distiller)}
     if trainer.teacher is not None:
-        section = {"teacher": _teacher(trainer.teacher.model, trainer.model)} | section
+        section = {"teacher": _teacher(trainer.teacher)} | section
     return section
 
 
-def _teacher(model: Any, student: Any) -> dict[str, Any]:
+def _teacher(source: SignalSource) -> dict[str, Any]:
     """The facts of a teacher, which may be the student with its adapters off."""
-    if model not in _hashes:  # it stays as it is, and reading every weight at every save takes long
-        _hashes[model] = fingerprint(model)
-    found = _facts(model) | {"fingerprint": _hashes[model]}
-    if model is not student:
-        return found
-    size = sum(value.numel() for value in plain_state(model).values())
-    return found | {"parameters": size, "trainable": 0, "adapters": None, "self": True}
-
-
-_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+    info = source.provenance()
+    return {
+        **origin_of_source(source),
+        "architecture": info.architecture,
+        "model_type": info.model_type,
+        "num_labels": info.num_labels,
+        "parameters": info.parameters,
+        "trainable": info.trainable,
+        "image_size": info.image_size,
+        "adapters": info.adapters,
+        "fingerprint": source.fingerprint,
+    } | ({"self": True} if info.is_student else {})
 
 
 def pairing_tables(distiller: Any) -> dict[str, str]:
@@ -168,7 +180,7 @@ def pairing_tables(distiller: Any) -> dict[str, str]:
     choices = [(key, distiller.plans[one.source], getattr(one, "layers", None))
                for key, one in distiller.objectives.items() if getattr(one, "pairs", None)]  # fmt: skip
     if distiller.rates is not None and distiller.rates.pairs:
-        choices.append(("layer_rates", distiller.plan, distiller.rates.options.layers))
+        choices.append(("layer_rates", distiller.plans["teacher"], distiller.rates.options.layers))
     for key, plan, layers in choices:
         users.setdefault(str(replace(plan, layers=layers)), []).append(key)
     return {", ".join(names): table for table, names in users.items()}
@@ -181,11 +193,3 @@ def _shown_size(processor: Any) -> list[int] | None:
         return [int(size["height"]), int(size["width"])]  # type: ignore[index]
     except (KeyError, TypeError):
         return None
-
-
-def _adapters(model: Any) -> dict[str, str] | None:
-    """{adapter: its kind} of a model with adapters; None of another."""
-    found = getattr(model, "peft_config", None)
-    if not found or not hasattr(model, "get_base_model"):
-        return None
-    return {one_line(name): str(getattr(one.peft_type, "value", one.peft_type)) for name, one in found.items()}

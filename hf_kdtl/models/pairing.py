@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_kdtl.models.blocks import uniform_layers
 from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.forward.geometry import LayerGeometry, ModelGeometry, describe
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers.source import SignalSource
 
 Layers = Literal["uniform", "last"] | list[list[int]]
 
@@ -88,12 +88,15 @@ class PairingPlan:
 
 
 def plan(
-    student: nn.Module, teacher: Any, layers: Layers = "uniform", pixel_values: Tensor | None = None
+    student: nn.Module,
+    teacher: nn.Module | SignalSource,
+    layers: Layers = "uniform",
+    pixel_values: Tensor | None = None,
 ) -> PairingPlan:
     """Look at both models with one small forward each, and pair their blocks.
 
     Args:
-        teacher: a model, or a `Teacher` (which is shown the pixels that it would see).
+        teacher: a model, or a source of signals such as a `Teacher` (which sees the pixels in its own format).
         layers: uniform | last | [[student block, teacher block], ...].
         pixel_values: (B, C, h, w) of the student; by default zeros of its config's image_size.
 
@@ -102,11 +105,7 @@ def plan(
     """
     if pixel_values is None:
         pixel_values = blank_pixels(student)
-    if isinstance(teacher, Teacher):
-        with teacher.eval_context():
-            its = teacher.reorder_classifier(describe(teacher.model, teacher.pixels(pixel_values)))
-    else:
-        its = describe(teacher, pixel_values)
+    its = describe(teacher, pixel_values) if isinstance(teacher, nn.Module) else teacher.geometry(pixel_values)
     made = PairingPlan(describe(student, pixel_values), its, layers)
     assert made.pairs  # a wrong `layers` fails here, not at first use
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers.source import SignalSource, SourceFacts
 
 NONSMOOTH = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
@@ -33,7 +34,7 @@ class RunContext:
         low_precision: who has quantised weights, or weights of half precision, in words.
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
-        teacher: itself, for objectives that were made for one teacher alone.
+        teacher: the source of an objective's signals, for objectives that were made for one teacher alone.
     """
 
     trainable: bool = True
@@ -45,38 +46,48 @@ class RunContext:
     low_precision: tuple[str, ...] = ()
     tf32: bool = False
     coupled: str = ""
-    teacher: Teacher | None = None
+    teacher: SignalSource | None = None
 
     @classmethod
     def of(
         cls,
         student: nn.Module,
-        teacher: Teacher | None,
+        sources: Mapping[str, SignalSource],
         compiled: bool = False,
         checkpointing: bool = False,
         sharded: bool = False,
     ) -> RunContext:
-        """Look at the models; `compiled`, `checkpointing` and `sharded` are what the run will do with them."""
-        models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
+        """Read the models; `compiled`, `checkpointing` and `sharded` are what the run will do with them.
+
+        Args:
+            sources: {name: where its signals come from}; empty without a teacher.
+        """
+        own = SourceFacts(nonsmooth_layers(student), low_precision(student), is_sharded(student))
+        facts = {"student": own} | {name: source.facts() for name, source in sources.items()}
         return cls(
             trainable=any(p.requires_grad for p in student.parameters()),
-            sharded=sharded or any(isinstance(m, FSDPModule) for model in models.values() for m in model.modules()),
+            sharded=sharded or any(fact.sharded for fact in facts.values()),
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
             checkpointing=checkpointing or bool(getattr(student, "is_activation_checkpointing", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
             nonsmooth_layers=tuple(
-                f"the {who} has {found}" for who, m in models.items() if (found := nonsmooth_layers(m))
+                f"the {who} has {fact.nonsmooth_layers}" for who, fact in facts.items() if fact.nonsmooth_layers
             ),
             low_precision=tuple(
-                f"the {who} has {what} weights" for who, m in models.items() if (what := _low_precision(m))
+                f"the {who} has {fact.low_precision} weights" for who, fact in facts.items() if fact.low_precision
             ),
             tf32=_tf32(),
             coupled=", ".join(sorted({type(m).__name__ for m in student.modules() if _coupled(m)})),
-            teacher=teacher,
+            teacher=sources.get("teacher"),
         )
 
 
-def _low_precision(model: nn.Module) -> str:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread its weights over processes."""
+    return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def low_precision(model: nn.Module) -> str:
     """How a model's weights are rounded, in a word; empty for 32 bits and more."""
     dtypes = {p.dtype for p in (*model.parameters(), *model.buffers())}
     quantised = getattr(model, "hf_quantizer", None) or getattr(model, "quantization_method", None)

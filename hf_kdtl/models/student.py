@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kdtl.models.blocks import find_blocks, stated_depth, uniform_layers, vision_config
-from hf_kdtl.models.teachers.resolve import missing_head, open_classifier
+from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.teacher import Teacher
 
 
@@ -38,9 +39,9 @@ def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 
     """
     if isinstance(teacher, str | Path):
         teacher = open_classifier(teacher, role="the teacher").model
-    if isinstance(teacher, Teacher) and teacher.new_head:
-        raise ValueError(missing_head("the teacher", teacher.new_head))
-    model = teacher.model if isinstance(teacher, Teacher) else teacher
+    if isinstance(teacher, Teacher) and (problem := teacher.unserved(Needs(logits=True))):
+        raise ValueError(problem)
+    model = teacher.classifier() if isinstance(teacher, Teacher) else teacher
     if not isinstance(model, PreTrainedModel) or not _classifies_images(model):
         raise TypeError(
             f"a student can be cut out of an image classifier of transformers, found {type(model).__name__}. Load the "

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.source import Batch
 from hf_kdtl.utils import options
 
-
-class Batch(TypedDict):
-    """What the data says about the images of a micro-batch. The pixels are in `Capture.pixel_values`."""
-
-    labels: NotRequired[Tensor]  # (B,) class indices, -100 unlabelled; or (B, K) distributions
-    draws: NotRequired[Draws]  # randomness that does not depend on how the whole batch was split
+Sample = Iterable[tuple[Capture, Tensor | None]]
+"""Batches of training images as a source captured them, with their labels. Iterating again captures them again."""
 
 
 class Objective(nn.Module):
@@ -37,9 +34,9 @@ class Objective(nn.Module):
     """What the sum over images is divided by: all images, or those with a label."""
     divergence: bool = True
     """True when the value is 0 wherever student and teacher agree. The law tests read it."""
-    source: Literal["teacher", "start"] = "teacher"
-    """The model that the student is compared with, whose Capture `forward` gets as `teacher`: the teacher, or the
-    student as it was at the start (the weights it begins with, or those of the config's `start`)."""
+    source: str = "teacher"
+    """The name of the source that the student is compared with, whose Capture `forward` gets as `teacher`: "teacher",
+    one of several by its name, or "start": the student at the start (its first weights, or the config's `start`)."""
     needs_teacher: bool = True
     compares_classes: bool = False
     """True when class outputs of both models are compared: then the labels must match by name."""
@@ -50,7 +47,7 @@ class Objective(nn.Module):
     """True when layers are paired, or widths needed: then `build` and `needs` get the PairingPlan of student and
     source."""
     sample: int = 0
-    """How many training images `observe` is to be shown."""
+    """How many training images `observe` reads."""
     role: Literal["task", "transfer"] = "transfer"
     """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
     citation: str = ""
@@ -75,12 +72,15 @@ class Objective(nn.Module):
         """What must be captured of (student, teacher)."""
         return Needs(), Needs()
 
-    def observe(self, source: Capture, labels: Tensor | None) -> None:
-        """Look at `sample` training images once, before training; what is learned is kept in a buffer.
+    def sample_needs(self, plan: PairingPlan | None) -> Needs:
+        """What `observe` reads of the source; `input_gradient` for captures with a graph."""
+        return self.needs(plan)[1]
+
+    def observe(self, batches: Sample) -> None:
+        """Read `sample` training images once, before training; what is learned is kept in a buffer.
 
         Args:
-            source: made in eval mode, with a graph to its pixels: what `needs` says of it, and `pooled`.
-            labels: of these images.
+            batches: captured in eval mode with `sample_needs`; not larger than a batch in training.
 
         Raises:
             ValueError: when nothing can be learned from them.

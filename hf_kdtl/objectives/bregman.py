@@ -77,7 +77,7 @@ class Bregman(Objective):
 
     def prepare(self, context: RunContext) -> list[str]:
         if context.teacher is not None:  # without one `build` refuses
-            self.layer.check_teacher(context.teacher.model)
+            self.layer.check_teacher(context.teacher)
             if self.of == "probabilities":
                 self.layer = self.layer.reordered(context.teacher.order)
         share = f"{100 * self.layer.representation.explained:.1f} %"

@@ -59,7 +59,7 @@ class LwF(Objective):
         positive = is_number(temperature) and temperature > 0
         check_option("lwf", "temperature", temperature, positive, "a number greater than 0")
         check_option("lwf", "freeze_head", freeze_head, isinstance(freeze_head, bool), "true or false")
-        self.source: Literal["teacher", "start"] = source
+        self.source = source
         self.needs_teacher = source == "teacher"
         self.temperature, self.freeze_head = temperature, freeze_head
 

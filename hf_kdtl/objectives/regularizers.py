@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.resample import precise
-from hf_kdtl.functional.start import channel_distance, channel_importance, l2_sp, smallest_singular
+from hf_kdtl.functional.start import channel_distance, channel_rises, importance_of_rises, l2_sp, smallest_singular
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.objectives.base import Batch, Objective, check_option
+from hf_kdtl.objectives.base import Batch, Objective, Sample, check_option
 from hf_kdtl.objectives.paired import PairedObjective, as_tokens
 from hf_kdtl.utils.options import is_number, is_whole
 
@@ -104,10 +104,9 @@ class Delta(PairedObjective):
     Args:
         layers: "all", "last", or block indices. All by default: the value is a mean over blocks, so that a weight
             means the same, and in the inner ones every token has a say in the channels' weights.
-        sample: how many training images are looked at. All are held in memory at once, as a batch in training is:
-            lower it when that does not fit.
+        sample: how many training images are read, in batches of the training's size.
 
-    Cost: one forward of the start each step, O(B N D) a block; before training one forward and backward of the
+    Cost: one forward of the start each step, O(B N D) a block; before training two forwards and a backward of the
     sample.
 
     Raises:
@@ -154,35 +153,33 @@ class Delta(PairedObjective):
                 "the student's architecture, or use hidden_states with it as the teacher."
             )
 
-    def observe(self, source: Capture, labels: Tensor | None) -> None:
-        if labels is None:
-            raise ValueError(
-                "delta weighs channels by the labels of its sample, and the data has none. Give the training data a "
-                "column 'labels', or use l2_sp, which needs none."
-            )
-        assert source.pooled is not None
-        known = labelled(labels)
-        classes = labels[known] if labels.ndim == 1 else labels[known].argmax(-1)
-        names, targets = classes.unique(return_inverse=True)
-        if len(names) < 2 or len(targets) < 2 * len(names):
-            raise ValueError(
-                f"delta's sample has {len(targets)} labelled images of {len(names)} classes; expected two classes or "
-                "more, and at least two images of each on average. Raise sample, or label more of the images."
-            )
-        features = source.pooled[known]
-        weight, bias = linear_probe(features.detach(), targets)
-        loss = cross_entropy(precise(features) @ weight.T + bias, targets).sum()
-        hidden = [source.hidden_states[pair.teacher_layer] for pair in self.pairs]
-        for i, (h, gradient) in enumerate(zip(hidden, torch.autograd.grad(loss, hidden), strict=True)):
-            importance = channel_importance(as_tokens(h.detach()), as_tokens(gradient))
-            self.get_buffer(f"importance_{i}").copy_(importance)
+    def sample_needs(self, plan: PairingPlan | None) -> Needs:
+        return self.needs(plan)[1] | Needs(pooled=True, input_gradient=True)
+
+    def observe(self, batches: Sample) -> None:
+        features, targets = _labelled_features(batches)
+        weight, bias = linear_probe(features, targets)
+        rises: list[Any] = [0] * len(self.pairs)
+        first = 0
+        for source, labels in batches:
+            assert source.pooled is not None and labels is not None
+            known = labelled(labels)
+            here = targets[first : (first := first + int(known.sum()))]
+            if not len(here):
+                continue
+            loss = cross_entropy(precise(source.pooled[known]) @ weight.T + bias, here).sum()
+            hidden = [source.hidden_states[pair.teacher_layer] for pair in self.pairs]
+            for i, (h, gradient) in enumerate(zip(hidden, torch.autograd.grad(loss, hidden), strict=True)):
+                rises[i] = rises[i] + channel_rises(as_tokens(h.detach()), as_tokens(gradient))
+        for i, rise in enumerate(rises):
+            self.get_buffer(f"importance_{i}").copy_(importance_of_rises(rise))
 
     def entries(self, student: Capture, teacher: Capture) -> list[Tensor]:
         if not self.measured:  # asked until it is: to read a buffer makes a GPU wait
             if not all(bool(weights.any()) for weights in self.buffers()):
                 raise ValueError(
                     "delta has not measured how much each channel matters. DistillationTrainer.train does it; by hand "
-                    "call observe(<Capture of the start, with a graph>, labels) first."
+                    "call observe([(<Capture of the start, with a graph>, labels)]) first."
                 )
             self.measured = True
         return super().entries(student, teacher)
@@ -236,6 +233,28 @@ class BSS(Objective):
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         assert student.pooled is not None
         return smallest_singular(student.pooled, self.k)
+
+
+def _labelled_features(batches: Sample) -> tuple[Tensor, Tensor]:
+    """The pooled features of a sample's labelled images, (n, D), and their classes by number, (n,)."""
+    features, classes = [], []
+    for source, labels in batches:
+        if labels is None:
+            raise ValueError(
+                "delta weighs channels by the labels of its sample, and the data has none. Give the training data a "
+                "column 'labels', or use l2_sp, which needs none."
+            )
+        assert source.pooled is not None
+        known = labelled(labels)
+        features.append(source.pooled.detach()[known])
+        classes.append(labels[known] if labels.ndim == 1 else labels[known].argmax(-1))
+    names, targets = torch.cat(classes).unique(return_inverse=True)
+    if len(names) < 2 or len(targets) < 2 * len(names):
+        raise ValueError(
+            f"delta's sample has {len(targets)} labelled images of {len(names)} classes; expected two classes or "
+            "more, and at least two images of each on average. Raise sample, or label more of the images."
+        )
+    return torch.cat(features), targets
 
 
 def linear_probe(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,39 @@ from hf_kdtl.functional.features import energy
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.functional.resample import Grid, redistribute
 from hf_kdtl.models.adapters import plain_names
-from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.models.forward.attention_hooks import Attention, run
+from hf_kdtl.models.forward.attention_hooks import Attention
+from hf_kdtl.models.forward.block_calls import BlockCall
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
-from hf_kdtl.models.forward.geometry import LayerGeometry
+from hf_kdtl.models.forward.geometry import LayerGeometry, ModelGeometry
 from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.models.pairing import Pair, PairingPlan
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.optim.options import RateOptions
 
 
-class Call(NamedTuple):
-    """A block and what it was called with."""
+def rated_pairs(options: RateOptions, plan: PairingPlan | None, sizes: Sequence[int]) -> list[Pair]:
+    """The pairs whose student block is trained, in depth order.
 
-    block: nn.Module
-    args: tuple
-    kwargs: dict[str, Any]
+    Raises:
+        ValueError: without a plan; for a frozen block that was named by hand; as `check_pairs`.
+    """
+    if not options.measured:
+        return []
+    if plan is None:
+        raise ValueError(
+            f"layer_rates: mode {options.mode!r} compares the student with a teacher, and there is no plan of both. "
+            "Pass LayerRates(options, student, hf_kdtl.models.plan(student, teacher)), or take mode 'llrd'."
+        )
+    pairs = sorted(plan.pair(options.layers), key=lambda pair: pair.student_layer)
+    frozen = [pair.student_layer for pair in pairs if not sizes[pair.student_layer]]
+    if frozen and isinstance(options.layers, list):
+        raise ValueError(
+            f"layer_rates: layers names the student's blocks {frozen}, which are frozen and have no rate; leave them "
+            "out, or unfreeze them."
+        )
+    pairs = [pair for pair in pairs if pair.student_layer not in frozen]
+    check_pairs(options, pairs)
+    return pairs
 
 
 def check_pairs(options: RateOptions, pairs: Sequence[Pair]) -> None:
@@ -72,11 +89,16 @@ def _problem(options: RateOptions, pair: Pair) -> str:
 
 
 def needs(options: RateOptions, pairs: Sequence[Pair]) -> tuple[Needs, Needs]:
-    """What the attention source reads of (student, teacher)."""
-    blocks = [frozenset(getattr(p, f"{who}_layer") for p in pairs) for who in ("student", "teacher")]
-    if options.map == "class":
-        return Needs(attention=blocks[0]), Needs(attention=blocks[1])
-    return Needs(hidden_states=blocks[0]), Needs(hidden_states=blocks[1])
+    """What the source of `options` reads of (student, teacher)."""
+    student, teacher = (frozenset(getattr(p, f"{who}_layer") for p in pairs) for who in ("student", "teacher"))
+    if options.source == "attention" and options.map == "class":
+        return Needs(attention=student), Needs(attention=teacher)
+    if options.source == "attention":
+        return Needs(hidden_states=student), Needs(hidden_states=teacher)
+    if options.wrt == "parameters":
+        return Needs(block_calls=student), Needs(block_calls=teacher)
+    by_pixels = Needs(input_gradient=True)
+    return Needs(hidden_states=student) | by_pixels, Needs(hidden_states=teacher) | by_pixels
 
 
 @torch.no_grad()
@@ -116,9 +138,9 @@ def _class_row(a: Attention, geometry: LayerGeometry, grid: Grid) -> Tensor:
 def input_discrepancies(
     options: RateOptions,
     pairs: Sequence[Pair],
-    plan: PairingPlan,
+    geometry: ModelGeometry,
     student: nn.Module,
-    teacher: Teacher,
+    teacher: SignalSource,
     x: Tensor,
     draws: Draws,
 ) -> Tensor:
@@ -126,29 +148,34 @@ def input_discrepancies(
 
     Both derivatives are by the student's x: what the teacher does to its pixels first is part of it. Source hessian
     takes every second image of the whole batch, to stay within its cost.
+
+    Args:
+        geometry: the student's.
     """
     if options.source == "hessian":
         x = x[[i for i, position in enumerate(draws.positions) if position % 2 == 0]]
         draws = Draws(draws.seed, draws.step, tuple(p for p in draws.positions if p % 2 == 0))
         if not len(x):
             return x.new_zeros(0, len(pairs), dtype=torch.float64)
-    sides = []
-    for who, model in (("student_layer", student), ("teacher_layer", teacher.model)):
-        layers = [getattr(pair, who) for pair in pairs]
+    grids = [_grid(pair.student) for pair in pairs]
 
-        def energies(z: Tensor, layers=layers, model=model, who=who) -> list[Tensor]:
-            wanted = Needs(hidden_states=frozenset(layers))
-            if who == "student_layer":  # which may be the teacher's own model, with adapters
-                captured = capture(model, z, wanted, plan.student)
-            else:
-                captured = teacher(z, wanted, plan.teacher)
-            return [output_energy(captured.hidden_states[layer]) for layer in layers]
+    def mine(z: Tensor) -> list[Tensor]:
+        return _output_energies(partial(capture, student, geometry=geometry), [p.student_layer for p in pairs], z)
 
-        answers = teacher.eval_context() if who == "teacher_layer" else nullcontext()
-        with torch.enable_grad(), evaluating(model), answers:
-            found = _input_energies(options, energies, x, [_grid(pair.student) for pair in pairs], draws)
-        sides.append([distribution(e) for e in found])
-    return torch.stack([discrepancy(p, q) for p, q in zip(*sides, strict=True)], 1)
+    def its(z: Tensor) -> list[Tensor]:
+        return _output_energies(teacher.capture, [p.teacher_layer for p in pairs], z)
+
+    teacher.geometry(x)  # looked up now: not inside the transforms below
+    with torch.enable_grad(), evaluating(student):
+        p = [distribution(e) for e in _input_energies(options, mine, x, grids, draws)]
+    with torch.enable_grad(), teacher.eval_context():
+        q = [distribution(e) for e in _input_energies(options, its, x, grids, draws)]
+    return torch.stack([discrepancy(*both) for both in zip(p, q, strict=True)], 1)
+
+
+def _output_energies(run: Callable[..., Capture], layers: Sequence[int], z: Tensor) -> list[Tensor]:
+    captured = run(z, needs=Needs(hidden_states=frozenset(layers)))
+    return [output_energy(captured.hidden_states[layer]) for layer in layers]
 
 
 def _input_energies(
@@ -166,24 +193,34 @@ def _input_energies(
 
 
 def parameter_energies(
-    options: RateOptions, pairs: Sequence[Pair], student: nn.Module, teacher: Teacher, x: Tensor, draws: Draws
+    options: RateOptions,
+    pairs: Sequence[Pair],
+    geometry: ModelGeometry,
+    student: nn.Module,
+    teacher: SignalSource,
+    x: Tensor,
+    draws: Draws,
 ) -> Tensor:
     """(B, pairs, 2) energies of student and teacher by the blocks' own parameters, each block's input held fixed."""
-    sides = []
-    for who, model, pixels in (("student_layer", student, x), ("teacher_layer", teacher.model, teacher.pixels(x))):
-        layers = [getattr(pair, who) for pair in pairs]
-        answers = teacher.eval_context() if who == "teacher_layer" else nullcontext()
-        with evaluating(model), answers, _block_inputs(model, layers) as calls:
-            with torch.no_grad():
-                run(model, pixels)
-            found = []
-            for place, layer in enumerate(layers):
-                found.append(_block_energy(options, place, calls[layer], len(pixels), draws))
-        sides.append(torch.stack(found, 1))
-    return torch.stack(sides, 2)
+    wanted = needs(options, pairs)
+    with evaluating(student):
+        with torch.no_grad():
+            captured = capture(student, x, wanted[0], geometry)
+        mine = _block_energies(options, captured, [pair.student_layer for pair in pairs], draws)
+    with teacher.eval_context():
+        with torch.no_grad():
+            captured = teacher.capture(x, wanted[1])
+        its = _block_energies(options, captured, [pair.teacher_layer for pair in pairs], draws)
+    return torch.stack([mine, its], 2)
 
 
-def _block_energy(options: RateOptions, place: int, call: Call, images: int, draws: Draws) -> Tensor:
+def _block_energies(options: RateOptions, captured: Capture, layers: Sequence[int], draws: Draws) -> Tensor:
+    images = len(captured.logits)
+    calls = [captured.block_calls[layer] for layer in layers]
+    return torch.stack([_block_energy(options, i, call, images, draws) for i, call in enumerate(calls)], 1)
+
+
+def _block_energy(options: RateOptions, place: int, call: BlockCall, images: int, draws: Draws) -> Tensor:
     block, args, kwargs = call
     parameters = {n: p.detach() for n, p in block.named_parameters() if p.dtype.is_floating_point}
     # Both models by the same weights: adapters are part of the function, and only one of them may have any.
@@ -224,26 +261,6 @@ def _as_function(
 
 def _rows(x: Any, images: int) -> bool:
     return torch.is_tensor(x) and x.ndim >= 3 and x.shape[0] == images
-
-
-@contextmanager
-def _block_inputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Call]]:
-    """{layer: its first call} of the forward that runs inside this context."""
-    calls: dict[int, Call] = {}
-    blocks = find_blocks(model)
-
-    def keep(layer: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            calls.setdefault(layer, Call(module, args, kwargs))
-
-        return hook
-
-    handles = [blocks[i][1].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _grid(layer: LayerGeometry) -> Grid:

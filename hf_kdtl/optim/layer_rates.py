@@ -15,17 +15,18 @@ from hf_kdtl.functional.discrepancy import discrepancy, distribution
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.modes import evaluating
-from hf_kdtl.models.pairing import Pair, PairingPlan
+from hf_kdtl.models.pairing import PairingPlan
+from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.optim.discrepancies import (
     attention_discrepancies,
-    check_pairs,
     input_discrepancies,
     needs,
     parameter_energies,
+    rated_pairs,
 )
 from hf_kdtl.optim.groups import layer_groups, named_blocks
-from hf_kdtl.optim.layerwise import is_layerwise
+from hf_kdtl.optim.layerwise import check_layerwise
 from hf_kdtl.optim.multipliers import Rates
 from hf_kdtl.optim.options import RateOptions
 
@@ -39,7 +40,8 @@ class LayerRates:
     """What a trainer holds: measures, keeps and applies the multipliers of the layers.
 
     A measurement is `add` for every micro-batch of an optimizer step and then one `finish`; or `measure`, which does
-    both. A trainer calls `begin` before each step, `add` while `measuring`, and `end` before the optimizer's step.
+    both. A trainer calls `begin` before each step, while `measuring` `observe_models` before and `observe` after its
+    captures, and `end` before the optimizer's step.
     The rule is in `Rates`, the settings in `RateOptions`.
 
     Derivatives are taken in eval mode: no dropout or stochastic depth, batch norms by their running statistics.
@@ -76,7 +78,7 @@ class LayerRates:
         for group in layer_groups(student, blocks=blocks):
             if isinstance(group["layer"], int):
                 sizes[group["layer"]] += sum(p.numel() for p in group["params"])
-        self.pairs = _pairs(self.options, plan, sizes)
+        self.pairs = rated_pairs(self.options, plan, sizes)
         self._sizes = sizes
         self.restart()
 
@@ -112,48 +114,66 @@ class LayerRates:
 
     @property
     def needs(self) -> tuple[Needs, Needs]:
-        """What `add` can use of captures of (student, teacher) that a training step makes anyway; else empty."""
-        return needs(self.options, self.pairs) if self.options.source == "attention" else (Needs(), Needs())
+        """What `observe` reads of the captures of (student, teacher) that a training step makes; empty for sources
+        that take derivatives of their own."""
+        return self.source_needs if self.options.source == "attention" else (Needs(), Needs())
+
+    @property
+    def source_needs(self) -> tuple[Needs, Needs]:
+        """What a measurement needs of (student, teacher), by whatever pass."""
+        return needs(self.options, self.pairs)
+
+    @torch.compiler.disable
+    def observe(self, student: Capture, teacher: Capture) -> None:
+        """Take in a micro-batch that was captured with `needs`. In train mode the student's capture has its dropout,
+        so equal models are no longer at 0. Nothing for sources that take derivatives of their own."""
+        if self.options.source == "attention":
+            # Half precision would round the differences away.
+            with torch.autocast(student.logits.device.type, enabled=False):
+                self._rows.append(attention_discrepancies(self.options, self.pairs, student, teacher).detach())
 
     @torch.compiler.disable  # torch.func and hooks on blocks, for which a compiled step has no graph
-    def add(
-        self,
-        student: nn.Module,
-        teacher: Any,
-        pixel_values: Tensor,
-        draws: Draws | None = None,
-        captures: tuple[Capture, Capture] | None = None,
+    def observe_models(
+        self, student: nn.Module, teacher: SignalSource, pixel_values: Tensor, draws: Draws | None = None
     ) -> None:
-        """Take in one micro-batch (B, C, h, w) of the student's pixels.
+        """Take in a micro-batch (B, C, h, w) by derivatives in eval mode; nothing for source "attention".
 
         Leaves every weight, gradient, buffer and mode as it was.
 
         Args:
-            teacher: a `Teacher`, or a model.
             draws: the directions of source "hessian".
-            captures: of student and teacher with what `needs` says, to save the attention source its two forwards. In
-                train mode they see the student's dropout, so equal models are no longer at 0.
         """
         options, x = self.options, pixel_values.detach()
+        if options.source == "attention":
+            return
         assert self.plan is not None
-        teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         draws = draws or Draws(self.seed, 0, tuple(range(len(x))))
-        # Half precision would round the differences away.
         with torch.autocast(x.device.type, enabled=False):
-            if options.source == "attention":
-                if captures is None:
-                    wanted = self.needs
-                    with torch.no_grad(), evaluating(student):
-                        captures = (
-                            capture(student, x, wanted[0], self.plan.student),
-                            teacher(x, wanted[1], self.plan.teacher),
-                        )
-                rows = attention_discrepancies(options, self.pairs, *captures)
-            elif options.wrt == "inputs":
-                rows = input_discrepancies(options, self.pairs, self.plan, student, teacher, x, draws)
+            geometry = self.plan.student
+            if options.wrt == "inputs":
+                rows = input_discrepancies(options, self.pairs, geometry, student, teacher, x, draws)
             else:
-                rows = parameter_energies(options, self.pairs, student, teacher, x, draws)
+                rows = parameter_energies(options, self.pairs, geometry, student, teacher, x, draws)
         self._rows.append(rows.detach())
+
+    def add(
+        self, student: nn.Module, teacher: nn.Module | SignalSource, pixel_values: Tensor, draws: Draws | None = None
+    ) -> None:
+        """Take in a micro-batch (B, C, h, w) of the student's pixels, by passes of both models in eval mode.
+
+        Args:
+            teacher: a `Teacher` or another source of signals, or a model.
+            draws: the directions of source "hessian".
+        """
+        source = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        if self.options.source == "attention":
+            assert self.plan is not None
+            x, (mine, its) = pixel_values.detach(), self.needs
+            with torch.autocast(x.device.type, enabled=False), torch.no_grad(), evaluating(student):
+                captures = capture(student, x, mine, self.plan.student), source.capture(x, its)
+            self.observe(*captures)
+        else:
+            self.observe_models(student, source, pixel_values, draws)
 
     def finish(self, step: int, gather: Gather | None = None) -> list[float]:
         """Make discrepancies of what was added on all ranks, move the multipliers, and return them by block.
@@ -265,39 +285,6 @@ class LayerRates:
 
 def _short(number: float) -> float:
     return float(f"{number:.6g}")
-
-
-def check_layerwise(optimizer: Any) -> None:
-    """Raises ValueError unless the optimizer applies multipliers of the param groups of `layer_groups`."""
-    if is_layerwise(optimizer) and all("layer" in group for group in optimizer.param_groups):
-        return
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-    raise ValueError(
-        f"the optimizer is {kind}, whose step does not know the layers' rates, so layer_rates would do nothing. Make "
-        "it with hf_kdtl.optim.create_layerwise_optimizer(student, args, objectives), or let the trainer make it: "
-        "leave optimizers out and name it in optim=... (With DistillationTrainer the objectives are "
-        "trainer.distiller.objectives.)"
-    )
-
-
-def _pairs(options: RateOptions, plan: PairingPlan | None, sizes: Sequence[int]) -> list[Pair]:
-    if not options.measured:
-        return []
-    if plan is None:
-        raise ValueError(
-            f"layer_rates: mode {options.mode!r} compares the student with a teacher, and there is no plan of both. "
-            "Pass LayerRates(options, student, hf_kdtl.models.plan(student, teacher)), or take mode 'llrd'."
-        )
-    pairs = sorted(plan.pair(options.layers), key=lambda pair: pair.student_layer)
-    frozen = [pair.student_layer for pair in pairs if not sizes[pair.student_layer]]
-    if frozen and isinstance(options.layers, list):
-        raise ValueError(
-            f"layer_rates: layers names the student's blocks {frozen}, which are frozen and have no rate; leave them "
-            "out, or unfreeze them."
-        )
-    pairs = [pair for pair in pairs if pair.student_layer not in frozen]
-    check_pairs(options, pairs)
-    return pairs
 
 
 def _all_ranks(rows: Tensor, gather: Gather | None) -> Tensor:

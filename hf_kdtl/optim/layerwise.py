@@ -47,6 +47,19 @@ def is_layerwise(optimizer: Any) -> bool:
     return isinstance(getattr(optimizer, "optimizer", optimizer), _Layerwise)
 
 
+def check_layerwise(optimizer: Any) -> None:
+    """Raises ValueError unless the optimizer applies multipliers of the param groups of `layer_groups`."""
+    if is_layerwise(optimizer) and all("layer" in group for group in optimizer.param_groups):
+        return
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    raise ValueError(
+        f"the optimizer is {kind}, whose step does not know the layers' rates, so layer_rates would do nothing. Make "
+        "it with hf_kdtl.optim.create_layerwise_optimizer(student, args, objectives), or let the trainer make it: "
+        "leave optimizers out and name it in optim=... (With DistillationTrainer the objectives are "
+        "trainer.distiller.objectives.)"
+    )
+
+
 def _empty(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
     made = layerwise(kind)
     return made.__new__(made)

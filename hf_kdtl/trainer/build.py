@@ -1,118 +1,145 @@
-"""What a trainer trains, put together: models looked at, layers paired, objectives built."""
+"""From a student, a teacher and the settings to the container that is trained."""
 
 from __future__ import annotations
 
-import random
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
-import datasets
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_kdtl.models.pairing import plan
+from hf_kdtl.config import DistillationConfig
+from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.chance import ChanceCheck
+from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.start import StartingPoint
+from hf_kdtl.objectives import Objective
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.distiller import Distiller
 
 logger = logging.get_logger(__name__)
 
+Images = Callable[[int], Iterable[dict[str, Any]] | None]
+"""n -> batches of n training images, the same at each iteration; None where the data has no index."""
 
-def assemble(trainer: Any) -> Distiller:
-    """The student and the objectives of the trainer's settings, on its device.
+
+def build_distiller(
+    student: nn.Module,
+    teacher: SignalSource | None,
+    config: DistillationConfig,
+    *,
+    processing_class: Any = None,
+    images: Images = lambda number: None,
+    start: StartingPoint | None = None,
+    task_loss: Callable[..., Tensor] | None = None,
+    sharded: bool = False,
+    device: torch.device | None = None,
+    place_student: bool = True,
+) -> Distiller:
+    """The student and the objectives of the settings, matched to the teacher, with their sample read.
 
     Args:
-        trainer: a DistillationTrainer, whose teacher and settings are taken.
+        processing_class: the student's image processor.
+        images: the training data. Without any, blocks are paired on blank images.
+        start: what the student started from; by default as the config says.
+        task_loss: in place of `task`'s value.
+        sharded: whether FSDP2 will shard the container.
+        device: where everything goes; None leaves the models where they are.
+        place_student: False leaves the student where it is.
 
     Raises:
         ValueError: where the models, the data and the objectives do not fit.
     """
-    args, student, teacher, device = trainer.args, trainer.model, trainer.teacher, trainer.accelerator.device
-    objectives, options = args.build_objectives(), args.rate_options
-    by_start = [objective for objective in objectives.values() if objective.source == "start"]
-    by_teacher = [objective for objective in objectives.values() if objective.source == "teacher"]
-    if teacher is not None:
-        trainer._match_teacher()
-        teacher.to(device)
-    start = _start(trainer).to(device) if by_start else None
-    measured, pairing, beside = options is not None and options.measured, None, None
-    if teacher is not None and (measured or any(objective.needs_plan for objective in by_teacher)):
-        pairing = plan(student, teacher, pixel_values=_pixels(trainer))
-    if start is not None and any(objective.needs_plan for objective in by_start):
-        beside = plan(student, start, pixel_values=_pixels(trainer))
-    rates = None if options is None else LayerRates(options, student, pairing, seed=args.seed)
-    compiled, checkpointing = bool(args.torch_compile), bool(args.activation_checkpointing)
-    context = RunContext.of(student, teacher, compiled, checkpointing, trainer.sharded)
-    rule = args.build_rule()
-    split_terms: Any = None if rule is None else "pairs" if rule.local else "terms"
+    objectives, options = config.build_objectives(), config.rate_options
+    sources = _sources(student, teacher, objectives.values(), processing_class)
+    if any(objective.source == "start" for objective in objectives.values()):
+        placed = device if place_student else None
+        sources["start"] = start or _starting_point(student, config, processing_class, placed)
+    if device is not None:
+        sources = {name: source.to(device) for name, source in sources.items()}
+    plans = _plans(student, sources, objectives, options is not None and options.measured, images)
+    compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
+    teachers = {name: source for name, source in sources.items() if name != "start"}
     distiller = Distiller(
-        student, objectives, args.weights(), teacher, pairing, trainer.compute_loss_func, context, rates,
-        start, beside, split_terms,
+        student, objectives, config.weights(), sources, plans, task_loss,
+        RunContext.of(student, teachers, compiled, checkpointing, sharded),
+        None if options is None else LayerRates(options, student, plans.get("teacher"), seed=config.seed),
+        _split_terms(config),
     )  # fmt: skip
-    if any(objective.compares_classes for objective in by_teacher):
+    if any(objective.compares_classes and objective.source == "teacher" for objective in objectives.values()):
         distiller.chance = ChanceCheck()
     for note in distiller.notes:
         logger.info(note)
-    if trainer.place_model_on_device:
+    if device is not None and place_student:
         distiller.to(device)
-    if sample := max(objective.sample for objective in objectives.values()):
-        distiller.measure(_sample(trainer, sample))
+    if number := max(objective.sample for objective in objectives.values()):
+        distiller.observe(_sample(images, number))
     return distiller
 
 
-def some_images(trainer: Any, number: int) -> dict[str, Any] | None:
-    """Images of training as the student will see them, with their labels: evenly spaced, for data may be sorted.
-
-    At least two (one is repeated), at most all. None where the data has no length or no index.
-    """
-    data: Any = trainer.train_dataset
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, IterableDataset):
-        return None
-    if isinstance(data, datasets.Dataset):
-        data = trainer._remove_unused_columns(data, description="training")
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-    state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():  # the user's augmentation must not draw what training will draw
-        wanted = max(2, min(number, len(data)))
-        batch = collate([data[i * len(data) // wanted] for i in range(wanted)])
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    device = trainer.accelerator.device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _sources(
+    student: nn.Module, teacher: SignalSource | None, objectives: Iterable[Objective], processing_class: Any
+) -> dict[str, SignalSource]:
+    """The teacher's members, matched to the student."""
+    compared = any(objective.compares_classes for objective in objectives)
+    if teacher is not None:
+        teacher.match(student, processing_class, compared)
+    return {} if teacher is None else dict(teacher.members())
 
 
-def _pixels(trainer: Any) -> Tensor | None:
-    images = some_images(trainer, 2)
-    return None if images is None else images["pixel_values"]
+def _plans(
+    student: nn.Module,
+    sources: Mapping[str, SignalSource],
+    objectives: Mapping[str, Objective],
+    measured: bool,
+    images: Images,
+) -> dict[str, PairingPlan]:
+    """A plan for each source that an objective or the layer rates pair blocks with."""
+    users = {f"objective {key!r}": objective.source for key, objective in objectives.items() if objective.needs_plan}
+    users |= {"layer_rates": "teacher"} if measured else {}
+    wanted = {name: user for user, name in users.items() if name in sources}
+    pair = images(2) if wanted else None
+    pixels = None if pair is None else next(iter(pair))["pixel_values"]
+    plans = {}
+    for name, user in wanted.items():
+        try:
+            plans[name] = plan(student, sources[name], pixel_values=pixels)
+        except ValueError as error:
+            raise ValueError(f"{user}: {error}") from error
+    return plans
 
 
-def _start(trainer: Any) -> StartingPoint:
+def _split_terms(config: DistillationConfig) -> Literal["terms", "pairs"] | None:
+    rule = config.build_rule()
+    return None if rule is None else "pairs" if rule.local else "terms"
+
+
+def _starting_point(
+    student: nn.Module, config: DistillationConfig, processing_class: Any, device: torch.device | None
+) -> StartingPoint:
     """What the student started from, as the config says."""
-    student, path = trainer.model, trainer.args.start
-    if path is not None:
-        start = StartingPoint.from_path(path, student, trainer.processing_class)
+    if config.start is not None:
+        start = StartingPoint.from_path(config.start, student, processing_class)
         for note in start.notes:
             logger.info(note.replace("the teacher", "the start"))
         return start
     if dist.is_initialized() and dist.get_world_size() > 1:
         # As DDP will do when it wraps: a head with random weights is another one on every rank.
-        if trainer.place_model_on_device:
-            student.to(trainer.accelerator.device)
+        if device is not None:
+            student.to(device)
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, 0)
     return StartingPoint(student)
 
 
-def _sample(trainer: Any, number: int) -> dict[str, Any]:
-    images = some_images(trainer, number)
-    if images is None:
+def _sample(images: Images, number: int) -> Iterable[dict[str, Any]]:
+    found = images(number)
+    if found is None:
         raise ValueError(
-            f"an objective looks at {number} training images before training, and the train_dataset "
-            f"({type(trainer.train_dataset).__name__}) cannot be asked for them. Use one with a length and an index."
+            f"an objective reads {number} training images before training, and the train_dataset cannot be asked for "
+            "them. Use one with a length and an index."
         )
-    return images
+    return found

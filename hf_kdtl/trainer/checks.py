@@ -13,7 +13,8 @@ from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import adopt_class_names, class_problem, dataset_class_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
-from hf_kdtl.optim.layer_rates import LayerRates, check_layerwise
+from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.optim.layerwise import check_layerwise
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <script>"
@@ -22,7 +23,7 @@ FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <
 def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
     """Raises ValueError when a teacher or a start is given and unused, or a teacher is missing."""
     objectives = config.build_objectives()
-    if config.start is not None and all(objective.source == "teacher" for objective in objectives.values()):
+    if config.start is not None and all(objective.source != "start" for objective in objectives.values()):
         raise ValueError(
             f"start is {config.start!r} and no objective holds the student to it. Add one, such as "
             '{"name": "l2_sp", "weight": 0.01}, or leave start out (the student is chosen by model=...).'

@@ -44,8 +44,8 @@ def shard(distiller: Distiller, **options: Any) -> Distiller:
             "a gradient_rule compares full gradients, and FSDP2 leaves each process a shard of them. Use DDP, or no "
             "gradient_rule."
         )
-    teacher = None if distiller.teacher is None else distiller.teacher.model
-    models: list[Any] = [distiller.student] + ([] if teacher in (None, distiller.student) else [teacher])
+    teachers = [module for name, source in distiller.sources.items() if name != "start" for module in source.modules()]
+    models: list[Any] = [distiller.student, *teachers]
     for model in models:
         if isinstance(model, FSDPModule):
             continue  # a teacher that another run has sharded

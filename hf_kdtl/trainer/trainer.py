@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hf_kdtl.checkpoints.state import (
     load_student,
 )
 from hf_kdtl.config import DistillationConfig
+from hf_kdtl.data.indexed import IndexCollator, IndexedDataset
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import GradientAccumulator
@@ -35,7 +37,7 @@ from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import checks
-from hf_kdtl.trainer.build import assemble
+from hf_kdtl.trainer.build import build_distiller
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.data_errors import explain_data_errors
 from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
@@ -44,6 +46,7 @@ from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separat
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.non_finite import check_finite, non_finite_gradient_error
 from hf_kdtl.trainer.process_checks import check_ranks
+from hf_kdtl.trainer.sample import training_sample, without_unused_columns
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +130,19 @@ class DistillationTrainer(EvaluatingTrainer):
         stale = self._distiller is None or self._distiller.student is not self.model
         if stale or self._built_from != self._settings():
             self._built_from = copy.deepcopy(self._settings())  # a list that is edited in place must show
-            self._distiller = assemble(self)
+            if self.teacher is not None:
+                self._match_teacher()
+            self._distiller = build_distiller(
+                self.model,
+                self.teacher,
+                self.args,
+                processing_class=self.processing_class,
+                images=partial(training_sample, self),
+                task_loss=self.compute_loss_func,
+                sharded=self.sharded,
+                device=self.accelerator.device,
+                place_student=self.place_model_on_device,
+            )
             self._gradients = build_accumulator(self.args.build_rule(), self._distiller)
         assert self._distiller is not None
         return self._distiller
@@ -167,6 +182,24 @@ class DistillationTrainer(EvaluatingTrainer):
         self.callback_handler.model = student
         checks.check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
         return prepared
+
+    # ---- The data ----
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if is_training and self._indexed:
+            dataset = IndexedDataset(without_unused_columns(self, dataset))
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        collate = super()._get_collator_with_removed_columns(data_collator, description)
+        return IndexCollator(collate) if self._indexed else collate
+
+    @property
+    def _indexed(self) -> bool:
+        """Whether training batches carry the row of each image."""
+        return self.teacher is not None and self.teacher.needs_index
 
     # ---- The loss ----
 
@@ -254,7 +287,7 @@ class DistillationTrainer(EvaluatingTrainer):
         compare = any(objective.compares_classes for objective in self.args.build_objectives().values())
         self.teacher.match(self.model, self.processing_class, compare)
         if compare:
-            adopt_class_names(self.model, self.teacher.class_names)
+            adopt_class_names(self.model, self.teacher.provenance().class_names)
         for note in self.teacher.notes if self.is_world_process_zero() else ():
             logger.warning_once(note)
 

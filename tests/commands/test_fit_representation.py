@@ -39,7 +39,7 @@ def test_every_kind_of_output(command, images, teacher, capsys, of, layer, width
         module.fit = fitting
     assert {p.name for p in Path("out").iterdir()} == FILES
     found, model = BregmanLayer.load("out"), Teacher.from_pretrained("teacher").model
-    found.check_teacher(model)
+    found.check_teacher(Teacher(model))
     was, results = found.provenance, read_results("out")
     number = results["data"]["sizes"]["train"]
     assert (was.of, was.layer, was.width, was.images) == (of, layer, width, number)

@@ -40,9 +40,10 @@ def container(way, sharded=False, parts=None):
     teacher.match(student, None, True)
     torch.manual_seed(0)
     objectives = {name: OBJECTIVES[name](**options) for name, options in way}
-    context, start = RunContext.of(student, teacher, sharded=sharded), StartingPoint(student)
+    context, start = RunContext.of(student, {"teacher": teacher}, sharded=sharded), StartingPoint(student)
     weights, pairing = dict.fromkeys(objectives, 1.0), plan(student, teacher)
-    made = Distiller(student, objectives, weights, teacher, pairing, context=context, start=start, split_terms=parts)
+    sources, plans = {"teacher": teacher, "start": start}, {"teacher": pairing}
+    made = Distiller(student, objectives, weights, sources, plans, context=context, split_terms=parts)
     return made.double()
 
 
@@ -76,7 +77,7 @@ def refusals(mesh):
     def teacher_alone():
         teacher = build("vit", seed=5)
         fully_shard(teacher, mesh=mesh)
-        Distiller(build("vit"), {"a": OBJECTIVES["hessian"]()}, {"a": 1.0}, Teacher(teacher))
+        Distiller(build("vit"), {"a": OBJECTIVES["hessian"]()}, {"a": 1.0}, {"teacher": Teacher(teacher)})
 
     return {
         "vjp": said(lambda: container([("jacobian", {"estimator": "vjp"})], True)),

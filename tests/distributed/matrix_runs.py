@@ -140,13 +140,13 @@ def sharded(row, mesh):
     if not own:
         source.match(student, None, objective.compares_classes)
     pairing = plan(student, source) if objective.needs_plan else None
-    sides = {"start": source, "start_plan": pairing} if own else {"teacher": source, "plan": pairing}
-    context = RunContext.of(student, None if own else source, sharded=True)
+    sides = {objective.source: source}, {objective.source: pairing}
+    context = RunContext.of(student, {} if own else sides[0], sharded=True)
     torch.manual_seed(3)
     parts = "terms" if rule else None
-    distiller = Distiller(student, {name: objective}, {name: 1.0}, **sides, context=context, split_terms=parts)
+    distiller = Distiller(student, {name: objective}, {name: 1.0}, *sides, context=context, split_terms=parts)
     if objective.sample:
-        distiller.measure({"pixel_values": images.pixels, "labels": images.labels})
+        distiller.observe([{"pixel_values": images.pixels, "labels": images.labels}])
     shard(distiller, mesh=mesh)
     each = IMAGES // world
     mine = slice(rank * each, (rank + 1) * each)

@@ -18,7 +18,8 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Needs, Teacher, capture, plan
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.objectives import OBJECTIVES
-from hf_kdtl.trainer.distiller import Distiller, pairs_layers
+from hf_kdtl.objectives.building import pairs_layers
+from hf_kdtl.trainer.distiller import Distiller
 from tests.support.tiny import EVERY, build
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -149,7 +150,9 @@ def _refusal(student, teacher, pairing, name, options) -> str | None:
     """Why the pair cannot have the objective; None where it can, after one step that obeys."""
     torch.manual_seed(0)
     try:
-        distiller = Distiller(student, {name: OBJECTIVES[name](**options)}, {name: 1.0}, teacher, pairing)
+        distiller = Distiller(
+            student, {name: OBJECTIVES[name](**options)}, {name: 1.0}, {"teacher": teacher}, {"teacher": pairing}
+        )
     except ValueError as error:
         return str(error)
     inputs = {"pixel_values": pixels(pairing.student.image[0])}

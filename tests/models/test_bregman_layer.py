@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hf_kdtl.functional.bregman import fit
 from hf_kdtl.functional.links import leaky_relu
-from hf_kdtl.models import capture
+from hf_kdtl.models import Teacher, capture
 from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF, check_of, needs_of, outputs_of, width_of
 from hf_kdtl.models.fingerprint import fingerprint
@@ -209,7 +209,9 @@ def test_saved_and_loaded_it_is_the_same(of):
 def test_the_slope_of_leaky_relu_is_kept():
     y = leaky_relu(0.3).f(torch.randn(20, 3, dtype=torch.float64))
     facts = {"width": 3, "dataset": "x", "images": 20, "version": "0"}
-    BregmanLayer(fit(y, 2, leaky_relu(0.3)), Provenance.of_model(build("vit"), "pooled", None, **facts)).save("layer")
+    BregmanLayer(
+        fit(y, 2, leaky_relu(0.3)), Provenance.of_source(Teacher(build("vit")), "pooled", None, **facts)
+    ).save("layer")
     again = BregmanLayer.load("layer")
     torch.testing.assert_close(again.link.f(torch.tensor([-1.0])), torch.tensor([-0.3]))
 
@@ -262,25 +264,25 @@ def test_broken_folders():
 def test_another_teacher_and_other_classes():
     model, other = build("vit"), build("vit", seed=9)
     layer = layer_of(model=model)
-    layer.check_teacher(model)
-    layer.check_teacher(copy.deepcopy(model))
+    layer.check_teacher(Teacher(model))
+    layer.check_teacher(Teacher(copy.deepcopy(model)))
     a, b = fingerprint(model), fingerprint(other)
     with pytest.raises(
         ValueError, match=f"is of ViTForImageClassification with weights {a}, and the teacher is .*{b}"
     ):
-        layer.check_teacher(other)
+        layer.check_teacher(Teacher(other))
     with pytest.raises(ValueError, match="columns are 3 unnamed classes and the teacher's 5 unnamed classes"):
-        layer.check_teacher(build("vit", num_labels=5))
+        layer.check_teacher(Teacher(build("vit", num_labels=5)))
     model.config.id2label = dict(enumerate(["ant", "bee", "cat"]))
     with pytest.raises(ValueError, match=r"columns are 3 unnamed classes and the teacher's \['ant', 'bee', 'cat'\]"):
-        layer.check_teacher(model)
+        layer.check_teacher(Teacher(model))
     named = layer_of(model=model)
     model.config.id2label = dict(enumerate(["ant", "cat", "bee"]))
     with pytest.raises(
         ValueError, match=r"columns are \['ant', 'bee', 'cat'\] and the teacher's \['ant', 'cat', 'bee"
     ):
-        named.check_teacher(model)
-    layer_of("pooled", model).check_teacher(model)  # no classes there
+        named.check_teacher(Teacher(model))
+    layer_of("pooled", model).check_teacher(Teacher(model))  # no classes there
 
 
 def test_another_width():

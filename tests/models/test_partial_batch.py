@@ -90,7 +90,9 @@ def distiller(student, teacher, entries):
     source = Teacher(teacher)
     source.match(student, None, True)
 
-    return Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source, plan(student, source))
+    return Distiller(
+        student, objectives, dict.fromkeys(objectives, 1.0), {"teacher": source}, {"teacher": plan(student, source)}
+    )
 
 
 FD = {"distance": "squared", "output": "all", "step": 0.05}

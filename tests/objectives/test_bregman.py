@@ -37,12 +37,12 @@ def made(student, teacher, objective, pixels=PIXELS):
     source.match(student, None, objective.compares_classes)
     pairing = plan(student, source, pixel_values=pixels)
     torch.manual_seed(0)
-    objective.prepare(RunContext.of(student, source))
+    objective.prepare(RunContext.of(student, {"teacher": source}))
     objective.build(pairing)
     objective.to(student.dtype)
     mine, its = objective.needs(pairing)
     with torch.no_grad():
-        signals = source(pixels, its, pairing.teacher)
+        signals = source.capture(pixels, its)
 
     def value():
         return objective(capture(student, pixels, mine, pairing.student), signals, {})
@@ -91,7 +91,9 @@ def test_the_head_learns_what_can_be_learned():
     pixels = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(5)).double()
     y = teacher(pixel_values=pixels).logits.softmax(-1)
     facts = {"width": 4, "dataset": "x", "images": 64, "version": "0"}
-    BregmanLayer(fit(y, 3, "softmax"), Provenance.of_model(teacher, "probabilities", None, **facts)).save("layer")
+    BregmanLayer(fit(y, 3, "softmax"), Provenance.of_source(Teacher(teacher), "probabilities", None, **facts)).save(
+        "layer"
+    )
     objective = Bregman(representation="layer")
     value = made(student, teacher, objective, pixels)
     optimizer = torch.optim.LBFGS(objective.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")

@@ -30,7 +30,7 @@ def _distiller(student, teacher, name, options):
     source, objective = Teacher(teacher), OBJECTIVES[name](**options)
     source.match(student, None, False)
     pairing = plan(student, source) if objective.needs_plan else None
-    return Distiller(student, {name: objective}, {name: 1.0}, source, pairing)
+    return Distiller(student, {name: objective}, {name: 1.0}, {"teacher": source}, {"teacher": pairing})
 
 
 def _values(student, teacher, name, options, x, labels=None, draws=None):
@@ -499,7 +499,7 @@ def test_the_teachers_classes_are_matched_before_they_are_differentiated():
         source = Teacher(model)
         source.match(student, None, True)
         objectives = {n: OBJECTIVES[n](distance="squared") for n in ("jacobian", "hessian")}
-        distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source)
+        distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), {"teacher": source})
         found.append(distiller.terms({"pixel_values": _pixels()}, Draws(3, 5, tuple(range(4))))[1])
     for n in found[0]:
         torch.testing.assert_close(found[1][n], found[0][n], **EXACT)
@@ -542,7 +542,7 @@ def test_objectives_in_one_step_give_what_each_gives_alone():
     objectives = {name: OBJECTIVES[name](**options) for name, options in entries.items()}
     source = Teacher(teacher)
     source.match(student, None, False)
-    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source)
+    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), {"teacher": source})
     labels, draws = torch.tensor([0, 3, -100, 1]), Draws(3, 5, tuple(range(4)))
     together = distiller.terms({"pixel_values": _pixels(), "labels": labels}, draws)[1]
     for name, options in entries.items():
@@ -566,7 +566,7 @@ def _calls(student, teacher, entries):
     objectives = {name: OBJECTIVES[name](**options) for name, options in entries.items()}
     source = Teacher(teacher)
     source.match(student, None, False)
-    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source)
+    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), {"teacher": source})
     labels = torch.tensor([0, 3, 2, 1])
     distiller.terms({"pixel_values": _pixels(), "labels": labels}, Draws(3, 5, tuple(range(4))))
     return tuple(counts)

@@ -43,14 +43,12 @@ def _distiller(name, options, student, teacher):
     if objective.source == "teacher":
         source.match(student, None, objective.compares_classes)
     pairing = plan(student, source) if objective.needs_plan else None
-    sides = {"teacher": source, "plan": pairing}
-    if objective.source == "start":
-        sides = {"start": source, "start_plan": pairing}
-    distiller = Distiller(student, {name: objective}, {name: 1.0}, **sides).to(dtype)
+    sides = {objective.source: source}, {objective.source: pairing}
+    distiller = Distiller(student, {name: objective}, {name: 1.0}, *sides).to(dtype)
     if objective.sample:
         generator = torch.Generator().manual_seed(4)
         pixels = torch.randn(16, 3, SIZE, SIZE, generator=generator).to(dtype)
-        distiller.measure({"pixel_values": pixels, "labels": torch.arange(16) % CLASSES})
+        distiller.observe([{"pixel_values": pixels, "labels": torch.arange(16) % CLASSES}])
     return distiller
 
 
@@ -139,9 +137,9 @@ def test_no_gradient_reaches_the_teacher(name, options):
     distiller = _distiller(name, options, student, teacher)
     inputs = _inputs()
     objective = distiller.objective(name)
-    given, source = distiller.plans[objective.source], distiller.start or distiller.teacher
+    given, source = distiller.plans.get(objective.source), distiller.sources[objective.source]
     source.model.requires_grad_(True)  # even where someone forgot to freeze it
-    signals = source(inputs["pixel_values"], distiller.teacher_needs | distiller.start_needs, given and given.teacher)
+    signals = source.capture(inputs["pixel_values"], distiller.source_needs[objective.source])
     assert signals.logits.requires_grad
     if distiller.start is not None:
         signals.weights = distiller.start.weights(student)

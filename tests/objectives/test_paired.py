@@ -68,7 +68,13 @@ def _distiller(student, teacher, name, options):
     source = Teacher(teacher)
     source.match(student, None, False)
     torch.manual_seed(0)
-    return Distiller(student, {name: OBJECTIVES[name](**options)}, {name: 1.0}, source, plan(student, source))
+    return Distiller(
+        student,
+        {name: OBJECTIVES[name](**options)},
+        {name: 1.0},
+        {"teacher": source},
+        {"teacher": plan(student, source)},
+    )
 
 
 def _obeys(student, teacher, name, options):
@@ -102,8 +108,8 @@ def test_every_objective_obeys_on_every_pair(case):
 def test_every_row_sums_to_one_after_alignment(case):
     student, teacher = _pair(*ATTENTION[case])
     distiller = _distiller(student, teacher, "attention_map", {})
-    captured = distiller.teacher(INPUTS["pixel_values"], distiller.teacher_needs, distiller.plan.teacher)
-    for pair in distiller.plan.pairs:
+    captured = distiller.teacher.capture(INPUTS["pixel_values"], distiller.source_needs["teacher"])
+    for pair in distiller.plans["teacher"].pairs:
         a = captured.attention[pair.teacher_layer]
         rows = attention_rows(a.query, a.key, a.scale, a.bias, "all")
         keep = class_columns(pair)[1]
@@ -145,7 +151,7 @@ def test_a_student_with_a_distillation_token_can_use_both_heads():
         "task": OBJECTIVES["task"](head="class"),
         "logit_kd": OBJECTIVES["logit_kd"](head="distillation", hard=True),
     }
-    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), source)
+    distiller = Distiller(student, objectives, dict.fromkeys(objectives, 1.0), {"teacher": source})
     values = distiller.terms(INPUTS, DRAWS)[1]
     out = student(pixel_values=INPUTS["pixel_values"])
     log_class, log_token = (x.log_softmax(-1) for x in (out.cls_logits, out.distillation_logits))

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from hf_kdtl.functional.divergences import cross_entropy
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models import Needs, Teacher, capture, plan
+from hf_kdtl.models import Teacher, capture, plan
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives.lwf import LwF
 from hf_kdtl.objectives.regularizers import BSS, L2SP, PROBE_C, Delta, linear_probe
@@ -37,8 +37,9 @@ def _distiller(objective, student, start=None, teacher=None):
     source, held = teacher and Teacher(teacher), start and StartingPoint(start)
     if source:
         source.match(student, None, objective.compares_classes)
-    plans = {"plan": source and plan(student, source), "start_plan": held and plan(student, held)}
-    made = Distiller(student, {"it": objective}, {"it": 1.0}, source, start=held, **plans)
+    sources = {"teacher": source, "start": held}
+    plans = {name: one and plan(student, one) for name, one in sources.items()}
+    made = Distiller(student, {"it": objective}, {"it": 1.0}, sources, plans)
     return made.to(next(student.parameters()).dtype)
 
 
@@ -144,14 +145,14 @@ def test_l2_sp_from_zero_is_weight_decay():
 
 def _shown(start, objective, inputs):
     """What a Distiller shows an objective of its sample."""
-    needs = objective.needs(None)[1] | Needs(pooled=True, input_gradient=True)
+    needs = objective.sample_needs(None)
     return capture(start, inputs["pixel_values"], needs)
 
 
 def _measured(options, student, start, inputs):
     objective = Delta(**options)
     distiller = _distiller(objective, student, start)
-    objective.observe(_shown(start, objective, inputs), inputs["labels"])
+    objective.observe([(_shown(start, objective, inputs), inputs["labels"])])
     return distiller, objective
 
 
@@ -165,7 +166,7 @@ def test_delta_agrees_with_the_reference(options):
     expected = slow.delta(student, start, **few, importance=importance, **options)
     _agree(distiller, _value(distiller, few), expected)
     same = _distiller(objective := Delta(**options), copy.deepcopy(start), start)
-    objective.observe(_shown(start, objective, inputs), inputs["labels"])
+    objective.observe([(_shown(start, objective, inputs), inputs["labels"])])
     assert (_value(same, few) == 0).all()
 
 
@@ -228,7 +229,7 @@ def test_delta_refuses_a_sample_that_teaches_nothing(change, sentence):
     start, inputs, objective = _model(), _inputs(8), Delta()
     _distiller(objective, _model(1), start)
     with pytest.raises(ValueError, match=sentence):
-        objective.observe(_shown(start, objective, inputs), change(inputs["labels"]))
+        objective.observe([(_shown(start, objective, inputs), change(inputs["labels"]))])
 
 
 def test_delta_works_on_maps_and_refuses_another_architecture():

@@ -224,8 +224,8 @@ def test_captures_of_the_training_step_serve_as_well():
         own, given = (rates(options, student, teacher) for _ in range(2))
         own.measure(student, teacher, [x])
         wanted = given.needs
-        captures = (capture(student, x, wanted[0] | Needs(logits=True)), teacher(x, wanted[1]))
-        given.add(student, teacher, x, captures=captures)
+        captures = (capture(student, x, wanted[0] | Needs(logits=True)), teacher.capture(x, wanted[1]))
+        given.observe(*captures)
         given.finish(0)
         assert discrepancies(given) == pytest.approx(discrepancies(own), rel=1e-5)
     assert rates({"source": "jacobian"}, student, teacher).needs == (Needs(), Needs())

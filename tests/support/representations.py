@@ -13,6 +13,7 @@ import torch
 
 from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import conjugate, find
+from hf_kdtl.models import Teacher
 from hf_kdtl.models.bregman.layer import BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import LINKS_OF, OF_BLOCK, width_of
 from hf_kdtl.models.fingerprint import fingerprint
@@ -44,4 +45,4 @@ def made_up(teacher, of, k=2, link=None, layer=None):
     mean = mean - mean.mean() if link.coupled else mean
     fit = Representation(link, mean, conjugate(link, mean, directions), torch.ones(k, dtype=torch.float64), 0.2, 1.0)
     facts = {"width": width, "dataset": "none", "images": 0, "version": "0"}
-    return BregmanLayer(fit, Provenance.of_model(teacher, of, layer, **facts))
+    return BregmanLayer(fit, Provenance.of_source(Teacher(teacher), of, layer, **facts))

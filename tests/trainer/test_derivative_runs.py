@@ -34,7 +34,9 @@ def terms(student, teacher, name, context=None, **options):
     source.match(student, None, True)
     objective = OBJECTIVES[name](**options)
     pairing = plan(student, source) if objective.needs_plan else None
-    made = Distiller(student, {name: objective}, {name: 1.0}, source, pairing, context=context)
+    made = Distiller(
+        student, {name: objective}, {name: 1.0}, {"teacher": source}, {"teacher": pairing}, context=context
+    )
     return made.terms(inputs(), DRAWS)[1][name]
 
 
@@ -75,7 +77,7 @@ def test_split_equals_double_backward_as_student_and_as_teacher(arch, name):
             double = {k: v.double() if v.is_floating_point() else v for k, v in inputs().items()}
             source = Teacher(teacher)
             source.match(student, None, True)
-            made = Distiller(student, {"a": OBJECTIVES[name](estimator=estimator)}, {"a": 1.0}, source,
+            made = Distiller(student, {"a": OBJECTIVES[name](estimator=estimator)}, {"a": 1.0}, {"teacher": source},
                              plan(student, source))  # fmt: skip
             value = made.terms(double, DRAWS)[1]["a"]
             found.append((value, gradients(student, value)))
@@ -304,7 +306,7 @@ def test_a_frozen_student_has_no_gradient_path(tmp_path):
 
 def test_integer_pixels_have_no_derivative():
     student, teacher = pair()
-    made = Distiller(student, {"j": OBJECTIVES["jacobian"]()}, {"j": 1.0}, Teacher(teacher))
+    made = Distiller(student, {"j": OBJECTIVES["jacobian"]()}, {"j": 1.0}, {"teacher": Teacher(teacher)})
     with pytest.raises(ValueError, match=r"torch.uint8; derivatives need floating-point pixels. Normalise them"):
         made.terms({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, Draws(0, 0, (0, 1)))
 
@@ -312,7 +314,7 @@ def test_integer_pixels_have_no_derivative():
 @pytest.mark.parametrize("name", ["jacobian", "jacobian_norm", "hessian", "noisy_kd"])
 def test_one_class_is_not_a_class_output(name):
     student, teacher = (build("vit", num_labels=1, seed=s) for s in (0, 5))
-    made = Distiller(student, {name: OBJECTIVES[name]()}, {name: 1.0}, Teacher(teacher))
+    made = Distiller(student, {name: OBJECTIVES[name]()}, {name: 1.0}, {"teacher": Teacher(teacher)})
     with pytest.raises(ValueError, match=f"objective '{name}': the models have one class"):
         made.terms({"pixel_values": inputs()["pixel_values"], "labels": torch.zeros(4, dtype=torch.long)}, DRAWS)
 

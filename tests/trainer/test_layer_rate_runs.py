@@ -170,14 +170,9 @@ def test_loss_weight_weighs_the_pairs_and_leaves_the_rates(tmp_path):
         alone = []
         for layer in (0, 1):
             one = OBJECTIVES["attention_transfer"](layers=[[layer, layer]])
-            one.build(runner.distiller.plan)
-            captures = [
-                model(inputs["pixel_values"], one.needs(None)[0], geometry)
-                for model, geometry in (
-                    (Teacher(runner.model), runner.distiller.plan.student),
-                    (runner.teacher, runner.distiller.plan.teacher),
-                )
-            ]
+            one.build(runner.distiller.plans["teacher"])
+            models = (Teacher(runner.model), runner.teacher)
+            captures = [model.capture(inputs["pixel_values"], one.needs(None)[0]) for model in models]
             alone.append(one(*captures, {})[:, 0])
     expected = (weighing[0] * alone[0] + weighing[1] * alone[1]) / 2
     torch.testing.assert_close(found, expected)

@@ -52,8 +52,8 @@ def value_and_gradient(name, student, teacher):
     options = complete(name, {}, build("vit", **DROPOUT))
     torch.manual_seed(0)  # projectors
     made = Distiller(
-        student.train(), {name: OBJECTIVES[name](**options)}, {name: 1.0}, teacher,
-        plan(student, teacher), context=RunContext.of(student, teacher),
+        student.train(), {name: OBJECTIVES[name](**options)}, {name: 1.0}, {"teacher": teacher},
+        {"teacher": plan(student, teacher)}, context=RunContext.of(student, {"teacher": teacher}),
     )  # fmt: skip
     torch.manual_seed(1)  # dropout
     terms = made.terms(batch(), Draws(0, 0, (0, 1, 2, 3)))[1]
@@ -147,7 +147,7 @@ def test_modes_and_frozen_adapters_are_put_back():
     teacher.match(student, None, False)
     modes = [m.training for m in student.modules()]
     trained = [p.requires_grad for p in student.parameters()]
-    teacher(batch()["pixel_values"], Needs(logits=True))
+    teacher.capture(batch()["pixel_values"], Needs(logits=True))
     assert [m.training for m in student.modules()] == modes and not all(modes)
     assert [p.requires_grad for p in student.parameters()] == trained and not frozen[0].requires_grad
 
@@ -158,9 +158,9 @@ def test_further_passes_of_the_teacher_have_the_adapters_off_too():
     teacher.match(student, None, False)
     x = batch()["pixel_values"]
     needs = Needs(logits=True, input_gradient=True)
-    mine, its = (t(x, needs).directional(torch.ones_like(x)) for t in (teacher, Teacher(copy.deepcopy(base))))
+    mine, its = (t.capture(x, needs).directional(torch.ones_like(x)) for t in (teacher, Teacher(copy.deepcopy(base))))
     assert torch.allclose(mine, its, atol=1e-6)
-    start = StartingPoint(student)(x, needs).directional(torch.ones_like(x))
+    start = StartingPoint(student).capture(x, needs).directional(torch.ones_like(x))
     assert torch.allclose(start, its, atol=1e-6)
 
 
@@ -267,7 +267,7 @@ def test_batch_norm_is_kept_with_the_adapters_and_off_with_them(tmp_path):
     pixels, settings = Images(4).pixels, {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = run(tmp_path, student, "self", **settings)
     with torch.no_grad():
-        now = whole.teacher(pixels, Needs(logits=True)).logits
+        now = whole.teacher.capture(pixels, Needs(logits=True)).logits
         assert torch.equal(now, base.eval()(pixel_values=pixels).logits), "the teacher has not moved"
     resumed = DistillationTrainer(
         resnet(),

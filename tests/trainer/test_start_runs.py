@@ -155,7 +155,7 @@ def test_adapters_train_towards_the_model_without_them(tmp_path, objectives):
         expected = plain.eval()(pixel_values=Images(4).pixels).logits
     runner.model.train()
     with torch.no_grad():
-        assert torch.equal(runner.distiller.start(Images(4).pixels, Needs(logits=True)).logits, expected)
+        assert torch.equal(runner.distiller.start.capture(Images(4).pixels, Needs(logits=True)).logits, expected)
     assert runner.model.training
 
 

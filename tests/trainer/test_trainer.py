@@ -278,7 +278,7 @@ def test_paired_objectives_take_any_data_that_trainer_takes(tmp_path):
         entries = [{"name": "task"}, {"name": "hidden_states"}]
         runner = trainer(tmp_path, build("vit"), build("vit", seed=5), data, entries, max_steps=1)
         runner.train()
-        assert len(runner.distiller.plan.pairs) == 2
+        assert len(runner.distiller.plans["teacher"].pairs) == 2
 
 
 def test_a_log_starts_anew_with_each_training(tmp_path):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
 from transformers import set_seed
 
 from hf_kdtl import DistillationConfig, make_student
@@ -93,7 +92,7 @@ def _same_classes(student: Any, teacher: Teacher) -> bool:
     if teacher.new_head:
         return False
     try:
-        match_labels(student.config, teacher.model.config)
+        match_labels(student.config, teacher.provenance())
     except ValueError:
         return False
     return True
@@ -161,11 +160,11 @@ class Experiment:
         if self.source == "self":
             assert self.options.student is not None
             self.teacher = Teacher.from_pretrained(self.options.student)
-            self.scored = _same_classes(self.teacher.model, self.teacher)
+            self.scored = _same_classes(self.teacher.classifier(), self.teacher)
 
     def _reopen_sharded(self) -> None:
         """Read the teacher again where a run has left it sharded (FSDP2)."""
-        if self.teacher is not None and isinstance(self.teacher.model, FSDPModule):
+        if self.teacher is not None and self.teacher.facts().sharded:
             assert self.options.teacher is not None
             self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
 

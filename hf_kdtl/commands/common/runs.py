@@ -74,7 +74,7 @@ def run_settings(
     built = settings.build_objectives().values()
     if all(objective.role == "task" for objective in built):
         settings.gradient_rule = None  # nothing to protect the task from
-    if all(objective.source == "teacher" for objective in built):
+    if all(objective.source != "start" for objective in built):
         settings.start = None
     return settings
 

@@ -29,7 +29,7 @@ def evaluate(study: Any) -> None:
     if study.scored:
         teacher_data = _teacher_pixels(study)
         taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
-        measured = {"teacher": (study.teacher.model, teacher_data["test"])} | measured
+        measured = {"teacher": (study.teacher.classifier(), teacher_data["test"])} | measured
     by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
     cost = runs.measure(measured, study.config)
     if study.scored:
@@ -77,8 +77,8 @@ def _teacher_pixels(study: Any) -> dict[str, Any]:
 
 
 def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = runs.predict(study.teacher.model, dataset, study.config)
-    order, _ = match_labels(student.config, study.teacher.model.config)
+    logits, labels = runs.predict(study.teacher.classifier(), dataset, study.config)
+    order, _ = match_labels(student.config, study.teacher.provenance())
     return (logits if order is None else logits[:, order]), labels
 
 
@@ -100,9 +100,9 @@ def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
     pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
     teacher, images = study.teacher, unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
-    shown = teacher.pixels(pixels.to(teacher.model.device)) if teacher else None
+    shown = teacher.pixels(pixels.to(teacher.classifier().device)) if teacher else None
     try:
-        seen = {"teacher": attention_map(teacher.model, shown)} if shown is not None else {}
+        seen = {"teacher": attention_map(teacher.classifier(), shown)} if shown is not None else {}
         seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
         about = "Where the last block looks"
         captions["attention"] = saliency_figure(study.folder / ATTENTION_SHEET, images, seen, about)
@@ -110,9 +110,13 @@ def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
         runs.say(study.config, f"no attention sheet: {error}")
     moved = {}
     if study.scored:  # in its own order of classes
-        order, _ = match_labels(student.config, teacher.model.config)
+        order, _ = match_labels(student.config, teacher.provenance())
         its = labels if order is None else torch.tensor(order)[labels]
-        moved = {"teacher": input_saliency(teacher.model, pixels.to(teacher.model.device), its, teacher.pixels)}
+        moved = {
+            "teacher": input_saliency(
+                teacher.classifier(), pixels.to(teacher.classifier().device), its, teacher.pixels
+            )
+        }
     moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
     about = "Which pixels move the log-probability of the image's class"
     return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}

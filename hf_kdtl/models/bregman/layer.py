@@ -16,9 +16,8 @@ from hf_kdtl.functional.bregman import Representation
 from hf_kdtl.functional.links import LINKS, Link, find, leaky_relu
 from hf_kdtl.functional.resample import matmul, precise
 from hf_kdtl.models.bregman.outputs import width_of
-from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.geometry import ModelGeometry
-from hf_kdtl.models.labels import class_names
+from hf_kdtl.models.teachers.source import SignalSource, SourceInfo
 
 TENSORS, JSON = "representation.safetensors", "representation.json"
 SAVED = ("mean", "directions", "spectrum")
@@ -48,10 +47,11 @@ class Provenance:
     version: str
 
     @classmethod
-    def of_model(cls, model: nn.Module, of: str, layer: int | None, **facts: Any) -> Provenance:
-        """Of a representation of this model; `facts` are width, dataset, images and version."""
-        classes = class_names(_config(model)) if of == "probabilities" else None
-        return cls(of, layer, teacher=_name(model), fingerprint=fingerprint(model), classes=classes, **facts)
+    def of_source(cls, source: SignalSource, of: str, layer: int | None, **facts: Any) -> Provenance:
+        """Of a representation of this teacher; `facts` are width, dataset, images and version."""
+        teacher = source.provenance()
+        classes = teacher.class_names if of == "probabilities" else None
+        return cls(of, layer, teacher=_name(teacher), fingerprint=source.fingerprint, classes=classes, **facts)
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" of block {self.layer}"
@@ -175,26 +175,26 @@ class BregmanLayer(nn.Module):
         fit = Representation(link, mean, directions, spectrum, about["divergence"], about["baseline"])
         return cls(fit, provenance)
 
-    def check_teacher(self, model: nn.Module) -> None:
+    def check_teacher(self, teacher: SignalSource) -> None:
         """Refuse the representation of another teacher, or of its classes in another order.
 
-        Cost: `fingerprint`.
+        Cost: the teacher's `fingerprint`.
 
         Raises:
             ValueError: naming both sides.
         """
-        was, config = self.provenance, _config(model)
+        was, info = self.provenance, teacher.provenance()
         again = "Fit one of this teacher: hf-kdtl fit-representation."
-        names = class_names(config)
-        if was.of == "probabilities" and (was.classes != names or config.num_labels != was.width):
+        names = info.class_names
+        if was.of == "probabilities" and (was.classes != names or info.num_labels != was.width):
             raise ValueError(
                 f"the representation's columns are {was.classes or f'{was.width} unnamed classes'} and the teacher's "
-                f"{names or f'{config.num_labels} unnamed classes'}. {again}"
+                f"{names or f'{info.num_labels} unnamed classes'}. {again}"
             )
-        if (found := fingerprint(model)) != was.fingerprint:
+        if (found := teacher.fingerprint) != was.fingerprint:
             raise ValueError(
                 f"the representation is of {was.teacher} with weights {was.fingerprint}, and the teacher is "
-                f"{_name(model)} with weights {found}. {again} (The same model in another dtype is another one.)"
+                f"{_name(info)} with weights {found}. {again} (The same model in another dtype is another one.)"
             )
 
     def check_width(self, geometry: ModelGeometry) -> None:
@@ -212,15 +212,11 @@ class BregmanLayer(nn.Module):
             )
 
 
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _name(model: nn.Module) -> str:
+def _name(teacher: SourceInfo) -> str:
     """The class of a model and what it was loaded from; of a folder its last name, which tells of no machine."""
-    source = str(getattr(_config(model), "name_or_path", "") or "")
+    source = teacher.name_or_path
     local = source.startswith(("/", ".", "~")) or Path(source).exists()
-    return f"{type(model).__name__} {Path(source).name if local else source}".strip()
+    return f"{teacher.architecture} {Path(source).name if local else source}".strip()
 
 
 def _slope(link: Link) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
+from hf_kdtl.models.forward.block_calls import BlockCall, block_calls
 from hf_kdtl.models.forward.classifier import pooled_features
 from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
@@ -29,6 +30,7 @@ class Needs:
         pooled: what the classifier reads.
         hidden_states: blocks whose output is needed, counted from 0.
         attention: blocks whose query, key and value are needed.
+        block_calls: blocks that are called again, with the inputs that this forward gave them.
         input_gradient: the gradient of outputs by the pixels is taken.
         order: the highest derivative taken of this forward, by pixels and parameters together. From 2, attention runs
             its math kernel (so does a pass in forward mode, which must see the same dropout masks); from 3, layer
@@ -44,6 +46,7 @@ class Needs:
     pooled: bool = False
     hidden_states: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    block_calls: frozenset[int] = frozenset()
     input_gradient: bool = False
     order: int = 0
     directions: frozenset[Direction] = frozenset()
@@ -61,6 +64,11 @@ class Needs:
     def derivative(self) -> bool:
         """Whether the pixels are differentiated or shifted."""
         return self.input_gradient or bool(self.directions)
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether anything is read off single blocks, which must then be known."""
+        return bool(self.hidden_states or self.attention or self.block_calls)
 
     def plain(self) -> Needs:
         """What one ordinary forward serves."""
@@ -89,7 +97,8 @@ class Capture:
     """What one forward gave. Only what was asked for is there.
 
     Args:
-        logits: (B, K) class outputs, as the model gave them. A teacher's columns are in the student's class order.
+        logits: (B, K) class outputs, as the model gave them; a teacher's columns are in the student's class order.
+            None of a source without a classifier: objectives that read it are refused before training.
         pixel_values: (B, C, h, w) the pixels this model saw.
         outputs: the model's own output object.
         pooled: (B, D) what the classifier reads, if needed.
@@ -101,9 +110,10 @@ class Capture:
             is this one, or where no image was chosen.
         differentiated_rows: (b,) the images of this batch that are differentiated; None means all.
         weights: the student's trainable tensors and what they were at the start; of a start model alone.
+        block_calls: {layer: the block and what this forward called it with}.
     """
 
-    logits: Tensor
+    logits: Any = None
     pixel_values: Tensor | None = None
     outputs: Any = None
     pooled: Tensor | None = None
@@ -114,6 +124,7 @@ class Capture:
     differentiated: Capture | None = None
     differentiated_rows: Tensor | None = None
     weights: list[WeightPair] = field(default_factory=list)
+    block_calls: dict[int, BlockCall] = field(default_factory=dict, repr=False)
     _rerun: Callable[..., Capture] | None = field(default=None, repr=False)
     _context: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
     _shifted: dict[tuple[Direction, Draws, bool], Tensor] = field(default_factory=dict, repr=False)
@@ -234,7 +245,7 @@ def capture(
 def _forward(
     model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None, inputs: dict[str, Any]
 ) -> Capture:
-    layers = needs.attention | needs.hidden_states
+    layers = needs.attention | needs.hidden_states | needs.block_calls
     if layers and geometry is None:
         geometry = describe(model, pixel_values)
     if geometry is not None and layers and not layers <= set(range(len(geometry.layers))):
@@ -248,6 +259,7 @@ def _forward(
         # First: it may need a forward of its own.
         pooled = stack.enter_context(pooled_features(model, pixel_values)) if needs.pooled else []
         recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
+        calls = stack.enter_context(block_calls(model, needs.block_calls))
         if by_weights:
             stack.enter_context(attention_setting(model, "eager"))
             inputs = {**inputs, "output_attentions": True}
@@ -258,9 +270,10 @@ def _forward(
         attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.attention}
     _check_complete(model, needs, attention, recorder.hidden_states, pooled)
     first = pooled[0] if pooled else None
+    hidden_states = recorder.hidden_states
     if geometry is not None:
-        geometry = at_size(geometry, pixel_values, recorder.hidden_states, attention)
-    return Capture(outputs.logits, pixel_values, outputs, first, recorder.hidden_states, attention, geometry)
+        geometry = at_size(geometry, pixel_values, hidden_states, attention)
+    return Capture(outputs.logits, pixel_values, outputs, first, hidden_states, attention, geometry, block_calls=calls)
 
 
 def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, pooled: list) -> None:

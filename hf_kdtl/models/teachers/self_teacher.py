@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.models.adapters import adapted, adapters_off
+from hf_kdtl.models.adapters import adapted, adapters_off, plain_state
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.forward.geometry import ModelGeometry
+from hf_kdtl.models.teachers.source import Batch, SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
 
 
 class SelfTeacher(Teacher):
     """The student itself with its adapters off, in eval mode: no second set of weights in memory.
 
-    Which student is said by `match`. Its own head answers, as it was before the adapters: a `modules_to_save` head
+    `match` says which student. Its own head answers, as it was before the adapters: a `modules_to_save` head
     is off too.
     """
 
     def __init__(self) -> None:
-        self.model: Any = None
-        self.processing_class: Any = None
-        self.notes = []
-        self._pixels, self._order, self._looked = None, None, False
+        self._hold(None)
+        self._checked = False
 
     def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
         """Take the student whose adapters are turned off.
@@ -37,7 +36,10 @@ class SelfTeacher(Teacher):
                 f"teacher='self' is the student with its adapters off, and {type(student).__name__} has none. Give "
                 "it some: peft.get_peft_model(model, LoraConfig(...)); or pass a copy: teacher=copy.deepcopy(model)."
             )
-        self.model = student
+        if student is not self.model:
+            self._hold(student)
+            self._checked = False
+        self._geometry = {}
         self.notes = ["the teacher is the student with its adapters off; no second copy is held."]
 
     def eval_context(self) -> Any:
@@ -48,18 +50,27 @@ class SelfTeacher(Teacher):
         """It goes where the student goes."""
         return self
 
-    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
+    def capture(self, pixel_values: Tensor, needs: Needs, batch: Batch | None = None) -> Capture:
         """What it gives for pixel_values (B, C, h, w).
 
         Raises:
             ValueError: at the first call, when training would change it.
         """
-        if not self._looked:
-            self._check_still(pixel_values[:1])
-            self._looked = True
-        return super().__call__(pixel_values, needs, geometry)
+        if not self._checked:
+            self._check_frozen(pixel_values[:1])
+            self._checked = True
+        return super().capture(pixel_values, needs, batch)
 
-    def _check_still(self, pixel_values: Tensor) -> None:
+    def modules(self) -> list[nn.Module]:
+        """None: the student's own weights answer."""
+        return []
+
+    def provenance(self) -> SourceInfo:
+        """The student's, without its adapters."""
+        size = sum(value.numel() for value in plain_state(self.model).values())
+        return replace(super().provenance(), parameters=size, trainable=0, adapters=None, is_student=True)
+
+    def _check_frozen(self, pixel_values: Tensor) -> None:
         """Refuse trainable weights that answer with the adapters off: the teacher would move with the student."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with torch.enable_grad(), self.eval_context():

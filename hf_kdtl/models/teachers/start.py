@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_kdtl.models.adapters import adapted, adapters_off
-from hf_kdtl.models.fingerprint import fingerprint
-from hf_kdtl.models.forward.capture import WeightPair
+from hf_kdtl.models.forward.capture import Needs, WeightPair
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -29,15 +28,16 @@ class StartingPoint(Teacher):
     adapters off, and nothing is copied.
     """
 
-    def __init__(self, student: nn.Module):
-        """As the student is now."""
+    def __init__(self, student: nn.Module, saved: Teacher | None = None):
+        """The student as it is now; or a model of its architecture, in place of it."""
         self.kept: Path | None = None
-        self.adapted = adapted(student)
-        if self.adapted:  # not Teacher's own, which freezes the model
-            self.model, self.processing_class, self.notes = student, None, []
-            self._pixels, self._order = None, None
-        else:
+        self.adapted = saved is None and adapted(student)
+        if self.adapted:
+            self._hold(student)
+        elif saved is None:
             super().__init__(copy.deepcopy(student))
+        else:
+            super().__init__(saved.model, saved.processing_class)
 
     @classmethod
     def from_path(cls, path: str | Path, student: Any, processing_class: Any) -> StartingPoint:
@@ -57,9 +57,8 @@ class StartingPoint(Teacher):
             saved = Teacher.from_pretrained(path, dtype=next(student.parameters()).dtype, attn_implementation=kernel)
         except (OSError, ValueError) as error:
             raise type(error)(str(error).replace("the teacher", "the start")) from error
-        start = cls.__new__(cls)
-        Teacher.__init__(start, saved.model, saved.processing_class)
-        start.adapted, start.kept, start.new_head = False, None, saved.new_head
+        start = cls(student, saved)
+        start.new_head = saved.new_head
         if start.processing_class is not None:
             if processing_class is None:
                 raise ValueError(
@@ -105,10 +104,14 @@ class StartingPoint(Teacher):
         super().to(device)
         return self
 
-    @cached_property
+    def unserved(self, needs: Needs) -> str:
+        """It also holds the student's weights."""
+        return super().unserved(replace(needs, weights=False)).replace("the teacher", "the start")
+
+    @property
     def fingerprint(self) -> str:
         """A hash of its weights; empty for a student with adapters, which keeps them itself."""
-        return "" if self.adapted else fingerprint(self.model)
+        return "" if self.adapted else super().fingerprint
 
     def weights(self, student: nn.Module) -> list[WeightPair]:
         """The student's trainable tensors, and what they were."""

@@ -1,4 +1,4 @@
-"""Where the teacher's signals come from."""
+"""A live, frozen image classifier as the source of teacher signals."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_kdtl.models.blocks import vision_config
+from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
-from hf_kdtl.models.forward.geometry import ModelGeometry
+from hf_kdtl.models.forward.geometry import ModelGeometry, describe
+from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.labels import class_names, match_labels
+from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import missing_head, open_classifier, open_processor
+from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
+from hf_kdtl.utils.text import one_line
 
 logger = logging.get_logger(__name__)
 
 
-class Teacher:
+class Teacher(SignalSource):
     """A frozen image classifier, and the pixels and classes it understands.
 
     Not a module of the student's container: its weights are in no optimizer, no checkpoint and no gradient. It stays
-    in eval mode and keeps its own dtype. It is put in the student's terms by `match`: it sees the student's pixels
-    re-normalised and resized to its own image processor's mean, std and size, and answers in the student's class
-    order.
+    in eval mode and keeps its own dtype. `match` adapts it to the student's pixel format and class order: it sees the
+    student's pixels re-normalised and resized to its own image processor's mean, std and size.
 
     Args:
         model: the classifier. It is set to eval mode and its parameters to requires_grad=False.
@@ -42,11 +47,17 @@ class Teacher:
             raise TypeError(
                 f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
             )
-        self.model = model.eval().requires_grad_(False)
+        self._hold(model.eval().requires_grad_(False), processing_class)
+
+    def _hold(self, model: Any, processing_class: Any = None) -> None:
+        """Take a model as it is; subclasses whose model trains elsewhere do not freeze it."""
+        self.model: Any = model
         self.processing_class = processing_class
-        self.notes: list[str] = []
+        self.notes = []
         self._pixels: PixelAdapter | None = None
-        self._order: list[int] | None = None
+        self.order = None
+        self._geometry: dict[tuple[int, ...], ModelGeometry] = {}
+        self._fingerprint = ""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
@@ -80,12 +91,12 @@ class Teacher:
                 "teacher and student share parameters, so freezing the teacher froze the student. Pass a copy: "
                 "copy.deepcopy(model); or for a student with adapters teacher='self', which is it without them."
             )
-        self.notes = []
-        self._order = None
+        self.notes, self.order = [], None
+        self._geometry = {}
         if compare_classes:
             self._check_is_classifier()
             self._check_head()
-            self._order, note = match_labels(student.config, self.model.config)
+            self.order, note = match_labels(student.config, self.model.config)
             self.notes.append(note)
         self._pixels = self._match_pixels(processing_class)
 
@@ -154,39 +165,92 @@ class Teacher:
         dtype = next(self.model.parameters()).dtype
         return pixel_values.to(dtype) if dtype.is_floating_point else pixel_values
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """The names of its classes, in its own order; None where it has none."""
-        return class_names(self.model.config)
+    def geometry(self, pixel_values: Tensor) -> ModelGeometry:
+        """What the model gives for images of this size, read once; its classifier in the student's class order."""
+        size = tuple(pixel_values.shape[1:])
+        if size not in self._geometry:
+            with self.eval_context():
+                found = describe(self.model, self.pixels(pixel_values))
+            self._geometry[size] = self._reorder_classifier(found)
+        return self._geometry[size]
 
-    @property
-    def order(self) -> list[int] | None:
-        """The teacher's class for each of the student's, by index; None where they are the same, or not compared."""
-        return self._order
-
-    def reorder_classifier(self, geometry: ModelGeometry) -> ModelGeometry:
-        """What is known of the model, with a classifier that answers in the student's class order."""
-        if self._order is None or geometry.classifier is None:
+    def _reorder_classifier(self, geometry: ModelGeometry) -> ModelGeometry:
+        if self.order is None or geometry.classifier is None:
             return geometry
         head = copy.deepcopy(geometry.classifier)
         for parameter in head.parameters():
-            parameter.data = parameter.data[self._order]
+            parameter.data = parameter.data[self.order]
         return replace(geometry, classifier=head)
 
-    def __call__(self, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None = None) -> Capture:
-        """What the teacher gives for the student's pixel_values (B, C, h, w); logits in the student's class order.
+    def unserved(self, needs: Needs) -> str:
+        """A live model gives everything, but class outputs of a head that was not in its file."""
+        if needs.logits and self.new_head:
+            return missing_head("the teacher", self.new_head)
+        if needs.weights:
+            return "the teacher does not hold the student's weights at the start; only the start does."
+        return ""
 
-        Raises:
-            ValueError: for class outputs of a head that was not in the model's file.
-        """
+    def capture(self, pixel_values: Tensor, needs: Needs, batch: Batch | None = None) -> Capture:
+        """What the model gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
         if needs.logits:
             self._check_head()
+        rows = (batch or {}).get("differentiated_rows")
+        if rows is None:
+            return self._run(pixel_values, needs)
+        return capture_subset(self._run, self.model, pixel_values, needs, rows)
+
+    def _run(self, pixel_values: Tensor, needs: Needs) -> Capture:
         return capture(
             self.model,
             pixel_values,
             needs,
-            geometry,
+            self.geometry(pixel_values) if needs.reads_blocks else None,
             context=self.eval_context,
             shown=self.pixels,
-            classes=self._order,
+            classes=self.order,
         )
+
+    def facts(self) -> SourceFacts:
+        """Read off the model's modules and weights."""
+        return SourceFacts(nonsmooth_layers(self.model), low_precision(self.model), is_sharded(self.model))
+
+    def modules(self) -> list[nn.Module]:
+        """The model."""
+        return [self.model]
+
+    def classifier(self) -> Any:
+        """The model, in eval mode."""
+        return self.model
+
+    def provenance(self) -> SourceInfo:
+        """Read off the model and its config."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        config = base.config
+        size = getattr(vision_config(config), "image_size", None)
+        return SourceInfo(
+            architecture=type(base).__name__,
+            name_or_path=str(getattr(config, "_name_or_path", "") or ""),
+            revision=getattr(config, "_commit_hash", None),
+            model_type=config.model_type,
+            num_labels=config.num_labels,
+            class_names=class_names(config),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            image_size=[size, size] if isinstance(size, int) else size,
+            adapters=adapter_kinds(self.model),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the weights, which stay as they are: read once, about 1 s a GB."""
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(self.model)
+        return self._fingerprint
+
+
+def adapter_kinds(model: Any) -> dict[str, str] | None:
+    """{adapter: its kind} of a model with adapters; None of another."""
+    found = getattr(model, "peft_config", None)
+    if not found or not hasattr(model, "get_base_model"):
+        return None
+    return {one_line(name): str(getattr(one.peft_type, "value", one.peft_type)) for name, one in found.items()}

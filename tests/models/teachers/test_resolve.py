@@ -91,7 +91,7 @@ def test_a_missing_head_is_an_error_where_class_outputs_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"the teacher has no trained head in its file \(classifier"):
         trainer(tmp_path, build("vit"), teacher)
     with pytest.raises(ValueError, match="class outputs would be random"):
-        teacher(torch.randn(1, 3, 32, 32), Needs(logits=True))
+        teacher.capture(torch.randn(1, 3, 32, 32), Needs(logits=True))
     for cut in (teacher, tmp_path / "t"):
         with pytest.raises(ValueError, match="class outputs would be random"):
             make_student(cut, 1)

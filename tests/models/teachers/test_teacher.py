@@ -43,7 +43,7 @@ def test_pixels_are_renormalised_to_what_its_own_processor_gives(mine, its):
     expected = its([_image()], return_tensors="pt")["pixel_values"]
     assert not torch.allclose(pixels, expected)
     with torch.no_grad():
-        seen = teacher(pixels, LOGITS)
+        seen = teacher.capture(pixels, LOGITS)
     torch.testing.assert_close(seen.pixel_values, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.logits, model(pixel_values=expected).logits, rtol=1e-4, atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_pixels_are_resized_to_its_size_and_that_is_said(caplog):
     teacher = Teacher(model, _processor(64))
     teacher.match(build("vit"), _processor(32), compare_classes=False)
     pixels = torch.randn(2, 3, 32, 32, requires_grad=True)
-    seen = teacher(pixels, LOGITS)
+    seen = teacher.capture(pixels, LOGITS)
     assert seen.pixel_values.shape == (2, 3, 64, 64)
     assert "up-sampled" in caplog.text
     (gradient,) = torch.autograd.grad(seen.logits.sum(), pixels)
@@ -77,7 +77,7 @@ def test_labels_in_another_order_are_reordered_and_said():
     teacher = Teacher(model)
     teacher.match(student, None, compare_classes=True)
     pixels = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(teacher(pixels, LOGITS).logits, model(pixels).logits[:, [1, 2, 0]])
+    torch.testing.assert_close(teacher.capture(pixels, LOGITS).logits, model(pixels).logits[:, [1, 2, 0]])
     assert any("another order" in note for note in teacher.notes)
 
 

@@ -1,0 +1,38 @@
+"""Objectives that pair layers, given the pair of models; and which others would work where one does not."""
+
+from __future__ import annotations
+
+import inspect
+
+from hf_kdtl.models.pairing import PairingPlan
+from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.objectives.base import Objective
+
+
+def build_objective(objective: Objective, plan: PairingPlan | None) -> None:
+    """Give an objective its widths; where this pair of models cannot serve it, say what can.
+
+    Raises:
+        ValueError: with the objectives that work for this pair.
+    """
+    try:
+        objective.build(plan)
+    except ValueError as error:
+        of_start = objective.source == "start"
+        alike = {n: k for n, k in OBJECTIVES.items() if pairs_layers(k) and (k.source == "start") == of_start}
+        serving = [name for name, kind in alike.items() if _serves(kind, plan)]
+        others = ", ".join(serving) or "none that pairs layers"
+        raise ValueError(f"{error} For this pair these work: {others}.") from error
+
+
+def pairs_layers(kind: type[Objective]) -> bool:
+    """Whether an objective has a choice of `layers`; others need a plan for its widths alone."""
+    return "layers" in inspect.signature(kind).parameters
+
+
+def _serves(kind: type[Objective], plan: PairingPlan | None) -> bool:
+    try:
+        kind().build(plan)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,105 @@
+"""Images of training as the student will get them, read before training begins."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from hf_kdtl.data.indexed import INDEX, IndexedDataset
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.teachers.source import SignalSource
+
+
+class TrainingSample:
+    """Batches of some training images, evenly spaced, for data may be sorted; the same images at each iteration.
+
+    The random streams are left as they were, so that training draws what it would have drawn, and the user's
+    augmentation gives the same images again.
+
+    Args:
+        data: the training data, with a length and an index.
+        collate: the user's collator.
+        number: of images: at least two (one is repeated), at most all.
+        batch_size: of the batches.
+        device: where their tensors go.
+    """
+
+    def __init__(self, data: Any, collate: Callable, number: int, batch_size: int, device: torch.device):
+        number = max(2, min(number, len(data)))
+        self.data, self.collate, self.device = data, collate, device
+        self.rows = [i * len(data) // number for i in range(number)]
+        self.batch_size = batch_size
+        self._begin = _random_state()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        state = self._begin
+        for first in range(0, len(self.rows), self.batch_size):
+            rows = self.rows[first : first + self.batch_size]
+            outside = _random_state()
+            _set_random_state(state)
+            try:
+                batch = self.collate([self.data[i] for i in rows])
+                state = _random_state()
+            finally:
+                _set_random_state(outside)
+            yield {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+class CapturedSample:
+    """The first `images` of a sample as a source captures them, batch by batch, each time it is iterated."""
+
+    def __init__(self, source: SignalSource, needs: Needs, sample: Iterable[dict[str, Any]], images: int):
+        self.source, self.needs, self.sample, self.images = source, needs, sample, images
+
+    def __iter__(self) -> Iterator[tuple[Capture, Tensor | None]]:
+        left = self.images
+        for inputs in self.sample:
+            if left <= 0:
+                return
+            known = {name: inputs[name][:left] for name in ("pixel_values", "labels", INDEX) if name in inputs}
+            left -= len(known["pixel_values"])
+            batch: Any = {name: value for name, value in known.items() if name != "pixel_values"}
+            with torch.set_grad_enabled(self.needs.input_gradient):
+                captured = self.source.capture(known["pixel_values"], self.needs, batch)
+                yield captured, known.get("labels")
+
+
+def training_sample(trainer: Any, number: int) -> TrainingSample | None:
+    """Of a trainer's data, with their rows where a source looks its signals up by them; None where the data has no
+    length or no index."""
+    data: Any = trainer.train_dataset
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, IterableDataset):
+        return None
+    data, collate = (
+        without_unused_columns(trainer, data),
+        trainer._get_collator_with_removed_columns(trainer.data_collator),
+    )
+    if trainer.teacher is not None and trainer.teacher.needs_index:
+        data = IndexedDataset(data)
+    # All at once where a batch in training is as large: results do not depend on the split beyond rounding.
+    size = max(2, trainer.args.per_device_train_batch_size)
+    return TrainingSample(data, collate, number, size, trainer.accelerator.device)
+
+
+def without_unused_columns(trainer: Any, data: Any) -> Any:
+    """A datasets.Dataset without the columns that the student does not take, as Trainer removes them; others as is."""
+    import datasets
+
+    is_table = isinstance(data, datasets.Dataset)
+    return trainer._remove_unused_columns(data, description="training") if is_table else data
+
+
+def _random_state() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_state(state: tuple[Any, Any, Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
