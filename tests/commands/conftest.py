@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
 
+from tests.support.figures import coarse_figures  # noqa: F401
 from tests.support.tiny import build
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,11 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 CONFIG = {"model_type": "vit", "image_size": 16, "patch_size": 8} | VIT
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--use_cpu", "true"]
 QUICK += ["--per_device_eval_batch_size", "4", "--disable_tqdm", "true", "--save_steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _figures(coarse_figures):  # noqa: F811
+    """What figures look like is tested in tests/reports."""
 
 
 @pytest.fixture
