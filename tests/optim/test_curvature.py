@@ -7,7 +7,8 @@ from hf_kdtl.functional.derivatives import differentiable
 from hf_kdtl.functional.discrepancy import output_energy, parameter_curvature
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.attention_hooks import run
-from hf_kdtl.optim.discrepancies import _as_function, _block_inputs
+from hf_kdtl.models.forward.block_calls import block_calls
+from hf_kdtl.optim.discrepancies import _as_function
 from tests.support.tiny import build
 
 
@@ -28,7 +29,7 @@ def test_forward_over_forward_equals_double_reverse(name):
     model = build(name).double()
     last = len(find_blocks(model)) - 1
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
-    with _block_inputs(model, [last]) as calls, torch.no_grad():
+    with block_calls(model, frozenset({last})) as calls, torch.no_grad():
         run(model, x)
     parameters = {n: p.detach() for n, p in calls[last].block.named_parameters()}
     inputs, block = _as_function(*calls[last], 2)

@@ -78,7 +78,7 @@ def test_split_equals_double_backward_as_student_and_as_teacher(arch, name):
             source = Teacher(teacher)
             source.match(student, None, True)
             made = Distiller(student, {"a": OBJECTIVES[name](estimator=estimator)}, {"a": 1.0}, {"teacher": source},
-                             plan(student, source))  # fmt: skip
+                             {"teacher": plan(student, source)})  # fmt: skip
             value = made.terms(double, DRAWS)[1]["a"]
             found.append((value, gradients(student, value)))
         torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-8, atol=1e-10)

@@ -113,7 +113,7 @@ class Teacher(SignalSource):
     def _check_head(self) -> None:
         if self.new_head:
             raise ValueError(missing_head("the teacher", self.new_head))
-        problem = getattr(self.model.config, "problem_type", None)
+        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
         if problem not in (None, "single_label_classification"):
             raise ValueError(
                 f"the teacher's problem_type is {problem!r}: its outputs are no distribution over the classes, and "
