@@ -171,7 +171,13 @@ def value_of(name, models, size, planned, options):
     torch.manual_seed(0)  # projectors
     objective = OBJECTIVES[name](**options)
     blank = torch.zeros(2, 3, *planned)
-    made = Distiller(student, {name: objective}, {name: 1.0}, source, plan(student, source, pixel_values=blank))
+    made = Distiller(
+        student,
+        {name: objective},
+        {name: 1.0},
+        {"teacher": source},
+        {"teacher": plan(student, source, pixel_values=blank)},
+    )
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
     return made.terms({"pixel_values": x}, Draws(0, 0, (0, 1)))[1][name]
 
