@@ -278,6 +278,15 @@ def test_models_of_other_classes_have_no_common_class_to_differentiate():
     assert set(result["reasons"]) == {"jacobian_cosine"} and "5" in result["reasons"]["jacobian_cosine"]
 
 
+def test_batches_of_another_size_are_compared_on_their_own_grid():
+    """128 x 64 pixels after 64 x 128, and the other way round: as many patches, on another grid."""
+    student, teacher = build("dinov2", patch_size=16, image_size=64), build("dinov2", image_size=64, seed=5)
+    wide = torch.randn(4, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+    tall = torch.randn(4, 3, 128, 64, generator=torch.Generator().manual_seed(2))
+    found = [found_by(student, teacher, *batches)["attention_agreement"] for batches in ((wide, tall), (tall, wide))]
+    assert found[0]["mean"] == pytest.approx(found[1]["mean"], rel=1e-6) and found[0]["mean"] > 0
+
+
 def test_small_batches_have_no_cka():
     student, teacher = build("vit"), build("vit", seed=5)
     result = found_by(student, teacher, images(3), images(2, 1))

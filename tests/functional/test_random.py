@@ -29,3 +29,12 @@ def test_the_split_changes_nothing():
     whole = Draws(1, 2, (0, 1, 2, 3)).rademacher((2, 3), "p", LIKE)
     parts = [Draws(1, 2, positions).rademacher((2, 3), "p", LIKE) for positions in ((0, 1), (2, 3))]
     assert torch.equal(whole, torch.cat(parts)) and set(whole.flatten().tolist()) == {-1.0, 1.0}
+
+
+def test_an_image_takes_part_below_the_fraction_or_when_all_do(monkeypatch):
+    monkeypatch.setattr(Draws, "uniform", lambda self, shape, purpose, like: torch.tensor([0.0, 0.25, 0.5]))
+    some, every = Draws(0, 0, (0, 1, 2)), Draws(0, 0, (0, 1, 2), include_all=True)
+    assert select_images(some, 0.25, LIKE).tolist() == [True, False, False]
+    assert select_images(some, 0.0, LIKE).tolist() == [False, False, False]
+    assert select_images(every, 0.25, LIKE).tolist() == [True, True, True]
+    assert every.permuted(torch.tensor([2, 0, 1])).include_all

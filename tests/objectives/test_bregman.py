@@ -41,10 +41,10 @@ def made(student, teacher, objective, pixels=PIXELS):
     objective.build(pairing)
     objective.to(student.dtype)
     mine, its = objective.needs(pairing)
-    with torch.no_grad():
-        signals = source.capture(pixels, its)
 
-    def value():
+    def value(pixels=pixels):
+        with torch.no_grad():
+            signals = source.capture(pixels, its)
         return objective(capture(student, pixels, mine, pairing.student), signals, {})
 
     return value
@@ -127,6 +127,20 @@ def test_hidden_states_of_another_grid_and_prefix():
             y = torch.cat([tokens[:, :1], y], 1)
         expected = 0.5 * (objective.layer(objective.head(features)) - y).square().sum(-1).mean(1)
         torch.testing.assert_close(value(), expected)
+
+
+def test_images_of_another_size_are_matched_on_their_own_grid():
+    """64 x 128 pixels by an objective that was built for 128 x 64: as many tokens, on another grid."""
+    student, teacher = build("dinov2", patch_size=16, image_size=64), build("dinov2", image_size=64, seed=3)
+    x = torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(2))
+    objectives = [bregman("hidden_states", teacher) for _ in range(2)]
+    found = [
+        made(student, teacher, objective, planned)(x)
+        for objective, planned in zip(objectives, (x, x.transpose(2, 3)), strict=True)
+    ]
+    assert objectives[0].pair.student.grid != objectives[1].pair.student.grid
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].abs().min() > 0
 
 
 def test_conv_teacher_and_conv_student():

@@ -1,11 +1,13 @@
 """Objectives on pairs of models that differ in depth, heads, width, patch grid, prefix tokens and family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_kdtl.functional.attention import align_columns, attention_rows
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models import Teacher, plan
+from hf_kdtl.models import Teacher, capture, plan
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.paired import class_columns
 from hf_kdtl.trainer.distiller import Distiller
@@ -202,3 +204,17 @@ def test_images_of_another_size_are_matched_on_their_own_grid(name, pair, option
         value_of(name, models, (96, 64), (64, 128), options), value_of(name, models, (96, 64), (96, 64), options)
     )
     assert expected.abs().min() > 0
+
+
+def test_a_pair_is_checked_again_at_another_size():
+    """Tokens that lie on a grid at the plan's size, and on none at a batch's."""
+    student, teacher = build("vit"), build("vit", seed=5)
+    objective, planned = OBJECTIVES["attention_transfer"](), plan(student, teacher)
+    objective.build(planned)
+    x = INPUTS["pixel_values"]
+    mine, its = (capture(m, x, n) for m, n in zip((student, teacher), objective.needs(planned), strict=True))
+    assert objective.forward(mine, its, {}).shape == (3, len(objective.pairs))
+    layers = tuple(replace(layer, grid=None) for layer in its.geometry.layers)
+    its.geometry = replace(its.geometry, layers=layers)
+    with pytest.raises(ValueError, match=r"the teacher's tokens are on no grid.*Name other layers"):
+        objective.forward(mine, its, {})

@@ -136,6 +136,16 @@ def test_attention_against_the_reference():
     assert discrepancies(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_attention_at_another_size_is_compared_on_its_own_grid():
+    """64 x 128 pixels by rates that were planned for 128 x 64: as many patches, on another grid."""
+    student, teacher = build("dinov2", patch_size=16, image_size=64), build("dinov2", image_size=64, seed=5)
+    x = torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))
+    found = [rates({"source": "attention"}, student, teacher, planned) for planned in (x, x.transpose(2, 3))]
+    for one in found:
+        one.measure(student, teacher, [x])
+    assert discrepancies(found[1]) == pytest.approx(discrepancies(found[0]), rel=1e-6) and min(discrepancies(found[0]))
+
+
 def test_class_attention_against_the_models_own():
     student, teacher = (build(k, seed=s, attn_implementation="eager") for k, s in (("vit", 0), ("dinov2", 5)))
     x = pixels(3)

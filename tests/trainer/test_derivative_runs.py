@@ -197,7 +197,7 @@ def refused(tmp_path, entry, student=None, teacher=None, data=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"ddp_static_graph": True}, "static_graph=True no longer synchronises.*Leave ddp_static_graph"),
+        ({"ddp_static_graph": True}, "static_graph=True no longer synchronizes.*Leave ddp_static_graph"),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             'wrong gradients under reentrant checkpointing.*use_reentrant": false',
@@ -214,7 +214,7 @@ def test_static_graph_of_accelerate_is_found_too(tmp_path):
     runner.accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=True)
     from hf_kdtl.trainer.checks import check_setting
 
-    with pytest.raises(ValueError, match="static_graph=True no longer synchronises"):
+    with pytest.raises(ValueError, match="static_graph=True no longer synchronizes"):
         check_setting(runner)
 
 

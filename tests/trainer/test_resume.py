@@ -279,7 +279,7 @@ def test_a_signal_after_the_last_step_is_not_swallowed(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     runner = trainer(tmp_path, build("vit"), callbacks=[Late()], **RUN | {"save_strategy": "no"})
-    with pytest.raises(KeyboardInterrupt, match="training was finished"):
+    with pytest.raises(KeyboardInterrupt, match="training is complete, and nothing is lost"):
         runner.train()
 
 

@@ -55,6 +55,14 @@ RELIED_ON = {
         ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
         ["self.prediction_step("],
     ),
+    "_get_dataloader": (
+        ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
+        ["isinstance(dataset, datasets.Dataset)", "_get_collator_with_removed_columns(self.data_collator, description="],
+    ),
+    "_get_collator_with_removed_columns": (
+        ["self", "data_collator", "description"],
+        ["return data_collator", "return remove_columns_collator"],
+    ),
     "create_optimizer": (["self", "model"], ["self.model if model is None else model"]),
     "_get_grad_norm": (["self", "model", "grad_norm"], ["clip_grad_norm_"]),
     "_load_from_checkpoint": (["self", "resume_from_checkpoint", "model"], ["load_state_dict(state_dict, False)"]),
