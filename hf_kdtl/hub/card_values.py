@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from hf_kdtl.evaluation.citations import LLRD, SKLEARN
 from hf_kdtl.evaluation.records import History
 from hf_kdtl.evaluation.statistics import mean_and_std
-from hf_kdtl.gradient_rules import GRADIENT_RULES
+from hf_kdtl.hub.card_citations import citations
 from hf_kdtl.hub.card_tables import (
     ARM,
     evaluated_student,
@@ -26,8 +25,6 @@ from hf_kdtl.hub.card_tables import (
     teacher_scores,
 )
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
-from hf_kdtl.objectives import OBJECTIVES
-from hf_kdtl.optim.options import RateOptions
 from hf_kdtl.reports.evaluation_values import (
     calibration_bias,
     class_accuracies,
@@ -283,7 +280,7 @@ def _short(value: Any) -> Any:
     return without_paths(value) if isinstance(value, str) else value
 
 
-# ---- Limits and citations ----
+# ---- Limits ----
 
 
 def _limits(results: Results) -> Iterable[str]:
@@ -312,18 +309,3 @@ def _limits(results: Results) -> Iterable[str]:
         for what, why in found.reasons.items():
             yield without_paths(f"Not measured, {what.replace('_', ' ')}: {why}")
     yield "Times hold for the device that they were measured on, and for what else it had to do."
-
-
-def citations(results: Results) -> list[str]:
-    """BibTeX of what was used: objectives with a weight, the rates, the rule, and the measures that the card shows."""
-    from hf_kdtl.evaluation.metrics import METRICS
-
-    settings = results.get("run", {}).get("settings", {})
-    used = [OBJECTIVES[entry["name"]].citation for entry in results.get("objectives", [])
-            if entry["name"] in OBJECTIVES and entry.get("weight", 1.0)]  # fmt: skip
-    if (rates := settings.get("layer_rates")) and (options := RateOptions.of(rates)).mode != "uniform":
-        used.append(GRADIENT_RULES["layer_local"].citation if options.measured else LLRD)
-    if (rule := settings.get("gradient_rule")) and rule["name"] in GRADIENT_RULES:
-        used.append(GRADIENT_RULES[rule["name"]].citation)
-    measures = [METRICS[name].citation_text for name in shown_scores(results)["all"] if name in METRICS]
-    return [text for text in dict.fromkeys((*used, *measures)) if text not in ("", SKLEARN)]

@@ -43,11 +43,11 @@ def test_its_figures_are_those_of_results(folder):
     assert {one.metric_type: one.metric_value for one in card.data.eval_results} == test
     assert {one.dataset_split for one in card.data.eval_results} == {"test"}
     assert (
-        f"right in **{100 * test['accuracy']:.1f} %** of {results['data']['sizes']['test']:,} test images" in card.text
+        f"accuracy **{100 * test['accuracy']:.1f} %** on {results['data']['sizes']['test']:,} test images" in card.text
     )
     teacher = results["evaluation"]["models"]["teacher"]["runs"]["teacher"]["test"]["accuracy"]
     assert (
-        f"{100 * (test['accuracy'] - teacher):+.1f} points (the teacher is right in {100 * teacher:.1f} %" in card.text
+        f"{100 * (test['accuracy'] - teacher):+.1f} points (accuracy of the teacher {100 * teacher:.1f} %" in card.text
     )
     difference = results["evaluation"]["paired_difference"]["test"]
     assert f"{100 * difference['mean']:+.1f} points against the same student trained without it" in card.text
@@ -74,13 +74,13 @@ def test_the_first_screen_and_the_limits_are_there(folder):
     for question in (
         "What it is",
         "How good",
-        "How far from its teacher",
+        "Difference from its teacher",
         "Did the teacher help",
         "What it cannot do",
         "Licence",
     ):
         assert f"**{question}" in first
-    for title in ("How it was made", "Objectives", "Limits", "To make it again", "Citations"):
+    for title in ("How it was made", "Objectives", "Limits", "Reproduce it", "Citations"):
         assert re.search(f"^##+ {title}$", text, re.MULTILINE)
     again = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
     assert again["objectives"] == read_results(folder)["objectives"] and again["max_steps"] > 0

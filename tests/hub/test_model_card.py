@@ -91,10 +91,10 @@ def body(card):
 def test_the_first_screen_answers_the_four_questions():
     said = student_card(with_evaluation(results(), evaluated())).text.split("## How to use")[0]
     assert "image classifier for 3 classes (cat, dog, emu)" in said and "distilled from owner/vit-big" in said
-    assert "right in **60.0 %** of 60 test images (95% interval 46.7 to 71.7 %" in said
+    assert "accuracy **60.0 %** on 60 test images (95% interval 46.7 to 71.7 %" in said
     assert "Over 2 seeds 61.0 ± 1.4 %; this is the student of seed 1." in said
-    assert "-20.0 points (the teacher is right in 80.0 %; 95% interval of the difference" in said
-    assert "It gives the teacher's answer in 70.0 % of the images." in said
+    assert "-20.0 points (accuracy of the teacher 80.0 %; 95% interval of the difference" in said
+    assert "It agrees with the teacher on 70.0 % of the images." in said
     assert "its worst class is dog (30.0 %)" in said and "10.0 % under jpeg at severity 5" in said
     assert "never says that it does not know" in said
     assert "**Licence:** apache-2.0, as of its teacher." in said
@@ -219,7 +219,7 @@ def test_a_validation_accuracy_is_called_one():
     for model in found["evaluation"]["models"].values():
         del model["images_per_second"]
     card = student_card(found)
-    assert "right in **61.0 %** of 30 validation images, by which settings may have been chosen" in card.text
+    assert "accuracy **61.0 %** on 30 validation images, by which settings may have been chosen" in card.text
     assert [one.dataset_split for one in card.data.eval_results] == ["validation"]
     assert "Did the teacher help?** Not measured" in card.text
 
@@ -537,7 +537,7 @@ def test_the_command_merges_and_renders(capsys, monkeypatch):
     main(["--runs", "mine", "--evaluation", "its"])
     assert "mine/README.md" in capsys.readouterr().out
     first = Path("mine/README.md").read_text()
-    assert first.split("---\n")[2].lstrip().startswith("# mine\n") and "right in **60.0 %**" in first
+    assert first.split("---\n")[2].lstrip().startswith("# mine\n") and "accuracy **60.0 %**" in first
     main(["--runs", "mine"])
     assert Path("mine/README.md").read_text() == first
 
@@ -560,7 +560,7 @@ def test_a_trainer_has_results_of_its_own():
     assert list(tables) == ["attention_map", "layer_rates"]
     assert tables["attention_map"].count("\n") == 2 < tables["layer_rates"].count("\n")
     card = student_card(found)
-    assert f"right in **{100 * accuracy:.1f} %** of 8 validation images" in card.text
+    assert f"accuracy **{100 * accuracy:.1f} %** on 8 validation images" in card.text
     assert {one.metric_type: one.metric_value for one in card.data.eval_results}["accuracy"] == accuracy
     assert "for DistillationTrainer" in card.text and "wan2019towards" in card.text
     assert "16 images" in card.text and "not the" not in card.data.tags
