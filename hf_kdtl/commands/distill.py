@@ -94,16 +94,16 @@ def summary(experiment: Experiment) -> list[str]:
         f"\n{table(results.evaluation)}\n\n{note(results)}",
         difference(results.evaluation),
         f"\nThe student is in {student}, the report in {folder / 'report.md'}. Next, evaluate it, or use it:\n",
-        f"  {evaluation_command(experiment)}",
+        f"  {evaluation_command(experiment, results.evaluation.student_seed)}",
         f'  {python()} -c "from transformers import pipeline; {use}"',
     ]
 
 
-def evaluation_command(experiment: Experiment) -> str:
-    """`hf-kdtl evaluate` for this student, on the same splits."""
+def evaluation_command(experiment: Experiment, seed: int | None) -> str:
+    """`hf-kdtl evaluate` for the student of this seed, on the same splits."""
     options, folder = experiment.options, experiment.folder
     teacher = options.student if options.teacher == "self" else options.teacher
-    alone = folder / f"alone-seed{experiment.seeds[0]}" / "model"
+    alone = folder / f"alone-seed{seed}" / "model"
     return command(
         "evaluate",
         split_flags(experiment.data_options),

@@ -119,6 +119,7 @@ class Evaluation(Record):
 
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
     batch_size: int | None = None
+    student_seed: int | None = None  # of the distilled student that is kept: the best on validation
     paired_difference: dict[str, Difference] = field(default_factory=dict)
     sheet: str = ""
     attention: str = ""
@@ -129,6 +130,12 @@ class Evaluation(Record):
     degraded: DegradedImages | None = None
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     disagreement: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def student_run(self) -> str | None:
+        """The run of the student that is kept, among those of `distilled`; before it was recorded, the first seed."""
+        runs = self.models["distilled"].runs if "distilled" in self.models else {}
+        return str(self.student_seed) if str(self.student_seed) in runs else next(iter(runs), None)
 
 
 @dataclass(frozen=True)

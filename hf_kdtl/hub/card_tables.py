@@ -63,15 +63,17 @@ def evaluated_student(found: StudentEvaluation) -> EvaluatedModel:
     return next(iter(models_with_role(found.evaluation, "student").values()))
 
 
-def first_seed(results: Results) -> str | None:
-    """The seed of the student that is published."""
-    return next(iter(results.get("evaluation", {}).get("models", {}).get(ARM, {}).get("runs", {})), None)
+def student_seed(results: Results) -> str | None:
+    """The seed of the student that is published: the best on validation, or where that is not recorded, the first."""
+    evaluation = results.get("evaluation", {})
+    runs, seed = evaluation.get("models", {}).get(ARM, {}).get("runs", {}), str(evaluation.get("student_seed"))
+    return seed if seed in runs else next(iter(runs), None)
 
 
 def split_scores(results: Results) -> tuple[str, dict[str, float]]:
     """(split, the student's metrics on it), test where it was measured; ("", {}) where nothing was."""
     runs = results.get("evaluation", {}).get("models", {}).get(ARM, {}).get("runs", {})
-    shown: dict[str, Any] = next(iter(runs.values()), {})
+    shown: dict[str, Any] = runs.get(student_seed(results), {})
     for split in reversed(SPLITS):
         if found := {name: value for name, value in shown.get(split, {}).items() if value is not None}:
             return split, found

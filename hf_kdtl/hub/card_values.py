@@ -16,12 +16,12 @@ from hf_kdtl.hub.card_citations import citations
 from hf_kdtl.hub.card_tables import (
     ARM,
     evaluated_student,
-    first_seed,
     measured_section,
     models_of,
     shown_scores,
     source_name,
     student_evaluation,
+    student_seed,
     teacher_scores,
 )
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
@@ -165,7 +165,12 @@ def _seeds(results: Results) -> dict[str, Any]:
     if len(values) < 2:
         return {"number": len(values)}
     mean, sd = mean_and_std(values)
-    return {"number": len(values), "spread": f"{100 * mean:.1f} ± {100 * sd:.1f} %", "shown": first_seed(results)}  # type: ignore[operator]
+    return {
+        "number": len(values),
+        "spread": f"{100 * mean:.1f} ± {100 * sd:.1f} %",  # type: ignore[operator]
+        "shown": student_seed(results),
+        "chosen": results["evaluation"].get("student_seed") is not None,
+    }
 
 
 def _far(results: Results) -> dict[str, Any]:

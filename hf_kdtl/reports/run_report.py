@@ -111,6 +111,10 @@ def note(results: Results) -> str:
     """What the table's columns mean."""
     several = any(len(model.runs) > 1 for model in results.evaluation.models.values())
     first = "Accuracy: mean ± standard deviation over seeds. " if several else ""
+    if several and results.evaluation.student_seed is not None:
+        first += (
+            f"The student that is kept is that of seed {results.evaluation.student_seed}, the best on validation. "
+        )
     where = results.run.device or "this machine"
     return f"{first}Images/s: forward pass at batch size {results.evaluation.batch_size} on {where}."
 

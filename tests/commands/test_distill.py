@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import TrainerCallback, pipeline
 
 from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common.scores import best_seed
 from hf_kdtl.evaluation import read_results
 from hf_kdtl.evaluation.predictions import read_predictions
 from tests.commands.conftest import CONFIG, QUICK, ROOT
@@ -53,6 +54,11 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
             predicted, labels = read_predictions(f"out/{arm}-seed{seed}", "test")
             assert (predicted == labels).mean() == run["test"]["accuracy"]
     assert "| `negative_flip_rate`" in Path("out/report.md").read_text()
+    seed = results["evaluation"]["student_seed"]
+    assert seed == best_seed(results["evaluation"]["models"]["distilled"]["runs"])
+    kept, its = (Path(folder, "model.safetensors") for folder in ("out/student", f"out/distilled-seed{seed}/model"))
+    assert kept.read_bytes() == its.read_bytes() and f"out/alone-seed{seed}/model" in told
+    assert f"that of seed {seed}, the best on validation" in Path("out/report.md").read_text()
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
 
     # Another run in the folder: stop, and lose nothing.

@@ -92,7 +92,7 @@ def test_the_first_screen_answers_the_four_questions():
     said = student_card(with_evaluation(results(), evaluated())).text.split("## How to use")[0]
     assert "image classifier for 3 classes (cat, dog, emu)" in said and "distilled from owner/vit-big" in said
     assert "accuracy **60.0 %** on 60 test images (95% interval 46.7 to 71.7 %" in said
-    assert "Over 2 seeds 61.0 ± 1.4 %; this is the student of seed 1." in said
+    assert "Over 2 seeds 61.0 ± 1.4 % (mean ± standard deviation); this is the student of seed 1." in said
     assert "-20.0 points (accuracy of the teacher 80.0 %; 95% interval of the difference" in said
     assert "It agrees with the teacher on 70.0 % of the images." in said
     assert "its worst class is dog (30.0 %)" in said and "10.0 % under jpeg at severity 5" in said
@@ -123,6 +123,15 @@ def test_one_seed_is_said_to_be_one():
     text = student_card(found).text
     assert "Not known: +3.0 points against the same student trained without it, one seed: no interval" in text
     assert "One training run" in text and "Over 2 seeds" not in text
+
+
+def test_the_student_of_the_best_seed_is_published_with_its_own_test_accuracy():
+    found = results()
+    found["evaluation"]["student_seed"] = 2
+    card = student_card(found)
+    assert "accuracy **62.0 %** on 60 test images" in card.text
+    assert "this is the student of seed 2, the best on validation." in card.text
+    assert {one.metric_type: one.metric_value for one in card.data.eval_results}["accuracy"] == 0.62
 
 
 def test_how_it_was_made_and_how_to_use_it():

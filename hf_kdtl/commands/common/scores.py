@@ -30,29 +30,32 @@ def evaluate(study: Any) -> None:
         teacher_data = _teacher_pixels(study)
         taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
         measured = {"teacher": (study.teacher.classifier(), teacher_data["test"])} | measured
-    by_arm, shown = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
+    by_arm, logits = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
+    seed = best_seed(by_arm["distilled"])
     cost = runs.measure(measured, study.config)
     if study.scored:
         teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in taught.items()}}
         models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
     models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
-    value = {"models": models, "batch_size": study.config.per_device_eval_batch_size}
+    value = {"models": models, "batch_size": study.config.per_device_eval_batch_size, "student_seed": seed}
     if len(by_arm) == 2:
         value["paired_difference"] = {split: _difference(by_arm, split) for split in SPLITS}
     if study.config.process_index == 0:
-        _keep_student(study)
+        kept = study.folder / f"distilled-seed{seed}"
+        shutil.rmtree(study.folder / "student", ignore_errors=True)
+        shutil.copytree(kept / "model", study.folder / "student")
         if study.scored:
-            value["sheet"] = _sheet(study, taught["test"][0], shown)
+            value["sheet"] = _sheet(study, taught["test"][0], logits[seed])
         else:
             _example(study, 0)
-        value |= _maps(study, runs.load(study.folder / f"distilled-seed{study.seeds[0]}"))
+        value |= _maps(study, seed, runs.load(kept))
         update_results(study.folder, "evaluation", value)
 
 
 def _runs(
     study: Any, datasets: dict[str, Any], taught: dict[str, np.ndarray]
-) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
-    """{arm: {seed: {split: scores}}}, and the test logits of the first distilled student.
+) -> tuple[dict[str, dict[str, Any]], dict[int, np.ndarray]]:
+    """{arm: {seed: {split: scores}}}, and {seed: test logits of the distilled student}.
 
     The student alone is the baseline of the distilled one with the same seed.
     """
@@ -67,7 +70,16 @@ def _runs(
             if study.config.process_index == 0:
                 save_predictions(folder, split, logits[arm, seed, split], labels)
         by_arm[arm][str(seed)] = found
-    return by_arm, logits["distilled", study.seeds[0], "test"]
+    return by_arm, {seed: logits["distilled", seed, "test"] for seed in study.seeds}
+
+
+def best_seed(runs: dict[str, dict[str, dict[str, float]]]) -> int:
+    """The seed whose student is kept and published: the best on validation, never by test; of equals the first.
+
+    Args:
+        runs: {seed: {split: scores}} of the distilled student.
+    """
+    return int(max(runs, key=lambda seed: (runs[seed]["validation"]["accuracy"], -runs[seed]["validation"]["nll"])))
 
 
 def _teacher_pixels(study: Any) -> dict[str, Any]:
@@ -87,14 +99,9 @@ def _difference(runs: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
     return paired_difference(distilled, alone)
 
 
-def _keep_student(study: Any) -> None:
-    shutil.rmtree(study.folder / "student", ignore_errors=True)
-    shutil.copytree(study.folder / f"distilled-seed{study.seeds[0]}" / "model", study.folder / "student")
-
-
-def _maps(study: Any, student: Any, count: int = 6) -> dict[str, str]:
+def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]:
     """Captions of the sheets of where teacher and student look and of what moves them, on the first test images."""
-    before = study.trainer("distilled", study.seeds[0], study.folder).model
+    before = study.trainer("distilled", seed, study.folder).model
     data = builders.pixels(study.data.test, study.processor)
     rows = data.__getitems__(list(range(min(count, len(data)))))
     pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
