@@ -1,0 +1,99 @@
+"""Directives that show what the registries know: `{method} logit_kd` and `{objectives}`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from pages import ROOT, rewrite
+from sphinx.util.docutils import SphinxDirective
+
+PARTS = re.compile(r"^(Args|Cost|Raises|Label|Source):[ \n]", re.MULTILINE)
+
+
+def registered(name: str) -> type:
+    """The class of an objective or a gradient rule."""
+    from hf_kdtl.gradient_rules import GRADIENT_RULES
+    from hf_kdtl.objectives import OBJECTIVES
+
+    return (OBJECTIVES | GRADIENT_RULES)[name]
+
+
+def parts(kind: type) -> dict[str, str]:
+    """A docstring by its sections; what comes before them is "about"."""
+    texts = PARTS.split(inspect.cleandoc(kind.__doc__ or ""))
+    return {"about": texts[0]} | dict(zip(texts[1::2], texts[2::2], strict=True))
+
+
+def markdown(text: str) -> str:
+    """Plain text of a docstring as Markdown: formulas literal, arXiv numbers as links, [ours] and the like as text."""
+    lines = []
+    for line in text.strip("\n").splitlines():
+        if line.startswith("    "):  # an indented formula stays as it is
+            lines.append(line)
+            continue
+        pieces = re.split(r"(`[^`]+`)", line)
+        lines.append("".join(one if one.startswith("`") else _escaped(one) for one in pieces))
+    return re.sub(r"arXiv\s(\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", "\n".join(lines))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\*_<>\[\]$~^|#])", r"\\\1", text)
+
+
+def options(kind: type, args: str) -> str:
+    """A definition list: each option with its default and its sentence."""
+    sentences = {}
+    for names, sentence in re.findall(r"^([\w, ]+): (.*(?:\n    .*)*)", inspect.cleandoc(args), re.MULTILINE):
+        for name in names.split(", "):
+            sentences[name] = " ".join(sentence.split())
+    signature = inspect.signature(kind).parameters.values()
+    rows = [f"`{one.name}` (default `{one.default!r}`)\n: {markdown(sentences[one.name])}\n" for one in signature]
+    return "\n".join(rows) or "None of its own."
+
+
+def paper(name: str) -> str:
+    """The entry of a method in PAPERS.md."""
+    text = (ROOT / "PAPERS.md").read_text(encoding="utf-8")
+    found = re.search(rf"^### `{name}`.*\n((?:(?!##).*\n?)*)", text, re.MULTILINE)
+    return "" if found is None else found[1]
+
+
+class Method(SphinxDirective):
+    """What a class of a registry says of itself, and its entry in PAPERS.md."""
+
+    required_arguments = 1
+
+    def run(self):
+        name = self.arguments[0]
+        kind, page = registered(name), Path(self.env.doc2path(self.env.docname))
+        shown = parts(kind)
+        entry = "gradient_rule" if not hasattr(kind, "needs") else name
+        text = [markdown(shown["about"]), "## Options", options(kind, shown.get("Args", ""))]
+        if "Cost" in shown:
+            text += ["## Cost", markdown(" ".join(shown["Cost"].split()))]
+        if "Raises" in shown:
+            errors = re.findall(r"^(\w+): (.*(?:\n    .*)*)", inspect.cleandoc(shown["Raises"]), re.MULTILINE)
+            text += ["## What is refused"]
+            text += [f"`{error}`\n: {markdown(' '.join(why.split()))}\n" for error, why in errors] or [
+                markdown(" ".join(shown["Raises"].split()))
+            ]
+        text += ["## Paper, and what differs", rewrite(paper(entry), ROOT / "PAPERS.md", page)]
+        return self.parse_text_to_nodes("\n\n".join(text), allow_section_headings=True)
+
+
+class Objectives(SphinxDirective):
+    """The table of objectives, each with a link to its page."""
+
+    def run(self):
+        from hf_kdtl.objectives.table import objective_table
+
+        table = re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", objective_table(), flags=re.MULTILINE)
+        return self.parse_text_to_nodes(table)
+
+
+def setup(app) -> dict[str, bool]:
+    app.add_directive("method", Method)
+    app.add_directive("objectives", Objectives)
+    return {"parallel_read_safe": True}
