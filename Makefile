@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest lint format bench clean
+.PHONY: help demo test test-slow test-oldest lint docs format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	@touch $@
 
+# The documentation needs packages that the demo and the tests do not.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 # Models this small are slower on several threads than on one.
 demo: export OMP_NUM_THREADS := 1
 demo: $(VENV)/.installed ## train a teacher on digits, distil a student for 3 seeds, write runs/demo
@@ -27,7 +32,7 @@ demo: $(VENV)/.installed ## train a teacher on digits, distil a student for 3 se
 test: $(VENV)/.installed ## the test-suite (offline, CPU, 4 to 7 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-slow: $(VENV)/.installed ## the slow suite
+test-slow: $(VENV)/.docs ## the slow suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
@@ -39,17 +44,20 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
-lint: $(VENV)/.installed ## ruff (check, format) and mypy
+lint: docs ## ruff (check, format), mypy, and the documentation without warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed ## let ruff mend what it can
+docs: $(VENV)/.docs ## the documentation, in build/docs; a warning is an error
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+
+format: $(VENV)/.installed ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## the cost of a step, as ratios (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py
 
-clean: ## remove the environment and the runs
-	rm -rf $(VENV) $(VENV)-oldest runs
+clean: ## remove the environments, the built documentation and the runs
+	rm -rf $(VENV) $(VENV)-oldest build runs

@@ -1,4 +1,4 @@
-"""Directives that show what the registries know: `{method} logit_kd` and `{objectives}`."""
+"""Directives that show what the registries know: `{kdtl-method} logit_kd` and `{kdtl-objectives}`."""
 
 from __future__ import annotations
 
@@ -87,13 +87,18 @@ class Objectives(SphinxDirective):
     """The table of objectives, each with a link to its page."""
 
     def run(self):
-        from hf_kdtl.objectives.table import objective_table
+        from hf_kdtl.objectives import OBJECTIVES
 
-        table = re.sub(r"^\| `(\w+)`", r"| [`\1`](\1.md)", objective_table(), flags=re.MULTILINE)
-        return self.parse_text_to_nodes(table)
+        rows = ["| name | what it is | role | needs |", "| --- | --- | --- | --- |"]
+        for name, kind in OBJECTIVES.items():
+            what = re.split(r"[:;.]\s", " ".join(parts(kind)["about"].split()))[0]
+            sides = {"teacher": kind.needs_teacher, "start": kind.source == "start", "labels": kind.needs_labels}
+            needs = ", ".join(side for side, needed in sides.items() if needed) or "nothing"
+            rows.append(f"| [`{name}`]({name}.md) | {markdown(what)} | {kind.role} | {needs} |")
+        return self.parse_text_to_nodes("\n".join(rows))
 
 
 def setup(app) -> dict[str, bool]:
-    app.add_directive("method", Method)
-    app.add_directive("objectives", Objectives)
+    app.add_directive("kdtl-method", Method)
+    app.add_directive("kdtl-objectives", Objectives)
     return {"parallel_read_safe": True}

@@ -13,8 +13,8 @@
 # # Notebook: few labels
 #
 # Ten labelled digits of each class, and the other training images without labels. A student is trained alone, and by a
-# teacher's probabilities on all images. One short run of each arm: it shows how, not how much. For a number, use several
-# seeds and more steps ([evaluate and compare](../guides/evaluate.md)).
+# teacher's probabilities on all images. One short run of each arm: it shows how, not how much. For a number, use
+# several seeds and more steps ([evaluate and compare](../guides/evaluate.md)).
 
 # %%
 import tempfile
@@ -37,11 +37,24 @@ names = dict(enumerate(images.label_names))
 def model(layers: int, seed: int) -> ViTForImageClassification:
     """A ViT with random weights."""
     set_seed(seed)
-    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+    shape = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     return ViTForImageClassification(ViTConfig(num_hidden_layers=layers, id2label=names, **shape))
 
 
-settings = {"per_device_train_batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 15, "save_strategy": "no"}
+settings = {
+    "per_device_train_batch_size": 64,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "save_strategy": "no",
+}
 settings |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
 
 # %% [markdown]
@@ -64,7 +77,7 @@ print((some != -100).sum(), "labelled images,", (some == -100).sum(), "without a
 # It is trained on all labels here: in practice it is a model that exists already, or one that somebody else paid for.
 
 # %%
-arguments = TrainingArguments(f"{folder}/teacher", max_steps=200, **settings)
+arguments = TrainingArguments(f"{folder}/teacher", max_steps=400, **settings)
 teacher = model(layers=4, seed=1)
 Trainer(teacher, arguments, train_dataset=ImageDataset(images.train, processor)).train()
 
@@ -75,7 +88,7 @@ Trainer(teacher, arguments, train_dataset=ImageDataset(images.train, processor))
 # %%
 def accuracy(objectives, dataset, **sources) -> float:
     """Test accuracy of a student of two blocks."""
-    config = DistillationConfig(f"{folder}/student", max_steps=200, objectives=objectives, **settings)
+    config = DistillationConfig(f"{folder}/student", max_steps=300, objectives=objectives, **settings)
     trainer = DistillationTrainer(
         model(layers=2, seed=2),
         config,
