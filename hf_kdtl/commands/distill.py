@@ -65,7 +65,8 @@ def begin(experiment: Experiment, run: dict[str, Any]) -> None:
     models |= {"student": experiment.student_summary}
     sections = {
         "run": run,
-        "data": builders.facts(experiment.data, data_options),
+        "data": builders.facts(experiment.data, data_options)
+        | experiment.images.facts(config.per_device_train_batch_size),
         "objectives": config.objectives,
         "models": models_section(first, student_start(options)),
         "pairing": models | {"notes": notes},
@@ -92,7 +93,7 @@ def summary(experiment: Experiment) -> list[str]:
     use = f"print(pipeline('image-classification', '{student}')('{image}'))"
     return [
         f"\n{table(results.evaluation)}\n\n{note(results)}",
-        difference(results.evaluation),
+        difference(results),
         f"\nThe student is in {student}, the report in {folder / 'report.md'}. Next, evaluate it, or use it:\n",
         f"  {evaluation_command(experiment, results.evaluation.student_seed)}",
         f'  {python()} -c "from transformers import pipeline; {use}"',

@@ -45,6 +45,15 @@ def with_two_columns(
     return splits
 
 
+def images_alone(split: Dataset, image: str | None = None) -> Dataset:
+    """The column of images of a split, as `image`, whatever else it has. Raises ValueError as `with_two_columns`."""
+    features = split.features
+    name = _column(features, "image", image, [key for key in features if _is_image(features[key])])
+    return (
+        split.select_columns(name).rename_columns({name: "image"}).cast_column("image", datasets.Image(decode=False))
+    )
+
+
 def _column(features: datasets.Features, kind: str, named: str | None, candidates: list[str]) -> str:
     if named is not None and named not in features:
         hint = suggestion(named, features)

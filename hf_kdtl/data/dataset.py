@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.labelled_share import LabelledShareSampler
 from hf_kdtl.utils.text import some
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ class ImageDataset(torch.utils.data.Dataset):
         image_processor: of the student; all images must come out in one size.
         augmentation: only for training.
         num_labels: K; by default the number of classes of the split.
-        seed: of the augmentation.
+        seed: of the augmentation, and of the order where there is a `labelled_share`.
+        labelled_share: of the images in each training batch, where the split has images without a label (-100). By
+            default a batch has as many of them as chance will have it. DistillationTrainer takes the order from
+            `train_sampler`.
 
     Raises:
         ValueError: here, when the processor does something that cannot be done after augmentation; when an item is
@@ -54,12 +58,14 @@ class ImageDataset(torch.utils.data.Dataset):
         augmentation: Augmentation | None = None,
         num_labels: int | None = None,
         seed: int = 0,
+        labelled_share: float | None = None,
     ):
         self.split = split
         self.image_processor = image_processor
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes
         self.seed = seed
+        self.labelled_share = labelled_share
         # In shared memory, because persistent workers keep the copy of the dataset that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if augmentation is not None:
@@ -68,6 +74,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation anew: the same epoch gives the same draws."""
         self._epoch.fill_(epoch)
+
+    def train_sampler(self, batch_size: int) -> LabelledShareSampler | None:
+        """The order of training for batches of that many images; None where there is no `labelled_share`."""
+        if self.labelled_share is None:
+            return None
+        labelled = np.array(self.split["label"][:]) >= 0
+        return LabelledShareSampler(labelled, batch_size, self.labelled_share, self.seed, lambda: int(self._epoch))
 
     def __len__(self) -> int:
         return len(self.split)

@@ -16,8 +16,12 @@ _LEAST = 2**14
 occurs in another split are read at all."""
 
 
+PAIRS = (("validation", "train"), ("test", "train"), ("test", "validation"))
+UNLABELLED_PAIRS = (("validation", "unlabelled"), ("test", "unlabelled"))
+
+
 def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
-    """Note how many images of validation and test are also in train, or in each other."""
+    """Note how many images of validation and test are also in train or in each other, or in `unlabelled`."""
     sizes = {name: list(_sizes(split)) for name, split in splits.items()}
     seen_in = Counter(size for own in sizes.values() for size in set(own))
     wanted = {name: [row for row, size in enumerate(own) if size and seen_in[size] > 1] for name, own in sizes.items()}
@@ -30,7 +34,7 @@ def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
             digests[name][hashlib.blake2b(content, digest_size=16).digest()] += 1
     if left < 0:
         notes.append("Not all images were compared between the splits: too many have the same size.")
-    for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+    for name, other in UNLABELLED_PAIRS if "unlabelled" in splits else PAIRS:
         both = sum(count for digest, count in digests[name].items() if digest in digests[other])
         if both:
             notes.append(

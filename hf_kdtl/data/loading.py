@@ -33,6 +33,7 @@ class ImageData:
         notes: sentences about what was decided for the user: splits made, images left out, classes re-ordered, ...
         source: what was loaded.
         high_bit_depth: what was done to images of more than 8 bits, "clip" or "scale".
+        rest: training images that were left out to train on fewer labels, each with the label -100.
     """
 
     train: Dataset
@@ -42,6 +43,7 @@ class ImageData:
     notes: list[str]
     source: str
     high_bit_depth: str = "clip"
+    rest: Dataset | None = None
 
     def check_readable(self) -> None:
         """Decode every image once. Raises ValueError naming the first that cannot be read."""
@@ -79,6 +81,7 @@ class ImageData:
 
         said = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
         splits = {name: reordered(getattr(self, name)) for name in ("train", "validation", "test")}
+        splits |= {} if self.rest is None else {"rest": reordered(self.rest)}
         return replace(self, **splits, label_names=names, notes=[*self.notes, said])
 
 
@@ -136,7 +139,7 @@ def load_images(
         open_source(source, notes, image_column, label_column), image_column, label_column, notes
     )
     if on_bad_image == "skip":
-        splits = {name: _readable(split, name, notes) for name, split in splits.items()}
+        splits = {name: readable(split, name, notes) for name, split in splits.items()}
     missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
     if missing:
         splits |= _cut(splits["train"], missing, seed, notes)
@@ -149,7 +152,8 @@ def load_images(
     )
 
 
-def _readable(split: Dataset, name: str, notes: list[str]) -> Dataset:
+def readable(split: Dataset, name: str, notes: list[str]) -> Dataset:
+    """The images of a split that can be decoded; the others are named in `notes`."""
     bad: list[str] = []
 
     def reads(image: dict[str, Any], index: int) -> bool:

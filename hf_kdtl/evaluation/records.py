@@ -115,12 +115,11 @@ class DegradedImages(Record):
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """The section `evaluation`: of a training run (`paired_difference`, captions), or of a student (`split`, ...)."""
+    """The section `evaluation`: of a training run (captions), or of a student (`split`, ...)."""
 
     models: dict[str, EvaluatedModel] = field(default_factory=dict)
     batch_size: int | None = None
     student_seed: int | None = None  # of the distilled student that is kept: the best on validation
-    paired_difference: dict[str, Difference] = field(default_factory=dict)
     sheet: str = ""
     attention: str = ""
     gradients: str = ""
@@ -148,6 +147,30 @@ class StudentEvaluation(Record):
 
 
 @dataclass(frozen=True)
+class Comparison(Record):
+    """Arm a minus arm b in a metric, paired by seed. low, high: the 95 % t interval; None without any spread."""
+
+    a: str
+    b: str
+    metric: str
+    split: str
+    mean: float
+    seeds: list[int]
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def note(self) -> str:
+        """What the interval is, or why there is none."""
+        number = len(self.seeds)
+        if self.low is not None:
+            return f"95% t interval over {number} seeds"
+        if number == 1:
+            return "one seed: no interval"
+        return f"the same difference in all {number} seeds, no spread: no interval"
+
+
+@dataclass(frozen=True)
 class Run(Record):
     recipe: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +187,7 @@ class Data(Record):
     sizes: dict[str, int] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unlabelled: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,7 @@ class Results(Record):
     layer_rates: dict[str, History] = field(default_factory=dict)
     gradient_rule: dict[str, History] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    comparison: list[Comparison] = field(default_factory=list)
     student_evaluation: StudentEvaluation | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # sections of other programs
 

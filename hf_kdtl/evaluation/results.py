@@ -24,6 +24,7 @@ SECTIONS = (
     "gradient_rule",
     "representation",
     "evaluation",
+    "comparison",
     "student_evaluation",
 )
 
@@ -55,7 +56,7 @@ def load_results(folder: str | Path) -> Results:
 
 
 def upgrade(results: Any, source: str = "the results") -> dict[str, Any]:
-    """Results in the current schema: what schema 1 calls `judged` is `student_evaluation`.
+    """Results in the current schema: what schema 1 calls `judged` is `student_evaluation`; `comparison` is filled in.
 
     Raises:
         ValueError: for another schema; `source` names the file.
@@ -63,14 +64,29 @@ def upgrade(results: Any, source: str = "the results") -> dict[str, Any]:
     found = results.get("schema") if isinstance(results, dict) else None
     if found == 1:
         renamed = {"judged": "student_evaluation"}
-        return {renamed.get(name, name): value for name, value in results.items()} | {"schema": SCHEMA}
+        results = {renamed.get(name, name): value for name, value in results.items()} | {"schema": SCHEMA}
+        found = SCHEMA
     if found != SCHEMA:
         raise ValueError(
             f"{source} has schema {found!r} and this version reads 1 and {SCHEMA}. Use the version of hf_kdtl that "
-            "wrote "
-            "it, or run the command again in another output_dir."
+            "wrote it, or run the command again in another output_dir."
         )
-    return results
+    return _with_comparison(results)
+
+
+def _with_comparison(results: dict[str, Any]) -> dict[str, Any]:
+    """The section `comparison` from the `paired_difference` of earlier versions, which knew two arms."""
+    evaluation = results.get("evaluation")
+    if not isinstance(evaluation, dict) or "paired_difference" not in evaluation or "comparison" in results:
+        return results
+    entries = []
+    for split, found in evaluation["paired_difference"].items():
+        low, high = found["interval"] or (None, None)
+        seeds = [int(seed) for seed in evaluation["models"]["alone"]["runs"]]
+        entry = {"a": "distilled", "b": "alone", "metric": "accuracy", "split": split, "mean": found["mean"]}
+        entries.append(entry | {"low": low, "high": high, "seeds": seeds})
+    kept = {name: value for name, value in evaluation.items() if name != "paired_difference"}
+    return results | {"evaluation": kept, "comparison": entries}
 
 
 def update_results(folder: str | Path, section: str, value: Any) -> dict[str, Any]:

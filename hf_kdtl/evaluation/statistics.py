@@ -18,6 +18,21 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of a mean; None for one value, or values without spread.
+
+    >>> [round(bound, 3) for bound in mean_interval([1.0, 2.0, 3.0])]
+    [-0.484, 4.484]
+    """
+    mean, sd = mean_and_std(values)
+    if not sd:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * sd / len(values) ** 0.5
+    return mean - half, mean + half
+
+
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> dict[str, Any]:
     """a - b over runs that are paired by seed: mean, standard deviation, Student's t interval and test.
 

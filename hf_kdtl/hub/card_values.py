@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_kdtl.evaluation.records import History
+from hf_kdtl.evaluation.records import Comparison, History
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.hub.card_citations import citations
 from hf_kdtl.hub.card_tables import (
@@ -188,17 +188,24 @@ def _far(results: Results) -> dict[str, Any]:
     return found
 
 
+def arms_difference(results: Results) -> Comparison | None:
+    """Test accuracy of the distilled student minus that of the student alone; None where only one was trained."""
+    entries = [Comparison.of(entry, "comparison") for entry in results.get("comparison", [])]
+    wanted = ("distilled", "alone", "accuracy", "test")
+    return next((one for one in entries if (one.a, one.b, one.metric, one.split) == wanted), None)
+
+
 def _helped(results: Results) -> str | None:
-    found = results.get("evaluation", {}).get("paired_difference", {}).get("test")
+    found = arms_difference(results)
     if found is None:
         return None
-    than = f"{100 * found['mean']:+.1f} points against the same student trained without it"
-    if found["interval"] is None:
-        return f"Not known: {than}, {found['note']}. Another seed may turn it round."
-    low, high = (100 * bound for bound in found["interval"])
+    than = f"{100 * found.mean:+.1f} points against the same student trained without it"
+    if found.low is None or found.high is None:
+        return f"Not known: {than}, {found.note}. Another seed may turn it round."
+    low, high = 100 * found.low, 100 * found.high
     verdict = "Yes" if low > 0 else "No, it did harm" if high < 0 else "No difference shown"
     holds = "; the interval holds 0" if low <= 0 <= high else ""
-    return f"{verdict}: {than} ({found['note']}: {low:+.1f} to {high:+.1f}{holds})."
+    return f"{verdict}: {than} ({found.note}: {low:+.1f} to {high:+.1f}{holds})."
 
 
 def _cannot(results: Results) -> Markdown:

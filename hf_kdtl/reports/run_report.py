@@ -15,15 +15,21 @@ from hf_kdtl.evaluation.results import load_results
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.evaluation_sections import sections
 from hf_kdtl.reports.evaluation_summary import first_screen
+from hf_kdtl.reports.figures.arms import ARMS_FIGURE, arms_figure
 from hf_kdtl.reports.figures.curves import CURVES, curves_figure
 from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_figure
 from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_figure
 from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.reports.figures.samples import SHEET
-from hf_kdtl.reports.score_tables import scores_note, scores_table
+from hf_kdtl.reports.score_tables import is_share, scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
-ARMS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
+ARMS = {
+    "teacher": "teacher",
+    "alone": "student alone",
+    "labelled": "distilled, labelled images only",
+    "distilled": "student distilled",
+}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -41,8 +47,10 @@ def write_report(folder: str | Path) -> Path:
         layer_rates_figure(rates[1].history, folder / LAYER_RATES, (options["r_min"], options["r_max"]))
     if (conflicts := first_with_history(results.gradient_rule)) is not None:
         gradient_rule_figure(conflicts[1].history, folder / GRADIENT_RULE)
+    if results.comparison:
+        arms_figure(results.evaluation.models, arm_names(results.evaluation), folder / ARMS_FIGURE)
     report = folder / "report.md"
-    figures = [name for name in (CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / name).exists()]
+    figures = [name for name in (ARMS_FIGURE, CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / name).exists()]
     details = sections(results.evaluation, folder) if results.is_evaluation else []
     report.write_text(markdown(results, figures, details), "utf-8")
     return report
@@ -58,7 +66,7 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
         lines = [f"# {run.recipe or 'run'} on {source}", ""]
         if evaluation.models:
             lines += [table(evaluation), "", note(results), "", *_more_scores(evaluation)]
-    if sentence := difference(evaluation):
+    if sentence := difference(results):
         lines += [sentence, ""]
     lines += _figures(results, figures)
     if results.objectives:
@@ -76,6 +84,8 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
 
 def _figures(results: Results, figures: Sequence[str]) -> list[str]:
     evaluation, shown = results.evaluation, []
+    if ARMS_FIGURE in figures:
+        shown.append(("test accuracy of each arm", ARMS_FIGURE, ""))
     if CURVES in figures:
         shown.append(("learning curves", CURVES, ""))
     if LAYER_RATES in figures and (rates := first_with_history(results.layer_rates)) is not None:
@@ -94,13 +104,13 @@ def _figures(results: Results, figures: Sequence[str]) -> list[str]:
 def table(evaluation: Evaluation) -> str:
     """A row for each model: accuracy on validation and test (mean and standard deviation over seeds), size, speed."""
     header = ["", "validation accuracy", "test accuracy", "seeds", "parameters", "images/s"]
-    rows = []
+    rows, names = [], arm_names(evaluation)
     for arm, model in evaluation.models.items():
         accuracy = [_accuracy(model, split) for split in SPLITS]
-        seeds = str(len(model.runs)) if arm in ("alone", "distilled") else "-"
+        seeds = "-" if arm == "teacher" else str(len(model.runs))
         size = "-" if model.parameters is None else f"{model.parameters:,}"
         speed = "-" if model.images_per_second is None else f"{model.images_per_second:,.0f}"
-        rows.append([ARMS.get(arm, escape_markdown(arm)), *accuracy, seeds, size, speed])
+        rows.append([escape_markdown(names[arm]), *accuracy, seeds, size, speed])
     return markdown_table([header, *rows])
 
 
@@ -119,18 +129,27 @@ def note(results: Results) -> str:
     return f"{first}Images/s: forward pass at batch size {results.evaluation.batch_size} on {where}."
 
 
-def difference(evaluation: Evaluation) -> str:
-    """The paired differences of the two arms in a sentence each; empty when there is one arm."""
-    lines = []
-    for split, found in evaluation.paired_difference.items():
-        text = f"Distilled minus alone, {split} accuracy, paired by seed: {100 * found.mean:+.2f} points"
-        if found.interval is None:
+def arm_names(evaluation: Evaluation) -> dict[str, str]:
+    """What the models of a training are called in its report."""
+    names = {arm: ARMS.get(arm, arm) for arm in evaluation.models}
+    return names | {"distilled": "distilled, with unlabelled images"} if "labelled" in names else names
+
+
+def difference(results: Results) -> str:
+    """The paired differences between the arms in a sentence each; empty when there is one arm."""
+    lines, names = [], arm_names(results.evaluation)
+    for found in results.comparison:
+        a, b = (names.get(arm, arm).removeprefix("student ") for arm in (found.a, found.b))
+        scale, unit = (100, " points") if is_share(found.metric) else (1, "")
+        text = f"{a.capitalize()} minus {b}, {found.split} {found.metric}, paired by seed"
+        text += f": {scale * found.mean:+.2f}{unit}"
+        if found.low is None or found.high is None:
             lines.append(f"{text} ({found.note}).")
             continue
-        low, high = (100 * bound for bound in found.interval)
+        low, high = scale * found.low, scale * found.high
         verdict = "above 0" if low > 0 else "below 0" if high < 0 else "contains 0: no difference shown"
         lines.append(f"{text}, {found.note} [{low:+.2f}, {high:+.2f}] ({verdict}).")
-    return "\n".join(lines)
+    return "\n\n".join(lines)
 
 
 def first_with_history(runs: dict[str, History]) -> tuple[str, History] | None:
@@ -189,7 +208,7 @@ def _accuracy(model: EvaluatedModel, split: str) -> str:
 def _more_scores(evaluation: Evaluation) -> list[str]:
     """What a test accuracy does not say."""
     runs = {
-        ARMS.get(arm, arm): [run.get("test", {}) for run in model.runs.values()]
+        arm_names(evaluation)[arm]: [run.get("test", {}) for run in model.runs.values()]
         for arm, model in evaluation.models.items()
     }
     if not any(set(scores) - {"accuracy"} for found in runs.values() for scores in found):

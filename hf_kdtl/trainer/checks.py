@@ -119,7 +119,8 @@ def _too_few(trainer: Trainer) -> list[str]:
     """Batch statistics for which the last micro-batch of an epoch is too small: reported now, not after an epoch."""
     args: Any = trainer.args
     data: Any = trainer.train_dataset
-    if not hasattr(data, "__len__") or args.dataloader_drop_last or args.world_size > 1:
+    full = args.dataloader_drop_last or getattr(data, "labelled_share", None) is not None
+    if not hasattr(data, "__len__") or full or args.world_size > 1:
         return []
     size = args.per_device_train_batch_size
     last = len(data) % size or size

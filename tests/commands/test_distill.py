@@ -47,7 +47,7 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     results = read_results("out")
     assert set(results["curves"]) == {f"{arm}-seed{k}" for arm in ("alone", "distilled") for k in (1, 2)}
     assert set(results["evaluation"]["models"]["alone"]["runs"]) == {"1", "2"}
-    assert results["evaluation"]["paired_difference"]["test"]["number"] == 2
+    assert results["comparison"][1]["seeds"] == [1, 2]
     for arm, replaces in (("alone", False), ("distilled", True)):  # the student alone is what a distilled one replaces
         for seed, run in results["evaluation"]["models"][arm]["runs"].items():
             assert {"ece", "agreement"} < set(run["test"]) and ("negative_flip_rate" in run["test"]) == replaces
@@ -73,7 +73,7 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     distill(arguments(*more))
     assert "alone-seed1: finished before, kept." in capsys.readouterr().out
     assert Path("out/alone-seed1/model/model.safetensors").stat().st_mtime_ns == kept
-    assert read_results("out")["evaluation"]["paired_difference"]["test"]["number"] == 3
+    assert read_results("out")["comparison"][1]["seeds"] == [1, 2, 3]
     assert cli.run(lambda: distill(arguments(*more, "--learning_rate", "1e-2"))) == 2
     assert "begun with learning_rate 'the default' and is now asked to continue with 0.01" in capsys.readouterr().err
 
@@ -124,7 +124,7 @@ def test_a_student_cut_out_of_the_teacher(command, images, teacher):
         assert {name: found[name] for name in scores} == scores and {"accuracy", "nll", "ece"} < set(scores)
         assert found["agreement"] == 1 and abs(found["teacher_kl"]) < 1e-6
     assert results["data"]["classes"] == ["green", "red", "blue"]
-    assert "paired_difference" not in results["evaluation"]
+    assert results["comparison"] == []
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,13 @@ def test_sections_of_other_programs_stay():
         ("evaluation", {"images": "many"}, r"\(evaluation.images\): found a text \('many'\), expected a whole number"),
         (
             "evaluation",
-            {"paired_difference": {"test": {"mean": 1, "interval": [0.5]}}},
+            {"models": {"a": {"runs": {}, "accuracy_interval": [0.5]}}},
             r"interval\): found 1 values, expected 2",
+        ),
+        (
+            "comparison",
+            [{"a": "distilled", "b": "alone", "metric": "accuracy", "split": "test", "mean": "1", "seeds": [1]}],
+            r"\(comparison.0.mean\): found a text \('1'\), expected a number",
         ),
         (
             "data",

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from sklearn.model_selection import train_test_split
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl.commands.common.arguments import mapping
+from hf_kdtl.commands.common.labels import fewer_labels
 from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.evaluation.cost import parameters
@@ -48,13 +47,16 @@ class DataOptions:
     train_images: int | None = field(
         default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
     )
+    labels_per_class: int | None = field(
+        default=None, metadata={"help": "Train on this many labelled images of each class, drawn with split_seed."}
+    )
     augmentation: dict | str | None = field(
         default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}
     )
 
 
 def open_data(options: DataOptions) -> ImageData:
-    """The three splits, with train cut to `train_images`."""
+    """The three splits, with train cut to `train_images` or `labels_per_class`."""
     Augmentation(mapping("augmentation", options.augmentation))  # a misspelt key fails before the images are read
     data = load_images(
         options.dataset,
@@ -68,25 +70,20 @@ def open_data(options: DataOptions) -> ImageData:
     )
     if options.on_bad_image == "error":
         data.check_readable()  # all of them now: a bad test image would be met after hours of training
-    number, total = options.train_images, len(data.train)
-    if number is None or number == total:
-        return data
-    classes = len(data.label_names)
-    if not classes <= number < total:
-        raise ValueError(
-            f"train_images is {number}, expected {classes} (one of each class) to {total} (all of train)."
-        )
-    labels = data.train["label"][:]
-    rows, _ = train_test_split(np.arange(total), train_size=number, stratify=labels, random_state=options.split_seed)
-    kept = data.train.select(np.sort(rows))
-    said = f"{number} of {total} images of train are used, stratified by class, seed {options.split_seed}."
-    return replace(data, train=kept, notes=[*data.notes, said])
+    return fewer_labels(data, options.train_images, options.labels_per_class, options.split_seed)
 
 
-def pixels(split: Any, processor: Any, options: DataOptions | None = None, seed: int = 0) -> ImageDataset:
+def pixels(
+    split: Any,
+    processor: Any,
+    options: DataOptions | None = None,
+    seed: int = 0,
+    labelled_share: float | None = None,
+) -> ImageDataset:
     """A split as what the model is fed; augmented where `options` are given."""
-    augmentation = mapping("augmentation", options.augmentation) if options else {}
-    return ImageDataset(split, processor, augmentation=Augmentation(augmentation) if augmentation else None, seed=seed)
+    settings = mapping("augmentation", options.augmentation) if options else {}
+    augmentation = Augmentation(settings) if settings else None
+    return ImageDataset(split, processor, augmentation=augmentation, seed=seed, labelled_share=labelled_share)
 
 
 def labels_of(names: Sequence[str]) -> dict[str, Any]:

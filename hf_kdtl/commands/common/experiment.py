@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,15 @@ from hf_kdtl.commands.common import adapters, builders, runs
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.trainer.checks import check_teacher_usage
 
 
 @dataclass
-class DistillOptions:
-    """Teacher, student, and how many runs."""
+class DistillOptions(UnlabelledOptions):
+    """Teacher, student, images without labels, and how many runs."""
 
     teacher: str | None = field(
         default=None,
@@ -42,7 +44,13 @@ class DistillOptions:
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
-    baseline: bool = field(default=False, metadata={"help": "Also train the student alone, everything else equal."})
+    baseline: bool = field(
+        default=False,
+        metadata={
+            "help": "Also train the student alone, everything else equal; and, where images have no label, distilled "
+            "on the labelled ones only."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 
@@ -98,8 +106,21 @@ def _same_classes(student: Any, teacher: Teacher) -> bool:
     return True
 
 
+@dataclass
+class Arm:
+    """A way of training the student, of which there is a run for each seed."""
+
+    objectives: list[dict[str, Any]]
+    taught: bool = True
+    unlabelled: bool = True  # whether images without labels are trained on, where there are any
+
+
 class Experiment:
-    """All runs of `distill`: for each seed the student with its teacher and (baseline) alone, weights the same."""
+    """All runs of `distill`: for each seed the student with its teacher and (baseline) alone, weights the same.
+
+    With images without labels there are three arms: alone and distilled on the labelled images (`labelled`), and
+    distilled on all (`distilled`). All train for the same number of steps.
+    """
 
     def __init__(self, options: DistillOptions, data_options: DataOptions, config: DistillationConfig):
         self.options, self.config = options, config
@@ -108,7 +129,6 @@ class Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}, expected different ones.")
         self.notes: list[str] = []
-        self.arms = self._arms()
         is_self = options.teacher == "self"
         self.teacher = None if options.teacher is None or is_self else Teacher.from_pretrained(options.teacher)
         self.source: Any = "self" if is_self else self.teacher
@@ -124,35 +144,56 @@ class Experiment:
             why = "has no trained head" if self.teacher.new_head else "answers in other classes"
             self.notes.append(f"the teacher {why}: it is not scored on these images.")
         self.data = data.in_order(student)
+        self.images = training_images(self.data, options, data_options, self.notes)
+        self.notes += self.images.note(config.per_device_train_batch_size)
+        self.arms = self._arms()
         self.data_options = data_options
         self.processor = student_processor(options, self.teacher, student, self.notes)
         self.student_summary = builders.summary(student)
 
-    def _arms(self) -> dict[str, list[dict[str, Any]]]:
-        """{name of an arm: its objectives}; the student alone comes first."""
+    def _arms(self) -> dict[str, Arm]:
+        """The student alone comes first, the one that is kept last."""
         config = self.config
-        arms = {"distilled": config.entries}
+        arms = {"distilled": Arm(config.entries)}
         if not self.options.baseline:
             return arms
         if config.rate_options is not None and config.rate_options.measured:
             self.notes.append("the student alone has no teacher to measure layer_rates by: one learning rate there.")
         task = [entry | {"weight": 1.0} for entry in config.entries if entry["name"] == "task"]
-        return {"alone": task or runs.TASK} | arms
+        if self.images.unlabelled is not None:
+            arms = {"labelled": Arm(config.entries, unlabelled=False)} | arms
+        return {"alone": Arm(task or runs.TASK, taught=False, unlabelled=False)} | arms
 
     def trainer(self, arm: str, seed: int, folder: Path) -> Any:
         """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
         self._reopen_sharded()
         set_seed(seed)
         student = new_student(self.options, self.teacher, self.data.label_names, [])
+        this = self.arms[arm]
+        settings = runs.run_settings(self.config, folder, seed, this.objectives, this.taught)
+        if settings.max_steps <= 0 and self.images.unlabelled is not None:
+            settings.max_steps = self.steps()  # an epoch of the labelled images alone is shorter
+        images, share = self.images.labelled, None
+        if this.unlabelled:
+            images, share = self.images.all, self.images.share
         return runs.make_trainer(
             student,
-            runs.run_settings(self.config, folder, seed, self.arms[arm], taught=arm == "distilled"),
+            settings,
             self.processor,
             f"{arm}, seed {seed}",
-            teacher=self.source if arm == "distilled" else None,
-            train_dataset=builders.pixels(self.data.train, self.processor, self.data_options, seed),
+            teacher=self.source if this.taught else None,
+            train_dataset=builders.pixels(images, self.processor, self.data_options, seed, share),
             eval_dataset=builders.pixels(self.data.validation, self.processor),
         )
+
+    def steps(self) -> int:
+        """Optimizer steps of the student that is kept: of all arms, so that they can be compared."""
+        config = self.config
+        if config.max_steps > 0:
+            return config.max_steps
+        batches = self.images.batches(config.per_device_train_batch_size)
+        a_step = config.world_size * config.gradient_accumulation_steps
+        return math.ceil(config.num_train_epochs * math.ceil(batches / a_step))
 
     def open_teacher(self) -> None:
         """The teacher to score: of `--teacher self`, the student as it started. During training no copy is held."""

@@ -79,9 +79,10 @@ def check_resumes_all(config: DistillationConfig) -> None:
 
 def run_files(folder: Path) -> list[Path]:
     """What a command has written into a folder; a user's other files are not among it."""
-    pictures = ("curves", "layer_rates", "gradient_rule", "sheet", "attention", "gradients", "example")
-    patterns = (FILE, "report.md", *(f"{name}.png" for name in pictures), "model", "model.part", "student",
-                "checkpoint-*", "start", "start.part", "alone-seed*", "distilled-seed*")  # fmt: skip
+    pictures = ("arms", "curves", "layer_rates", "gradient_rule", "sheet", "attention", "gradients", "example")
+    patterns = (FILE, "report.md", "report.html", *(f"{name}.png" for name in pictures), "model", "model.part",
+                "student", "checkpoint-*", "start", "start.part", "alone-seed*", "labelled-seed*",
+                "distilled-seed*")  # fmt: skip
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,6 @@ def evaluate(study: Any) -> None:
         models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
     models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
     value = {"models": models, "batch_size": study.config.per_device_eval_batch_size, "student_seed": seed}
-    if len(by_arm) == 2:
-        value["paired_difference"] = {split: _difference(by_arm, split) for split in SPLITS}
     if study.config.process_index == 0:
         kept = study.folder / f"distilled-seed{seed}"
         shutil.rmtree(study.folder / "student", ignore_errors=True)
@@ -50,6 +49,7 @@ def evaluate(study: Any) -> None:
             _example(study, 0)
         value |= _maps(study, seed, runs.load(kept))
         update_results(study.folder, "evaluation", value)
+        update_results(study.folder, "comparison", comparisons(by_arm))
 
 
 def _runs(
@@ -57,7 +57,7 @@ def _runs(
 ) -> tuple[dict[str, dict[str, Any]], dict[int, np.ndarray]]:
     """{arm: {seed: {split: scores}}}, and {seed: test logits of the distilled student}.
 
-    The student alone is the baseline of the distilled one with the same seed.
+    The student alone is the baseline of the distilled ones with the same seed.
     """
     by_arm: dict[str, dict[str, Any]] = {arm: {} for arm in study.arms}
     logits: dict[tuple[str, int, str], np.ndarray] = {}
@@ -65,7 +65,7 @@ def _runs(
         model, found = runs.load(folder), {}
         for split, data in datasets.items():
             logits[arm, seed, split], labels = runs.predict(model, data, study.config)
-            before = logits.get(("alone", seed, split)) if arm == "distilled" else None
+            before = logits.get(("alone", seed, split)) if arm != "alone" else None
             found[split] = paired_scores(logits[arm, seed, split], labels, taught.get(split), before)
             if study.config.process_index == 0:
                 save_predictions(folder, split, logits[arm, seed, split], labels)
@@ -94,9 +94,21 @@ def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray,
     return (logits if order is None else logits[:, order]), labels
 
 
-def _difference(runs: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
-    distilled, alone = ([run[split]["accuracy"] for run in runs[arm].values()] for arm in ("distilled", "alone"))
-    return paired_difference(distilled, alone)
+def comparisons(by_arm: dict[str, dict[str, Any]], metric: str = "accuracy") -> list[dict[str, Any]]:
+    """The section `comparison`: each arm minus each one before it, on every split, paired by seed.
+
+    Args:
+        by_arm: {arm: {seed: {split: scores}}}.
+    """
+    entries = []
+    for (b, its), (a, mine) in combinations(by_arm.items(), 2):
+        for split in SPLITS:
+            ours, theirs = ([run[split][metric] for run in found.values()] for found in (mine, its))
+            found = paired_difference(ours, theirs)
+            low, high = found["interval"] or (None, None)
+            entry = {"a": a, "b": b, "metric": metric, "split": split, "mean": found["mean"], "low": low, "high": high}
+            entries.append(entry | {"seeds": [int(seed) for seed in mine]})
+    return entries
 
 
 def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart by colour-blind eyes too (Okabe and Ito).
-COLORS = {"teacher": "#7f7f7f", "alone": "#E69F00", "distilled": "#0072B2"}
+COLORS = {"teacher": "#7f7f7f", "alone": "#E69F00", "labelled": "#56B4E9", "distilled": "#0072B2"}
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,0 +1,85 @@
+"""Images without labels, to be trained on beside a labelled set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+from hf_kdtl.data.bit_depth import check_bit_depths
+from hf_kdtl.data.columns import UNLABELLED, images_alone
+from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.duplicates import check_duplicates
+from hf_kdtl.data.loading import ImageData, readable
+from hf_kdtl.data.scan import scan
+from hf_kdtl.data.sources import Source, open_source, source_name
+
+TABLES = ("*.parquet", "*.tar")
+
+
+def open_unlabelled(
+    source: Source,
+    data: ImageData,
+    *,
+    image_column: str | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    notes: list[str],
+) -> Dataset:
+    """Images of a source as a training split of `data` in which no image has a label (-100).
+
+    Args:
+        source: a folder of images, in any sub-folders (their names mean nothing), or whatever `load_images` takes; the
+            labels and splits that it may have are ignored.
+        data: the labelled images, whose classes the split gets. Images that are in its validation or test split too
+            are reported in `notes`, and images of more than 8 bits treated as there.
+        image_column: of `source`; by default its only column of images.
+        on_bad_image: as in `load_images`.
+        notes: sentences are appended to it.
+
+    Raises:
+        ValueError: when there are no images at `source`, or one cannot be read.
+    """
+    name = source_name(source)
+    split = _folder(source)
+    if split is None:
+        opened = open_source(source, [], image_column)
+        split = concatenate_datasets([images_alone(found, image_column) for found in opened.values()])
+    if not len(split):
+        raise ValueError(f"the unlabelled source {name!r} holds no images, expected one or more.")
+    if on_bad_image == "skip":
+        split = readable(split, "unlabelled", notes)
+    else:
+        for index, image in enumerate(tqdm(split["image"], desc="Reading unlabelled", leave=False, delay=2)):
+            decode_row(image, index, len(split))
+    split = check_bit_depths({"unlabelled": split}, data.high_bit_depth, notes)["unlabelled"]
+    check_duplicates({"unlabelled": split, "validation": data.validation, "test": data.test}, notes)
+    notes.append(f"{len(split)} images without labels come from {name}.")
+    return without_labels(split, data.label_names)
+
+
+def without_labels(split: Dataset, names: list[str]) -> Dataset:
+    """The images of a split, each with the label -100."""
+    images = split.select_columns("image")
+    return images.add_column("label", [UNLABELLED] * len(images), feature=ClassLabel(names=names))
+
+
+def by_label(split: Dataset) -> tuple[Dataset, Dataset]:
+    """(labelled images, unlabelled images) of a split."""
+    has = np.array(split["label"][:]) != UNLABELLED
+    return (split, split.select([])) if has.all() else (
+        split.select(np.flatnonzero(has)), split.select(np.flatnonzero(~has)))  # fmt: skip
+
+
+def _folder(source: Any) -> Dataset | None:
+    """The images of a folder, sorted by path; None where `source` is none, or holds tables."""
+    if not isinstance(source, str | Path) or not (path := Path(source).expanduser()).is_dir():
+        return None
+    if any(next(path.rglob(pattern), None) for pattern in TABLES) or (path / "state.json").exists():
+        return None
+    images = sorted(str(image) for image in scan(path.absolute()).all_images())
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return Dataset.from_dict({"image": [{"bytes": None, "path": image} for image in images]}, features=features)

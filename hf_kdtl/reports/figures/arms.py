@@ -1,0 +1,70 @@
+"""What distillation gained: the accuracy of each arm as a bar, its teacher as a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from hf_kdtl.evaluation.records import EvaluatedModel
+from hf_kdtl.evaluation.statistics import mean_interval
+from hf_kdtl.reports.figures.style import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ARMS_FIGURE = "arms.png"
+
+
+def arms_figure(
+    models: dict[str, EvaluatedModel], names: dict[str, str], path: str | Path, split: str = "test", title: str = ""
+) -> bool:
+    """A bar for each arm: mean accuracy over seeds, the 95 % t interval of it, and a ring for each seed.
+
+    Args:
+        models: of a training; `teacher` becomes a line.
+        names: what each is called.
+
+    Returns:
+        Whether there was something to draw: two arms of two seeds or more.
+    """
+    values = {arm: _accuracies(model, split) for arm, model in models.items()}
+    arms = {arm: found for arm, found in values.items() if arm != "teacher" and len(found) > 1}
+    if len(arms) < 2:
+        return False
+    figure = new_figure(7.2, 1.5 + 0.62 * len(arms))
+    axes = figure.subplots()
+    for place, (arm, found) in enumerate(arms.items()):
+        _bar(axes, place, arm, found)
+    lowest = min(min(found) for found in arms.values())
+    left = max(0, 10 * (lowest // 10) - 10) if lowest > 20 else 0
+    teacher = values.get("teacher")
+    if teacher:
+        axes.axvline(teacher[0], color="#444444", linewidth=1.4, linestyle="--")
+        axes.text(teacher[0], -0.62, f"teacher {teacher[0]:.1f} %", ha="right", va="bottom", fontsize=10)
+    axes.set_xlim(left, max([*(max(found) for found in arms.values()), *(teacher or [])]) + 0.01 * (100 - left))
+    axes.set_yticks(range(len(arms)), [names[arm].replace(", ", ",\n") for arm in arms], fontsize=11)
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    seeds = len(next(iter(arms.values())))
+    note = f"{split} accuracy in %: mean of {seeds} seeds, 95 % t interval, a ring for each seed"
+    axes.set_xlabel(note + (f"; axis from {left:.0f}" if left else ""), fontsize=9.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11, loc="left", pad=18)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _bar(axes: Axes, place: int, arm: str, found: list[float]) -> None:
+    mean, interval = fmean(found), mean_interval(found)
+    axes.barh(place, mean, height=0.62, color=COLORS.get(arm, "#009E73"))
+    if interval is not None:
+        axes.plot(interval, [place] * 2, color="black", linewidth=1.6)
+    axes.plot(found, [place + 0.2] * len(found), "o", mfc="none", mec="white", markersize=4.5)
+    axes.annotate(f"{mean:.1f}", (0.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=12,
+                  color="white", fontweight="bold")  # fmt: skip
+
+
+def _accuracies(model: EvaluatedModel, split: str) -> list[float]:
+    found = (run.get(split, {}).get("accuracy") for run in model.runs.values())
+    return [100 * value for value in found if value is not None]
