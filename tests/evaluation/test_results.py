@@ -67,9 +67,12 @@ def test_schema_1_is_read_and_becomes_schema_2_when_a_section_is_written(tmp_pat
     tmp_path.joinpath("results.json").write_text(json.dumps(old))
     found = read_results(tmp_path)
     assert found["schema"] == 2 and "judged" not in found
-    assert found["student_evaluation"] == old["judged"] and list(found)[1:] == [
-        "student_evaluation" if name == "judged" else name for name in list(old)[1:]
-    ]
+    renamed = ["student_evaluation" if name == "judged" else name for name in list(old)[1:]]
+    assert found["student_evaluation"] == old["judged"] and list(found)[1:] == [*renamed, "comparison"]
+    before = old["evaluation"]["paired_difference"]["test"]
+    entry = next(one for one in found["comparison"] if one["split"] == "test")
+    assert (entry["mean"], [entry["low"], entry["high"]]) == (before["mean"], before["interval"])
+    assert "paired_difference" not in found["evaluation"]
     student = load_results(tmp_path).student_evaluation.evaluation.models["student"]
     assert student.runs["student"]["test"]["accuracy"] == 0.39 and student.differences["teacher"].number == 2000
     update_results(tmp_path, "data", old["data"])

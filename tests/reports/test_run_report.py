@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_kdtl.evaluation import update_results
-from hf_kdtl.evaluation.records import Results
+from hf_kdtl.evaluation.results import load_results
 from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.reports.figures.samples import choose_samples, sample_figure
 from hf_kdtl.reports.run_report import difference, write_report
@@ -64,7 +64,8 @@ def test_report_from_results_alone():
 
 
 def test_one_seed_is_said():
-    text = difference(Results.of(results(seeds=1)).evaluation)
+    results(seeds=1)
+    text = difference(load_results("run"))
     assert text.endswith("+10.00 points (one seed: no interval).")
 
 

@@ -23,8 +23,8 @@ def images(tmp_path):
         Image.new("RGB", (16, 16), (number * 10, 255 - number * 10, 90)).save(path)
         rows.append({"bytes": None, "path": path})
     split = Dataset.from_dict({"image": rows}, features=Features({"image": ImageFeature(decode=False)}))
-    labels = [0, 1, 2, 3] + [-100] * 14
-    split = split.add_column("label", labels, feature=ClassLabel(names=list("abcde")))
+    labels = [0, 1, 2, 0] + [-100] * 14
+    split = split.add_column("label", labels, feature=ClassLabel(names=list("abc")))
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     return lambda: ImageDataset(
         split, processor, augmentation=Augmentation({"flip": True}), seed=1, labelled_share=0.25

@@ -48,7 +48,7 @@ class DataOptions:
         default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
     )
     labels_per_class: int | None = field(
-        default=None, metadata={"help": "Train on this many labelled images of each class, drawn with split_seed."}
+        default=None, metadata={"help": "Train on this many labels of each class, drawn with split_seed."}
     )
     augmentation: dict | str | None = field(
         default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}

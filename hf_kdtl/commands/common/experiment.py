@@ -23,7 +23,7 @@ from hf_kdtl.trainer.checks import check_teacher_usage
 
 @dataclass
 class DistillOptions(UnlabelledOptions):
-    """Teacher, student, images without labels, and how many runs."""
+    """Teacher, student, and how many runs."""
 
     teacher: str | None = field(
         default=None,
@@ -46,10 +46,7 @@ class DistillOptions(UnlabelledOptions):
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
     baseline: bool = field(
         default=False,
-        metadata={
-            "help": "Also train the student alone, everything else equal; and, where images have no label, distilled "
-            "on the labelled ones only."
-        },
+        metadata={"help": "Also train the student alone; with unlabelled images also distilled on the labelled ones."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 

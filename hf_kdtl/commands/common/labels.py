@@ -24,15 +24,15 @@ class UnlabelledOptions:
     unlabelled: str | None = field(
         default=None,
         metadata={
-            "help": "Images without labels, beside --dataset: a folder (any sub-folders), parquet files, a saved "
-            "dataset; or rest: the training images left out by --labels_per_class or --train_images."
+            "help": "More images, without labels: a folder, parquet files, ...; or rest: what --labels_per_class "
+            "left out."
         },
     )
     labelled_share: float | None = field(
         default=None,
         metadata={
-            "help": "Share of labelled images in every batch, where some have no label; by default their share of "
-            f"all, at least {SHARE}. Images recur as it demands."
+            "help": "Share of labelled images in every batch, if some have no label; by default their share of all, "
+            f"at least {SHARE}."
         },
     )
 
@@ -55,7 +55,7 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
     else:
         return data
     rest = np.setdiff1d(np.arange(len(labels)), rows)
-    left = without_labels(data.train.select(rest), data.label_names)
+    left = without_labels(data.train.select(rest), data.label_names) if len(rest) else None
     return replace(data, train=data.train.select(np.sort(rows)), rest=left, notes=[*data.notes, said])
 
 
