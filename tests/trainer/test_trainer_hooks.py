@@ -57,8 +57,12 @@ RELIED_ON = {
     ),
     "_get_dataloader": (
         ["self", "dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"],
-        ["isinstance(dataset, datasets.Dataset)", "_get_collator_with_removed_columns(self.data_collator, description="],
+        [
+            "isinstance(dataset, datasets.Dataset)",
+            "_get_collator_with_removed_columns(self.data_collator, description=",
+        ],
     ),
+    "_get_train_sampler": (["self", "train_dataset"], ["RandomSampler(train_dataset)"]),
     "_get_collator_with_removed_columns": (
         ["self", "data_collator", "description"],
         ["return data_collator", "return remove_columns_collator"],
