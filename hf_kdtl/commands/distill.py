@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
+from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, scores, timing
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, folders, runs, scores
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, student_start
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
@@ -35,13 +35,17 @@ from hf_kdtl.reports.run_report import difference, note, table, write_report
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, train every run, evaluate, write results.json, report.md and pictures."""
     cli.quiet()
-    options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
+    types = (DistillOptions, DataOptions, DistillationConfig)
+    options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
+    typed = cli.typed_names(*types, argv=argv)
+    budget = timing.check_budget(options.time_budget, typed)
     folders.check_resumes_all(config)
+    chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     pushing = push.planned(config, options.teacher, options.student)
-    experiment = Experiment(options, data_options, config)
-    begin(experiment, run)
+    experiment = Experiment(options, data_options, config, typed)
+    begin(experiment, budget)
     for arm, seed, folder in experiment.runs():
         runs.train_and_save(experiment.trainer(arm, seed, folder), folder.name, experiment.folder)
     experiment.open_teacher()
@@ -49,22 +53,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.process_index == 0:
         record_fingerprint(experiment)
         write_report(experiment.folder)
-        say(config, *summary(experiment))
+        say(config, *summary(experiment), *ending(experiment))
     if pushing is not None:
         say(config, push.published(push.push(pushing, config.hub_token), pushing))
 
 
-def begin(experiment: Experiment, run: dict[str, Any]) -> None:
+def begin(experiment: Experiment, budget: float | None) -> None:
     """Check one batch, claim output_dir, and write and print what is known before training."""
     options, data_options, config = experiment.options, experiment.data_options, experiment.config
     first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
     runs.check_one_batch(first)
+    assert experiment.chosen is not None
+    duration = timing.settle_steps(experiment.chosen, experiment.makers(), len(experiment.seeds), budget)
+    run = folders.describe_run("distill", config, options, data_options)
     splits = builders.split_notes(options.teacher, experiment.data, data_options) if options.teacher else []
     notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
     models = {"teacher": builders.summary(first.teacher.classifier())} if first.teacher else {}
     models |= {"student": experiment.student_summary}
     sections = {
         "run": run,
+        "defaults": experiment.chosen.record(),
         "data": builders.facts(experiment.data, data_options)
         | experiment.images.facts(config.per_device_train_batch_size),
         "objectives": config.objectives,
@@ -73,7 +81,8 @@ def begin(experiment: Experiment, run: dict[str, Any]) -> None:
     }
     folders.begin(first, sections)
     say(config, *builders.describe_data(experiment.data), *(f"{role}: {text}" for role, text in models.items()))
-    say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
+    say(config, *(f"- {sentence}" for sentence in notes), *listing(experiment.chosen.defaults))
+    say(config, folders.place(run), *duration)
 
 
 def record_fingerprint(experiment: Experiment) -> None:
@@ -98,6 +107,13 @@ def summary(experiment: Experiment) -> list[str]:
         f"  {evaluation_command(experiment, results.evaluation.student_seed)}",
         f'  {python()} -c "from transformers import pipeline; {use}"',
     ]
+
+
+def ending(experiment: Experiment) -> list[str]:
+    """What is off with the finished runs."""
+    assert experiment.chosen is not None
+    labels = experiment.data.validation["label"][:]
+    return advice.of_run(load_results(experiment.folder), labels, experiment.chosen.steps)
 
 
 def evaluation_command(experiment: Experiment, seed: int | None) -> str:

@@ -25,8 +25,9 @@ from hf_kdtl.preflight import preflight
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, look at the pair on one batch of training images, print the report."""
     cli.quiet()
-    options, data_options, config = cli.parse(DistillOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
-    experiment = Experiment(options, data_options, config)
+    types = (DistillOptions, DataOptions, DistillationConfig)
+    options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
+    experiment = Experiment(options, data_options, config, cli.typed_names(*types, argv=argv))
     rows = builders.pixels(experiment.data.train, experiment.processor).__getitems__(list(range(8)))
     pixels = torch.stack([row["pixel_values"] for row in rows])
     student = new_student(options, experiment.teacher, experiment.data.label_names, [])

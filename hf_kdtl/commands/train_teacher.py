@@ -18,9 +18,11 @@ from typing import Any
 from transformers import set_seed
 
 from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common import advice, builders, folders, runs, timing
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, folders, runs
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.chosen import Chosen, put_in, restored
+from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
 from hf_kdtl.commands.common.runs import TASK, say
@@ -40,6 +42,7 @@ class TeacherOptions:
         default=None, metadata={"help": 'To train from random weights, as JSON: {"model_type": "vit", ...}.'}
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a model_config that has no size."})
+    time_budget: str | None = field(default=None, metadata={"help": "Train as many steps as fit, such as 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 
@@ -58,38 +61,64 @@ def build(options: TeacherOptions, data: ImageData, notes: list[str]) -> tuple[A
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, train, evaluate, write results.json and report.md."""
     cli.quiet()
-    options, data_options, config = cli.parse(TeacherOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
+    types = (TeacherOptions, DataOptions, DistillationConfig)
+    options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
+    typed = cli.typed_names(*types, argv=argv)
+    budget = timing.check_budget(options.time_budget, typed)
     if config.objectives == DEFAULT_OBJECTIVES:
         config.objectives = TASK
+    put_in(restored(config, typed) or [], config, data_options)
     run = folders.describe_run("train_teacher", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     with config.main_process_first(local=False):
         data = builders.open_data(data_options)
+    train(options, data_options, config, data, typed, budget)
+
+
+def train(
+    options: TeacherOptions,
+    data_options: DataOptions,
+    config: DistillationConfig,
+    data: ImageData,
+    typed: set[str],
+    budget: float | None,
+) -> None:
+    """From the settings to the final model, its scores and the report."""
     notes: list[str] = []
     set_seed(config.seed)
     model, processor, data = build(options, data, notes)
-    trainer = runs.make_trainer(
-        model,
-        config,
-        processor,
-        "teacher",
-        train_dataset=builders.pixels(data.train, processor, data_options, config.seed),
-        eval_dataset=builders.pixels(data.validation, processor),
-    )
-    runs.check_one_batch(trainer)
+    kind = "random" if options.model is None else "pretrained"
+    chosen = Chosen(model, kind, data.train, processor, typed, config, data_options)
+
+    def make(settings: DistillationConfig, model: Any = None) -> Any:
+        return runs.make_trainer(
+            build(options, data, [])[0] if model is None else model,
+            settings,
+            processor,
+            "teacher",
+            train_dataset=builders.pixels(data.train, processor, data_options, config.seed),
+            eval_dataset=builders.pixels(data.validation, processor),
+        )
+
+    runs.check_one_batch(make(config, model))
+    duration = timing.settle_steps(chosen, [make], 1, budget)
+    trainer = make(config, model)
+    run = folders.describe_run("train_teacher", config, options, data_options)
     sections = {
         "run": run,
+        "defaults": chosen.record(),
         "data": builders.facts(data, data_options),
         "objectives": config.objectives,
         "pairing": {"model": builders.summary(model), "notes": notes},
     }
     folders.begin(trainer, sections)
-    say(config, *builders.describe_data(data), builders.summary(model), *notes, folders.place(run))
+    say(config, *builders.describe_data(data), builders.summary(model), *notes, *listing(chosen.defaults))
+    say(config, folders.place(run), *duration)
     runs.train_and_save(trainer, "teacher")
     evaluate(config, data, processor)
     if config.process_index == 0:
         write_report(folder_of(config))
-        say(config, *summary(config, data_options, processor))
+        say(config, *summary(config, data_options, processor), *ending(config, data, chosen))
 
 
 def evaluate(config: DistillationConfig, data: ImageData, processor: Any) -> None:
@@ -115,6 +144,12 @@ def summary(config: DistillationConfig, data_options: DataOptions, processor: An
         f"\nThe model is in {folder / 'model'}, the report in {folder / 'report.md'}. Next, a student of it:\n",
         f"  {student}",
     ]
+
+
+def ending(config: DistillationConfig, data: ImageData, chosen: Chosen) -> list[str]:
+    """What is off with the finished run."""
+    results = load_results(folder_of(config))
+    return advice.of_run(results, data.validation["label"][:], chosen.steps)
 
 
 if __name__ == "__main__":

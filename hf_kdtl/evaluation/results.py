@@ -15,6 +15,7 @@ from hf_kdtl.utils.redaction import relative_paths
 SCHEMA = 2
 SECTIONS = (
     "run",
+    "defaults",
     "data",
     "objectives",
     "models",

@@ -14,6 +14,7 @@ from tests.hub.client import hub  # noqa: F401
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "use_cpu": True}
 STEPS |= {"disable_tqdm": True, "save_strategy": "no", "seed": 3, "learning_rate": 1e-3}
+STEPS |= {"weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "linear"}  # which the commands would choose
 FLAGS = [text for name, value in STEPS.items() for text in (f"--{name}", str(value).lower())]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -44,13 +45,7 @@ def parse(*types: Any, argv: Sequence[str] | None = None, doc: str | None = "") 
         FileNotFoundError: when the file is missing.
         SystemExit: after `--help` and `--help-all`.
     """
-    parser = _Parser(types, allow_abbrev=False, add_help=False)
-    parser.add_argument(
-        "--config", metavar="NAME", help="Settings: a name that hf-kdtl configs lists, or a YAML file."
-    )
-    for action in parser._actions:
-        if action.dest == "objectives":
-            action.nargs = "+"  # names, or one JSON text
+    parser = _parser(types)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if asked := set(HELP) & set(arguments):
         print(help_text(parser, types, doc or "", everything="--help-all" in asked))
@@ -70,6 +65,31 @@ def parse(*types: Any, argv: Sequence[str] | None = None, doc: str | None = "") 
             raise ValueError(unknown(rest[0].split("=")[0], "flag", names))
         raise ValueError(f"found {rest[0]!r} where a flag was expected; settings are given as --name value.")
     return tuple(parsed)
+
+
+def typed_names(*types: Any, argv: Sequence[str] | None = None) -> set[str]:
+    """The settings that the user gave, as flags or in the file of `--config`, whatever their values.
+
+    Call it after `parse` with the same arguments, which raises what there is to raise.
+    """
+    parser = _parser(types)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    file = _config_file(arguments)
+    flags = vars(parser.parse_known_args(arguments)[0])
+    return {*flags, *(file.values if file is not None else ())} - {"config"}
+
+
+def _parser(types: Sequence[Any]) -> _Parser:
+    parser = _Parser(types, allow_abbrev=False, add_help=False)
+    parser.add_argument(
+        "--config", metavar="NAME", help="Settings: a name that hf-kdtl configs lists, or a YAML file."
+    )
+    for action in parser._actions:
+        if action.dest == "objectives":
+            action.nargs = "+"  # names, or one JSON text
+    return parser
 
 
 def _config_file(arguments: list[str]) -> SettingsFile | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hf_kdtl import DistillationConfig, make_student
 from hf_kdtl.commands.common import adapters, builders, runs
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.models import Teacher
@@ -47,6 +48,9 @@ class DistillOptions(UnlabelledOptions):
     baseline: bool = field(
         default=False,
         metadata={"help": "Also train the student alone; with unlabelled images also distilled on the labelled ones."},
+    )
+    time_budget: str | None = field(
+        default=None, metadata={"help": "Train as many steps as fit, such as 20min: all runs together."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
@@ -119,7 +123,14 @@ class Experiment:
     distilled on all (`distilled`). All train for the same number of steps.
     """
 
-    def __init__(self, options: DistillOptions, data_options: DataOptions, config: DistillationConfig):
+    def __init__(
+        self,
+        options: DistillOptions,
+        data_options: DataOptions,
+        config: DistillationConfig,
+        typed: Iterable[str] | None = None,
+    ):
+        """With `typed`, the names that the user gave, all other settings become the defaults of the commands."""
         self.options, self.config = options, config
         self.folder = folder_of(config)
         self.seeds = options.seeds or [config.seed]
@@ -142,11 +153,20 @@ class Experiment:
             self.notes.append(f"the teacher {why}: it is not scored on these images.")
         self.data = data.in_order(student)
         self.images = training_images(self.data, options, data_options, self.notes)
-        self.notes += self.images.note(config.per_device_train_batch_size)
         self.arms = self._arms()
         self.data_options = data_options
         self.processor = student_processor(options, self.teacher, student, self.notes)
+        self.chosen = None if typed is None else self._choose(student, typed)
+        self.notes += self.images.note(config.per_device_train_batch_size)
         self.student_summary = builders.summary(student)
+
+    def _choose(self, student: Any, typed: Iterable[str]) -> Chosen:
+        kind = "adapter" if self.options.adapter else student_start(self.options)["how"]
+        train, batch = self.images.all, 32  # any: of an epoch that repeats images only the length counts
+        images = len(train) if self.images.unlabelled is None else batch * self.images.batches(batch)
+        budgeted = self.options.time_budget is not None
+        settings = self.config, self.data_options
+        return Chosen(student, kind, train, images, self.processor, typed, *settings, budgeted)
 
     def _arms(self) -> dict[str, Arm]:
         """The student alone comes first, the one that is kept last."""
@@ -161,13 +181,17 @@ class Experiment:
             arms = {"labelled": Arm(config.entries, unlabelled=False)} | arms
         return {"alone": Arm(task or runs.TASK, taught=False, unlabelled=False)} | arms
 
-    def trainer(self, arm: str, seed: int, folder: Path) -> Any:
-        """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm."""
+    def trainer(self, arm: str, seed: int, folder: Path, config: DistillationConfig | None = None) -> Any:
+        """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm.
+
+        Args:
+            config: instead of the experiment's.
+        """
         self._reopen_sharded()
         set_seed(seed)
         student = new_student(self.options, self.teacher, self.data.label_names, [])
         this = self.arms[arm]
-        settings = runs.run_settings(self.config, folder, seed, this.objectives, this.taught)
+        settings = runs.run_settings(config or self.config, folder, seed, this.objectives, this.taught)
         if settings.max_steps <= 0 and self.images.unlabelled is not None:
             settings.max_steps = self.steps()  # an epoch of the labelled images alone is shorter
         images, share = self.images.labelled, None
@@ -205,6 +229,15 @@ class Experiment:
         if self.teacher is not None and self.teacher.facts().sharded:
             assert self.options.teacher is not None
             self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
+
+    def makers(self) -> list[Callable[[DistillationConfig], Any]]:
+        """For each arm, its trainer with given settings."""
+        seed = self.seeds[0]
+
+        def maker(arm: str) -> Callable[[DistillationConfig], Any]:
+            return lambda config: self.trainer(arm, seed, folder_of(config), config)
+
+        return [maker(arm) for arm in self.arms]
 
     def runs(self) -> list[tuple[str, int, Path]]:
         """(arm, seed, folder) of every run."""
