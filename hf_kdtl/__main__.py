@@ -10,6 +10,13 @@ from hf_kdtl.utils.options import suggestion
 Main = Callable[[Sequence[str] | None], None]
 
 
+def _init() -> Main:
+    """look at a folder of images and write settings for it"""
+    from hf_kdtl.commands.init import main
+
+    return main
+
+
 def _train_teacher() -> Main:
     """train or fine-tune an image classifier, to be a teacher"""
     from hf_kdtl.commands.train_teacher import main
@@ -82,7 +89,7 @@ def _configs() -> Main:
 
 COMMANDS: dict[str, Callable[[], Main]] = {
     load.__name__.strip("_").replace("_", "-"): load
-    for load in (_train_teacher, _distill, _preflight, _evaluate, _compare, _export, _push, _model_card,
+    for load in (_init, _train_teacher, _distill, _preflight, _evaluate, _compare, _export, _push, _model_card,
                  _fit_representation, _configs)
 }  # fmt: skip
 

@@ -88,7 +88,9 @@ def train(
     set_seed(config.seed)
     model, processor, data = build(options, data, notes)
     kind = "random" if options.model is None else "pretrained"
-    chosen = Chosen(model, kind, data.train, processor, typed, config, data_options)
+    chosen = Chosen(
+        model, kind, data.train, len(data.train), processor, typed, config, data_options, budget is not None
+    )
 
     def make(settings: DistillationConfig, model: Any = None) -> Any:
         return runs.make_trainer(

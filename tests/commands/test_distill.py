@@ -75,7 +75,7 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     assert Path("out/alone-seed1/model/model.safetensors").stat().st_mtime_ns == kept
     assert read_results("out")["comparison"][1]["seeds"] == [1, 2, 3]
     assert cli.run(lambda: distill(arguments(*more, "--learning_rate", "1e-2"))) == 2
-    assert "begun with learning_rate 'the default' and is now asked to continue with 0.01" in capsys.readouterr().err
+    assert "begun with learning_rate 0.001 and is now asked to continue with 0.01" in capsys.readouterr().err
 
     # Overwrite: the old runs are gone, a user's own files are not.
     Path("out/mine.txt").write_text("mine")

@@ -27,10 +27,12 @@ def test_from_a_config_to_a_folder_that_transformers_opens(command, images, caps
     }
     results = read_results("out")
     assert results["objectives"] == [{"name": "task"}] and results["data"]["classes"] == NAMES
-    assert results["data"]["augmentation"] == {"flip": True} and len(results["curves"]["teacher"]) == 3
+    assert results["data"]["augmentation"] == {"flip": True} and len(results["curves"]["teacher"]) == 4
     assert set(results["evaluation"]["models"]["teacher"]["runs"]["42"]) == {"validation", "test"}
-    assert "learning_rate" not in results["run"]["settings"] and results["run"]["settings"]["max_steps"] == 2
+    assert results["run"]["settings"]["learning_rate"] == 1e-3 and results["run"]["settings"]["max_steps"] == 2
     told = capsys.readouterr().out
+    assert "learning_rate: 0.001  " in told and "random weights, a transformer" in told
+    assert "max_steps" not in {entry["name"] for entry in results["defaults"]}
     assert "1 process" in told and "out/model" in told and "--student_layers 1" in told
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
     # Continuing a finished run keeps it.

@@ -32,7 +32,9 @@ class Chosen:
         model: that is trained.
         kind: where its weights come from, as in `Case`.
         train: the images it is trained on.
+        images: how many of an epoch.
         typed: the names that the user gave.
+        budgeted: whether the steps are still to be measured.
     """
 
     def __init__(
@@ -40,13 +42,15 @@ class Chosen:
         model: Any,
         kind: str,
         train: Dataset,
+        images: int,
         processor: Any,
         typed: Iterable[str],
         config: DistillationConfig,
         data_options: DataOptions,
+        budgeted: bool = False,
     ):
         side = int(builders.pixels(train.select([0]), processor)[0]["pixel_values"].shape[-1])
-        seen = len(train), side, has_color(train), config.world_size
+        seen = images, side, has_color(train), config.world_size
         self.case = Case(kind, has_attention(model), parameters(model), *seen)
         self.config, self.data_options = config, data_options
         values = vars(data_options) | vars(config)
@@ -57,7 +61,7 @@ class Chosen:
         self.continued = before is not None
         self.defaults = before or []
         if not self.continued:
-            self.set()
+            self.set(1 if budgeted else None)
 
     def set(self, steps: int | None = None) -> None:
         """Choose them (again, for a number of steps) and put them into the settings."""

@@ -6,6 +6,7 @@ as a flag or in YAML, is never changed, also when its value is the default of Tr
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -202,4 +203,4 @@ def yaml_value(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {yaml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return f"[{', '.join(map(yaml_value, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -61,16 +61,29 @@ def split_flags(options: Any) -> str:
 
 
 def student_flags(model: Any, processor: Any) -> str:
-    """Flags for a student of about half of `model`: half of its blocks, or random weights with stages half as deep."""
-    depths, depth = stated_depth(model.config)
+    """Flags for a student of about half of `model`."""
+    settings = student_settings(model.config, processor)
+    return " ".join(
+        f"--{name} {shlex.quote(json.dumps(value)) if isinstance(value, dict) else value}"
+        for name, value in settings.items()
+    )
+
+
+def student_settings(config: Any, processor: Any) -> dict[str, Any]:
+    """Settings for a student of about half of a model: half of its blocks, or random weights with stages half as deep.
+
+    Args:
+        config: of the model.
+        processor: of the model; for a student_config that has no size.
+    """
+    depths, depth = stated_depth(config)
     if depths is None and depth:
-        return f"--student_layers {max(1, depth // 2)}"
-    default = type(model.config)()
+        return {"student_layers": max(1, depth // 2)}
+    default = type(config)()
     valid = default.to_dict().keys() - {*LABELS_AND_FILES}
-    kept = {name: value for name, value in model.config.to_diff_dict().items() if name in valid}
+    kept = {name: value for name, value in config.to_diff_dict().items() if name in valid}
     halves = {"depths": [max(1, number // 2) for number in depths]} if depths and "depths" in kept else {}
-    settings = {"model_type": model.config.model_type} | kept | halves
+    settings = {"student_config": {"model_type": config.model_type} | kept | halves}
     size = getattr(processor, "size", None) or {}
     side = None if getattr(vision_config(default), "image_size", None) else size.get("height")
-    image_size = "" if side is None else f" --image_size {side}"
-    return f"--student_config {shlex.quote(json.dumps(settings))}{image_size}"
+    return settings if side is None else settings | {"image_size": side}
