@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.evaluation.model_records import Models
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import FILE, read_results
 from hf_kdtl.hub import license as licenses
 from hf_kdtl.hub.card_results import hash_of
@@ -62,7 +64,7 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
     """Publish a run's student.
 
     Raises:
-        ValueError, FileNotFoundError: for a run that is not finished, results of something else, a licence that
+        ValueError, FileNotFoundError: for a run that is not finished, results of something else, a license that
             is not known or does not allow it, and as `hf_kdtl.hub.upload.publish`.
         HubError: as that too. Both say where the student is, and the command to push it later.
     """
@@ -73,7 +75,7 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
     results = published_results(results)
     where: dict[str, Any] = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     try:
-        settled = licenses.student_license(models_of(results), options.license)
+        settled = licenses.student_license(models_of(Results.of(results)), options.license)
         name = check_access(options.hub_model_id, token, **where)
         card = student_card(results, model_id=name, license=settled)
         return publish(options.run, name, card, results=results, token=token, **where)
@@ -101,7 +103,7 @@ def planned(config: DistillationConfig, teacher: str | None, student: str | None
         models["teacher"] = {"licence": licenses.license_of(teacher, token)}
     if student is not None:
         models["student"] = {"start": {"how": "pretrained", "licence": licenses.license_of(student, token)}}
-    licenses.student_license(models, config.license)
+    licenses.student_license(Models.of(models, "models"), config.license)
     where: dict[str, Any] = {"private": config.hub_private_repo, "revision": config.hub_revision}
     name = check_access(config.hub_model_id or folder.resolve().name, token, **where)
     return PushOptions(str(folder), name, license=config.license, **where)

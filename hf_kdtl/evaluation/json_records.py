@@ -12,7 +12,7 @@ FILE = "results.json"
 
 
 class Record:
-    """A dataclass that is parsed from JSON. null counts as missing where a field has a default.
+    """A dataclass that is parsed from JSON. null counts as missing where a field has a default, and in dicts.
 
     What the class does not know is ignored, or kept in its field `extra` where it has one.
     """
@@ -47,13 +47,14 @@ def parse(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return _parse_record(kind, _expect(dict, value, where), where)  # type: ignore[arg-type]
     if origin is dict:
-        items = _expect(dict, value, where).items()
-        return {key: parse(inner[1], item, _inside(where, key)) for key, item in items}
+        optional = inner[1] is Any or type(None) in get_args(inner[1])
+        items = {key: item for key, item in _expect(dict, value, where).items() if item is not None or optional}
+        return {key: parse(inner[1], item, _inside(where, key)) for key, item in items.items()}
     if origin is list:
         return [parse(inner[0], item, _inside(where, i)) for i, item in enumerate(_expect(list, value, where))]
     if origin is tuple:
         if len(_expect(list, value, where)) != len(inner):
-            raise _malformed(where, f"{len(value)} values", f"{len(inner)}")
+            raise malformed(where, f"{len(value)} values", f"{len(inner)}")
         return tuple(
             parse(one, item, _inside(where, i)) for i, (one, item) in enumerate(zip(inner, value, strict=True))
         )
@@ -66,7 +67,7 @@ def _parse_record(kind: type, value: Mapping[str, Any], where: str) -> Any:
         if value.get(key) is not None:
             found[name] = parse(its, value[key], _inside(where, key))
         elif not optional:
-            raise _malformed(
+            raise malformed(
                 where, f"no {key!r}" if key not in value else f"null as {key!r}", _WORDS[get_origin(its) or its]
             )
     if "extra" in (names := {key for _, key, _, _ in _fields(kind)}):
@@ -96,7 +97,7 @@ def _expect(kind: Any, value: Any, where: str) -> Any:
     accepted = {float: (int, float)}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         shown = _WORDS.get(type(value)) or repr(value)
-        raise _malformed(where, f"{shown} ({value!r})"[:80] if shown in _WORDS.values() else shown, _WORDS[kind])
+        raise malformed(where, f"{shown} ({value!r})"[:80] if shown in _WORDS.values() else shown, _WORDS[kind])
     return value
 
 
@@ -104,11 +105,11 @@ def _inside(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def _malformed(where: str, found: str, expected: str) -> ValueError:
+def malformed(where: str, found: str, expected: str) -> ValueError:
+    """The error for what does not fit at a place of the file, such as "evaluation.models"."""
     section = where.split(".")[0]
     place = f" ({where})" if where != section else ""
     return ValueError(
         f"{FILE}, section {section or 'none'}{place}: found {found}, expected {expected}. Restore the file, or run "
-        "the "
-        "command again."
+        "the command again."
     )

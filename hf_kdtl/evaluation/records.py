@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_kdtl.evaluation.json_records import FILE as FILE
 from hf_kdtl.evaluation.json_records import Record
+from hf_kdtl.evaluation.model_records import Models
 
 Scores = dict[str, float | None]
 
@@ -188,6 +189,8 @@ class Data(Record):
     classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unlabelled: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, Any] = field(default_factory=dict)
+    augmentation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Results(Record):
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     objectives: list[dict[str, Any]] = field(default_factory=list)
-    models: dict[str, Any] = field(default_factory=dict)
+    models: Models | None = None
     pairing: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     layer_rates: dict[str, History] = field(default_factory=dict)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hf_kdtl.evaluation.citations import LLRD, SKLEARN
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.hub.card_tables import shown_scores
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.optim.options import RateOptions
 
 
-def citations(results: dict[str, Any]) -> list[str]:
+def citations(results: Results) -> list[str]:
     """BibTeX of what was used: objectives with a weight, the rates, the rule, and the measures that the card shows."""
     from hf_kdtl.evaluation.metrics import METRICS
 
-    settings = results.get("run", {}).get("settings", {})
-    used = [OBJECTIVES[entry["name"]].citation for entry in results.get("objectives", [])
+    settings = results.run.settings
+    used = [OBJECTIVES[entry["name"]].citation for entry in results.objectives
             if entry["name"] in OBJECTIVES and entry.get("weight", 1.0)]  # fmt: skip
     if (rates := settings.get("layer_rates")) and (options := RateOptions.of(rates)).mode != "uniform":
         used.append(GRADIENT_RULES["layer_local"].citation if options.measured else LLRD)

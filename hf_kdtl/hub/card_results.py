@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 
+from hf_kdtl.evaluation.json_records import malformed
+from hf_kdtl.evaluation.model_records import Models
+from hf_kdtl.evaluation.records import Data, Evaluation, Results
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json, upgrade
-from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores, student_evaluation
+from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.utils.redaction import anonymous, local_name
+from hf_kdtl.reports.evaluation_values import models_with_role
+from hf_kdtl.utils.redaction import anonymous, local_paths
 from hf_kdtl.utils.text import percent
 
-Results = dict[str, Any]
+JSON = dict[str, Any]
 # Settings that a card should tell and that cannot name a machine or a user.
 _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
              "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
              "label_smoothing_factor", "seed", "layer_rates", "gradient_rule")  # fmt: skip
 
 
-def with_evaluation(results: Results, evaluation_results: Results) -> Results:
+def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:
     """The results of a run with an evaluation of its student (hf-kdtl evaluate) as the section
     `student_evaluation`.
 
@@ -35,34 +39,34 @@ def with_evaluation(results: Results, evaluation_results: Results) -> Results:
         ValueError: when it is of another schema, no evaluation, of other data, or of another student or teacher.
     """
     results, evaluation_results = upgrade(results), upgrade(evaluation_results, "the evaluation")
-    check_results(results)
-    run, evaluation = evaluation_results.get("run", {}), evaluation_results.get("evaluation", {})
-    if run.get("recipe") != "evaluate_student":
-        raise ValueError(f"found results of {run.get('recipe')!r}; expected those of hf-kdtl evaluate.")
-    if evaluation.get("split") != "test":
-        raise ValueError(f"the evaluation is of the {evaluation.get('split')} split; expected --split test.")
-    _check_data(results.get("data", {}), evaluation_results.get("data", {}))
-    kept: dict[str, Any] = {"student": _same(results, evaluation)}
-    if teacher := _with_role(evaluation, "teacher"):
-        its, model = results.get("models", {}).get("teacher", {}).get("fingerprint"), teacher["teacher"]
-        if its is None or model.get("fingerprint") != its:
-            raise ValueError(
-                "the evaluation's teacher has other weights than the run's. Evaluate again with the run's --teacher."
-            )
-    kept |= {name: model for name, model in evaluation["models"].items() if model["role"] != "student"}
-    # Folders of a machine: the card has no use for them.
-    models = {name: {key: value for key, value in model.items() if key != "path"} for name, model in kept.items()}
-    name = next(name for name, model in evaluation["models"].items() if model is kept["student"])
-    models["student"] |= {"runs": {"student": kept["student"]["runs"][name]}}
-    fidelity = {"student": evaluation["fidelity"][name]} if name in evaluation.get("fidelity", {}) else {}
-    value = {key: item for key, item in evaluation.items() if key != "disagreement"}
-    value |= {"models": models} | ({"fidelity": fidelity} if fidelity else {})
-    added = {"evaluation": value, "device": run.get("device"), "versions": run.get("versions")}
-    check_results(found := results | {"student_evaluation": added})
+    run, its = Results.of(results), Results.of(evaluation_results)
+    check_results(run)
+    if its.run.recipe != "evaluate_student":
+        raise ValueError(f"found results of {its.run.recipe!r}; expected those of hf-kdtl evaluate.")
+    if its.evaluation.split != "test":
+        raise ValueError(f"the evaluation is of the {its.evaluation.split} split; expected --split test.")
+    _check_data(run.data, its.data)
+    name = _same_student(run, its.evaluation)
+    _check_teacher(run, its.evaluation)
+    section = _of_one_student(evaluation_results["evaluation"], its.evaluation, name)
+    added = {"evaluation": section, "device": its.run.device, "versions": its.run.versions}
+    found = results | {"student_evaluation": added}
+    check_results(Results.of(found))
     return found
 
 
-def results_of(trainer: Any) -> Results:
+def _of_one_student(section: JSON, evaluation: Evaluation, student: str) -> JSON:
+    """The section `evaluation` with one student, called "student", and the references; without folders."""
+    names = [student, *(name for name, model in evaluation.models.items() if model.role != "student")]
+    models = {"student" if name == student else name: section["models"][name] for name in names}
+    models = {name: {key: value for key, value in model.items() if key != "path"} for name, model in models.items()}
+    models["student"] |= {"runs": {"student": models["student"]["runs"][student]}}
+    found = {key: value for key, value in section.items() if key not in ("disagreement", "fidelity")}
+    fidelity = {"student": section["fidelity"][student]} if student in evaluation.fidelity else {}
+    return found | {"models": models} | ({"fidelity": fidelity} if fidelity else {})
+
+
+def results_of(trainer: Any) -> JSON:
     """results.json of a trainer's output_dir where it is of this very student, else the same from the trainer.
 
     What a trainer knows is its last evaluation; it is called validation, for it may have chosen by it.
@@ -75,7 +79,7 @@ def results_of(trainer: Any) -> Results:
     return found if found and hash_of(found) == hash_of(mine) else mine
 
 
-def recipes_results(folder: str | Path) -> Results | None:
+def recipes_results(folder: str | Path) -> JSON | None:
     """What hf-kdtl distill has written in a folder; None where it has not.
 
     Raises:
@@ -85,37 +89,38 @@ def recipes_results(folder: str | Path) -> Results | None:
     return found if found.get("run", {}).get("recipe") == "distill" else None
 
 
-def published(results: Results) -> Results:
-    """Results as they may be published: no path of this machine, and no local folder that reads like a Hub name.
+def published(results: JSON) -> JSON:
+    """Results as they may be published: a local folder by its last part, wherever it is named.
 
-    Applied twice, it changes nothing more.
+    Local folders are settings that are paths, and teacher, student and data that did not come from the Hub. Applied
+    twice, it changes nothing more.
     """
-    results = anonymous(results)
-    models, data, run = (results.get(name) or {} for name in ("models", "data", "run"))
-    settings = run.get("settings") or {}
-    sources = {
-        "teacher": models.get("teacher"),
-        "student": (models.get("student") or {}).get("start"),
-        "dataset": data or None,
-    }
-    local = {name: local_name(settings[name]) for name, source in sources.items()
-             if source and not source.get("hub") and isinstance(settings.get(name), str)}  # fmt: skip
-    if local:
-        results["run"] = run | {"settings": settings | local}
-    if isinstance(data.get("source"), str) and not data.get("hub"):
-        results["data"] = data | {"source": local_name(data["source"])}
-    return results
+    local, hub = _sources(Results.of(results))
+    return anonymous(results, local - hub)
 
 
-def hash_of(results: Results) -> str | None:
+def _sources(results: Results) -> tuple[set[str], set[str]]:
+    """The local paths that the results name, and the names on the Hub."""
+    models, settings, data = results.models or Models(), results.run.settings, results.data
+    sources = [(settings.get("dataset"), data.source, data.hub), (None, data.source, data.hub)]
+    for setting, model in (("teacher", models.teacher), ("student", models.student.start)):
+        if model is not None:
+            sources += [(settings.get(setting), model.name, model.hub), (None, model.name, model.hub)]
+    known = [(setting or name, hub) for setting, name, hub in sources if name]
+    local = {name for name, hub in known if not hub and isinstance(name, str) and ("/" in name or "\\" in name)}
+    return local | local_paths(settings), {name for name, hub in known if hub and isinstance(name, str)}
+
+
+def hash_of(results: JSON) -> str | None:
     """By which its student is known."""
-    return results.get("models", {}).get("student", {}).get("fingerprint")
+    models = Results.of(results).models
+    return None if models is None else models.student.fingerprint
 
 
-def _from_trainer(trainer: Any) -> Results:
+def _from_trainer(trainer: Any) -> JSON:
     args, state = trainer.args, trainer.state
     scores = _last_scores(state.log_history)
-    results: Results = {
+    results: JSON = {
         "schema": SCHEMA,
         "run": {
             "recipe": None,
@@ -161,32 +166,17 @@ def _sizes(**datasets: Any) -> dict[str, int]:
 # ---- Checks ----
 
 
-def without_nulls(results: Results) -> Results:
-    """Results in which null, which stands for what is not known, is left out where a card asks for what there is."""
-    if not isinstance(results, dict):
-        return results
-    found = {name: value for name, value in results.items() if value is not None}
-    for name, value in found.items():
-        if name in ("data", "models", "pairing"):
-            found[name] = _present(value)
-        elif name in ("run", "evaluation") and isinstance(value, dict):
-            found[name] = {key: item for key, item in value.items() if item is not None}
-    return found
-
-
-def _present(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _present(item) for key, item in value.items() if item is not None}
-
-
 def check_results(results: Results) -> None:
-    upgrade(results)
-    if (recipe := results.get("run", {}).get("recipe")) not in (None, "distill"):
+    """Raises ValueError for results that are not of hf-kdtl distill, or that contradict themselves."""
+    if results.run.recipe not in (None, "distill"):
         raise ValueError(
-            f"the results are of {recipe!r}; expected those of hf-kdtl distill, which trains a student. An "
-            "evaluation is added to them by hf_kdtl.hub.model_card.with_evaluation."
+            f"the results are of {results.run.recipe!r}; expected those of hf-kdtl distill, which trains a student. "
+            "An evaluation is added to them by hf_kdtl.hub.model_card.with_evaluation."
         )
+    if (measured := results.student_evaluation) is not None:
+        students = models_with_role(measured.evaluation, "student").values()
+        if not any(any(model.confusion.values()) for model in students):
+            raise malformed("student_evaluation.evaluation.models", "no student with a 'confusion'", "one")
     _check_same_accuracy(results)
 
 
@@ -194,12 +184,12 @@ def _check_same_accuracy(results: Results) -> None:
     """What the run measured of its student and what the evaluation did, on other hardware perhaps: a few images may
     turn out otherwise, not more."""
     split, scores = split_scores(results)
-    mine, measured = scores.get("accuracy"), student_evaluation(results)
+    mine, measured = scores.get("accuracy"), results.student_evaluation
     if mine is not None and not 0 <= mine <= 1:
-        raise ValueError(f"{FILE}, section evaluation: an accuracy of {mine}; expected 0 to 1. Restore the file.")
+        raise malformed("evaluation", f"an accuracy of {mine}", "0 to 1")
     if mine is None or measured is None or split != "test":
         return
-    its = next(iter(evaluated_student(measured).runs.values()))["test"].get("accuracy")
+    its = next(iter(evaluated_student(measured.evaluation).runs.values()))["test"].get("accuracy")
     images = measured.evaluation.images or 1
     if its is not None and abs(its - mine) > max(0.01, 2 / images):
         raise ValueError(
@@ -208,35 +198,42 @@ def _check_same_accuracy(results: Results) -> None:
         )
 
 
-def _check_data(mine: dict[str, Any], its: dict[str, Any]) -> None:
+def _check_data(mine: Data, its: Data) -> None:
     # A student may list the classes in another order than the data; the evaluation refers to them by name.
-    mine, its = ({**data, "classes": sorted(data.get("classes", []))} for data in (mine, its))
-    for what in ("source", "classes", "splits"):
-        if mine.get(what) != its.get(what):
+    pairs = {
+        "source": (mine.source, its.source),
+        "classes": (sorted(mine.classes), sorted(its.classes)),
+        "splits": (mine.splits, its.splits),
+    }
+    for what, (here, there) in pairs.items():
+        if here != there:
             raise ValueError(
-                f"the run and the evaluation are of other data: {what} {mine.get(what)} and {its.get(what)}. Evaluate "
-                "again with the run's --dataset, --split_seed, --validation_fraction and --test_fraction."
+                f"the run and the evaluation are of other data: {what} {here} and {there}. Evaluate again with the "
+                "run's --dataset, --split_seed, --validation_fraction and --test_fraction."
             )
-    sizes = [data.get("sizes", {}).get("test") for data in (mine, its)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the run has {sizes[0]} test images and the evaluation {sizes[1]}: the data was changed.")
+    mine_test, its_test = mine.sizes.get("test"), its.sizes.get("test")
+    if mine_test != its_test:
+        raise ValueError(f"the run has {mine_test} test images and the evaluation {its_test}: the data was changed.")
 
 
-def _same(results: Results, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation's model that has the weights of the run's student."""
-    wanted, students = (
-        results.get("models", {}).get("student", {}).get("fingerprint"),
-        _with_role(evaluation, "student"),
-    )
-    for model in students.values():
-        if wanted is not None and model.get("fingerprint") == wanted:
-            return model
-    found = ", ".join(f"{name}: {model.get('fingerprint')}" for name, model in students.items())
+def _same_student(results: Results, evaluation: Evaluation) -> str:
+    """The name of the evaluation's model that has the weights of the run's student."""
+    wanted = None if results.models is None else results.models.student.fingerprint
+    students = models_with_role(evaluation, "student")
+    for name, model in students.items():
+        if wanted is not None and model.fingerprint == wanted:
+            return name
+    found = ", ".join(f"{name}: {model.fingerprint}" for name, model in students.items())
     raise ValueError(
         f"the evaluation is of another student: the run's has weights {wanted}, found {found or 'no student'}. "
         "Evaluate the run's own: hf-kdtl evaluate --models <run>/student ..."
     )
 
 
-def _with_role(evaluation: dict[str, Any], role: str) -> dict[str, dict[str, Any]]:
-    return {name: model for name, model in evaluation["models"].items() if model["role"] == role}
+def _check_teacher(results: Results, evaluation: Evaluation) -> None:
+    teacher = None if results.models is None else results.models.teacher
+    for model in models_with_role(evaluation, "teacher").values():
+        if teacher is None or teacher.fingerprint is None or model.fingerprint != teacher.fingerprint:
+            raise ValueError(
+                "the evaluation's teacher has other weights than the run's. Evaluate again with the run's --teacher."
+            )

@@ -8,23 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
-from hf_kdtl.evaluation.records import Comparison, History
+from hf_kdtl.evaluation.model_records import ModelFacts, Origin, Start
+from hf_kdtl.evaluation.records import Data, Results
 from hf_kdtl.evaluation.statistics import mean_and_std
-from hf_kdtl.hub.card_citations import citations
 from hf_kdtl.hub.card_tables import (
     ARM,
     evaluated_student,
     measured_section,
     models_of,
+    runs_of,
     shown_scores,
     source_name,
-    student_evaluation,
-    student_seed,
     teacher_scores,
 )
-from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
+from hf_kdtl.hub.card_training import training_section
+from hf_kdtl.hub.markdown import Markdown, inline
 from hf_kdtl.reports.evaluation_values import (
     calibration_bias,
     class_accuracies,
@@ -32,42 +30,29 @@ from hf_kdtl.reports.evaluation_values import (
     overconfidence,
     worst_degradation,
 )
-from hf_kdtl.reports.run_report import conflict_note, first_with_history, rates_note
 from hf_kdtl.utils.redaction import without_paths
 from hf_kdtl.utils.text import percent
 
-Results = dict[str, Any]
-# Of a run, and not of what it trains: a reader has other folders.
-_OWN = ("overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "dataloader_num_workers", "push_to_hub",
-        "hub_model_id", "hub_strategy", "hub_private_repo", "save_total_limit", "accelerator_config", "logging_dir",
-        "run_name", "do_eval")  # fmt: skip
 
-
-def facts(results: Results, title: str, licence: str, usage: Markdown) -> dict[str, Any]:
+def facts(results: Results, title: str, license: str, usage: Markdown) -> dict[str, Any]:
     """Every value of the template."""
     models = models_of(results)
-    taught = models.get("teacher")
     return {
         "title": title,
-        "licence": Markdown(licence),
+        "license": Markdown(license),
         "usage": usage,
         "classes": _classes(results),
-        "student": _student(models.get("student", {}), taught),
-        "teacher": None if taught is None else _teacher(taught, models.get("student", {})),
-        "data": _data(results.get("data", {})),
-        "notes": [without_paths(note) for note in _notes(results)],
+        "student": _student(models.student, models.teacher),
+        "teacher": None if models.teacher is None else _teacher(models.teacher, models.student),
+        "data": _data(results.data),
+        "notes": [without_paths(note) for note in (*results.data.notes, *(results.pairing.get("notes") or []))],
         "scores": shown_scores(results),
         "seeds": _seeds(results),
-        "far": _far(results),
-        "helped": _helped(results),
+        "difference": _difference(results),
+        "effect": _effect(results),
         "cannot": _cannot(results),
-        "objectives": _objectives(results.get("objectives", [])),
-        "pairing": {users: fenced(pairs) for users, pairs in models.get("pairing", {}).items()},
-        "layer_rates": _layer_rates(results),
-        "gradient_rule": _gradient_rule(results),
         "limits": list(_limits(results)),
-        "citations": fenced("\n\n".join(found), "bibtex") if (found := citations(results)) else None,
-        **_again(results),
+        **training_section(results),
         **measured_section(results),
     }
 
@@ -87,80 +72,76 @@ def millions(number: int | None) -> str:
 
 
 def _classes(results: Results, most: int = 12) -> dict[str, Any]:
-    names = [inline(name, 40) for name in results.get("data", {}).get("classes", [])]
+    names = [inline(name, 40) for name in results.data.classes]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return {"count": len(names) or "unknown", "shown": Markdown(", ".join(names[:most]) + rest)}
 
 
-def _student(model: dict[str, Any], teacher: dict[str, Any] | None) -> dict[str, Any]:
-    adapters = model.get("adapters")
+def _student(model: ModelFacts, teacher: ModelFacts | None) -> dict[str, Any]:
     return {
-        "architecture": model.get("architecture", "A model of unrecorded architecture"),
-        "size": millions(model.get("parameters")),
-        "parameters": _count(model.get("parameters")),
-        "image": " x ".join(map(str, model["image_size"])) if model.get("image_size") else None,
-        "adapters": ", ".join(f"{name}: {kind}" for name, kind in adapters.items()) if adapters else None,
-        "kept": "merged into its weights" if model.get("merged") else "saved alone",
-        "start": _start(model.get("start", {}), teacher or {}),
+        "architecture": model.architecture or "A model of unrecorded architecture",
+        "size": millions(model.parameters),
+        "parameters": _count(model.parameters),
+        "image": _image_size(model),
+        "adapters": ", ".join(f"{name}: {kind}" for name, kind in model.adapters.items()) or None,
+        "kept": "merged into its weights" if model.merged else "saved alone",
+        "start": _start(model.start, teacher),
     }
 
 
-def _start(start: dict[str, Any], teacher: dict[str, Any]) -> Markdown:
-    how, name = start.get("how"), inline(start.get("name") or "a model without a name")
-    if how == "cut":
-        return Markdown(
-            f"as {start.get('layers', 'some')} of the blocks of {inline(teacher.get('name') or 'its teacher')}"
-        )
-    if how == "random":
-        return Markdown("with random weights")
-    return Markdown(f"as {name}{_where(start)}" if how == "pretrained" else "as weights whose source was not recorded")
+def _image_size(model: ModelFacts) -> str | None:
+    return " x ".join(map(str, model.image_size)) or None
 
 
-def _teacher(model: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
-    mine, its = student.get("parameters"), model.get("parameters")
+def _start(start: Start, teacher: ModelFacts | None) -> Markdown:
+    if start.how == "cut":
+        whose = inline((teacher and teacher.name) or "its teacher")
+        return Markdown(f"from {start.layers or 'some'} of the blocks of {whose}")
+    if start.how == "random":
+        return Markdown("at random")
+    name = inline(start.name or "a model without a name")
+    return Markdown(f"from {name}{_where(start)}" if start.how else "from weights whose source was not recorded")
+
+
+def _teacher(model: ModelFacts, student: ModelFacts) -> dict[str, Any]:
+    mine, its = student.parameters, model.parameters
     return {
-        "name": without_paths(model.get("name") or "a model without a name")
-        + (", which is the student with its adapters off" if model.get("self") else ""),
+        "name": without_paths(model.name or "a model without a name")
+        + (", which is the student with its adapters off" if model.is_student else ""),
         "where": Markdown(_where(model)),
-        "architecture": model.get("architecture", "of unrecorded architecture"),
-        "parameters": _count(model.get("parameters")),
+        "architecture": model.architecture or "of unrecorded architecture",
+        "parameters": _count(its),
         "ratio": f"{mine / its:.2f}" if mine and its else "an unknown number of",
-        "licence": model.get("licence") or "not known",
+        "license": model.license or "not known",
     }
 
 
-def _where(model: dict[str, Any]) -> str:
+def _where(model: Origin) -> str:
     """Of a model: on the Hub at which revision, or which local weights."""
-    if model.get("hub"):
-        return f" (revision {inline(model['revision'])})" if model.get("revision") else " (revision not recorded)"
-    hashed = f", hash of its weights {inline(model['fingerprint'])}" if model.get("fingerprint") else ""
-    return f" (a local folder{hashed})" if model.get("name") else ""
+    if model.hub:
+        return f" (revision {inline(model.revision)})" if model.revision else " (revision not recorded)"
+    hashed = f", hash of its weights {inline(model.fingerprint)}" if model.fingerprint else ""
+    return f" (a local folder{hashed})" if model.name else ""
 
 
 def _count(number: int | None) -> str:
     return "an unknown number of" if number is None else f"{number:,}"
 
 
-def _data(data: dict[str, Any]) -> dict[str, Any]:
-    sizes = data.get("sizes", {})
+def _data(data: Data) -> dict[str, Any]:
     return {
         "source": source_name(data),
-        "train": f"{sizes['train']:,}" if "train" in sizes else None,
-        "sizes": ", ".join(f"{number:,} {split}" for split, number in sizes.items()),
-        "augmentation": ", ".join(f"{key} {value}" for key, value in (data.get("augmentation") or {}).items()),
+        "train": f"{data.sizes['train']:,}" if "train" in data.sizes else None,
+        "sizes": ", ".join(f"{number:,} {split}" for split, number in data.sizes.items()),
+        "augmentation": ", ".join(f"{key} {value}" for key, value in data.augmentation.items()),
     }
 
 
-def _notes(results: Results) -> list[str]:
-    return [*results.get("data", {}).get("notes", []), *results.get("pairing", {}).get("notes", [])]
-
-
-# ---- How good ----
+# ---- How accurate ----
 
 
 def _seeds(results: Results) -> dict[str, Any]:
-    runs = results.get("evaluation", {}).get("models", {}).get(ARM, {}).get("runs", {})
-    found = [run["test"].get("accuracy") for run in runs.values() if "test" in run]
+    found = [run["test"].get("accuracy") for run in runs_of(results, ARM).values() if "test" in run]
     values = [value for value in found if value is not None]
     if len(values) < 2:
         return {"number": len(values)}
@@ -168,156 +149,87 @@ def _seeds(results: Results) -> dict[str, Any]:
     return {
         "number": len(values),
         "spread": f"{100 * mean:.1f} ± {100 * sd:.1f} %",  # type: ignore[operator]
-        "shown": student_seed(results),
-        "chosen": results["evaluation"].get("student_seed") is not None,
+        "shown": results.evaluation.student_run,
+        "chosen": results.evaluation.student_seed is not None,
     }
 
 
-def _far(results: Results) -> dict[str, Any]:
-    mine, its = shown_scores(results), teacher_scores(results)
+def _difference(results: Results) -> dict[str, Any]:
+    mine, its = shown_scores(results), teacher_scores(results).get("accuracy")
     found = {"points": None, "interval": None, "teacher": None, "agreement": mine.get("agreement")}
-    if mine["accuracy"] is None or its is None or its.get("accuracy") is None:
+    if mine["accuracy"] is None or its is None:
         return found
-    found |= {"points": f"{100 * (mine['value'] - its['accuracy']):+.1f}", "teacher": percent(its["accuracy"])}
-    if (measured := student_evaluation(results)) is None:
+    found |= {"points": f"{100 * (mine['value'] - its):+.1f}", "teacher": percent(its)}
+    if (measured := results.student_evaluation) is None:
         return found
-    difference = evaluated_student(measured).differences.get("teacher")
+    difference = evaluated_student(measured.evaluation).differences.get("teacher")
     if difference is not None and difference.interval is not None:
         low, high = difference.interval
         found["interval"] = f"{100 * low:+.1f} to {100 * high:+.1f}"
     return found
 
 
-def arms_difference(results: Results) -> Comparison | None:
+def _effect(results: Results) -> str | None:
     """Test accuracy of the distilled student minus that of the student alone; None where only one was trained."""
-    entries = [Comparison.of(entry, "comparison") for entry in results.get("comparison", [])]
     wanted = ("distilled", "alone", "accuracy", "test")
-    return next((one for one in entries if (one.a, one.b, one.metric, one.split) == wanted), None)
-
-
-def _helped(results: Results) -> str | None:
-    found = arms_difference(results)
+    found = next((one for one in results.comparison if (one.a, one.b, one.metric, one.split) == wanted), None)
     if found is None:
         return None
-    than = f"{100 * found.mean:+.1f} points against the same student trained without it"
+    than = f"{100 * found.mean:+.1f} points of accuracy against the same student trained without it"
     if found.low is None or found.high is None:
-        return f"Not known: {than}, {found.note}. Another seed may turn it round."
+        return f"{than}; {found.note}, so another seed may reverse it."
     low, high = 100 * found.low, 100 * found.high
-    verdict = "Yes" if low > 0 else "No, it did harm" if high < 0 else "No difference shown"
-    holds = "; the interval holds 0" if low <= 0 <= high else ""
-    return f"{verdict}: {than} ({found.note}: {low:+.1f} to {high:+.1f}{holds})."
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown: the interval contains 0"
+    return f"{than} ({found.note}: {low:+.1f} to {high:+.1f}; {verdict})."
 
 
 def _cannot(results: Results) -> Markdown:
-    classes, size = _classes(results), models_of(results).get("student", {}).get("image_size")
-    told = [
-        f"it names one of its {classes['count']} classes whatever it is shown, and never says that it does not know"
-    ]
+    classes, size = _classes(results), _image_size(models_of(results).student)
+    lines = [f"it always predicts one of its {classes['count']} classes, also for images of none of them"]
     if size:
-        told.append(f"it sees {' x '.join(map(str, size))} pixels, whatever the size of the image")
-    if (measured := student_evaluation(results)) is not None:
-        model, evaluation = evaluated_student(measured), measured.evaluation
+        lines.append(f"images are resized to {size} pixels")
+    if (measured := results.student_evaluation) is not None:
+        evaluation, model = measured.evaluation, evaluated_student(measured.evaluation)
         name, (accuracy, _) = min(class_accuracies(model).items(), key=lambda item: item[1])
-        told.append(f"its worst class is {inline(name, 40)} ({percent(accuracy)})")
+        lines.append(f"its worst class is {inline(name, 40)} (accuracy {percent(accuracy)})")
         if (worst := worst_degradation(evaluation, model)) is not None:
-            told.append(
+            lines.append(
                 f"on degraded images its mean accuracy is {percent(degraded_mean(model))}, the lowest "
                 f"{percent(worst[2])} under {inline(worst[0])} at severity {worst[1]}"
             )
         if calibration_bias(model) is not None:
             over = 100 * overconfidence(model)
-            told.append(f"its confidence is {abs(over):.1f} points too {'high' if over > 0 else 'low'} on average")
+            lines.append(f"its confidence is {abs(over):.1f} points too {'high' if over > 0 else 'low'} on average")
     else:
-        told.append("classes one by one, confidence and degraded images were not measured")
-    return Markdown(f"{'; '.join(told)}.")
-
-
-# ---- How it was made ----
-
-
-def _objectives(entries: list[dict[str, Any]]) -> Markdown:
-    if not entries:
-        return Markdown("Not recorded.")
-    rows: list[list[Any]] = [["name", "weight", "options"]]
-    for entry in entries:
-        options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
-        shown = ", ".join(f"{key} {value}" for key, value in options.items()) or "defaults"
-        rows.append([entry["name"], entry.get("weight", 1.0), shown])
-    return table(rows)
-
-
-def _first_history(results: Results, section: str) -> tuple[str, History] | None:
-    runs = results.get(section, {})
-    return first_with_history({name: History.of(value, f"{section}.{name}") for name, value in runs.items()})
-
-
-def _layer_rates(results: Results) -> str:
-    if (shown := _first_history(results, "layer_rates")) is not None:
-        return rates_note(*shown)
-    asked = results.get("run", {}).get("settings", {}).get("layer_rates")
-    return f"{asked}; nothing was measured." if asked else "one rate for all layers."
-
-
-def _gradient_rule(results: Results) -> str:
-    if (shown := _first_history(results, "gradient_rule")) is not None:
-        return conflict_note(*shown)
-    asked = results.get("run", {}).get("settings", {}).get("gradient_rule")
-    return f"{asked}." if asked else "none: the gradients of all objectives are added."
-
-
-def _again(results: Results) -> dict[str, Any]:
-    run = results.get("run", {})
-    settings = {name: _short(value) for name, value in run.get("settings", {}).items() if name not in _OWN}
-    config = settings | ({"objectives": results["objectives"]} if results.get("objectives") else {})
-    by = (
-        f"`hf-kdtl {run['recipe'].replace('_', '-')} --config this.yaml`"
-        if run.get("recipe")
-        else "DistillationTrainer"
-    )
-    made = [f"{name} {version}" for name, version in run.get("versions", {}).items()]
-    processes = run.get("processes", 1)
-    return {
-        "again": Markdown(f"The settings of the run, for {by}, with your own folders for data and models:"),
-        "config": fenced(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "yaml"),
-        "made_with": f"Trained with {', '.join(made) or 'versions that were not recorded'}, on {processes} "
-        f"process{'es' if processes > 1 else ''}, {run.get('device', 'a device that was not recorded')}.",
-    }
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    return without_paths(value) if isinstance(value, str) else value
+        lines.append("accuracy by class, calibration and degraded images were not measured")
+    return Markdown(f"{'; '.join(lines)}.")
 
 
 # ---- Limits ----
 
 
 def _limits(results: Results) -> Iterable[str]:
-    data, measured = results.get("data", {}), student_evaluation(results)
-    classes, sizes = data.get("classes", []), data.get("sizes", {})
-    if classes and "train" in sizes:
-        yield f"It learned from {sizes['train']:,} images, {sizes['train'] / len(classes):,.0f} a class in the mean."
+    classes, train = results.data.classes, results.data.sizes.get("train")
+    if classes and train:
+        yield f"Trained on {train:,} images, {train / len(classes):,.0f} per class on average."
     if (number := _seeds(results)["number"]) == 1:
-        yield "One training run: how far another seed would be from it is not known."
+        yield "One training run: the variation between seeds was not measured."
     elif not number:
         yield "No accuracy on test images was measured."
     yield (
-        "The test images come from where the training images came from. Other cameras, places and seasons, and groups "
-        "of people or things that the data does not tell apart, were not measured."
+        "The test images have the same source as the training images. Other cameras, places and seasons, and groups "
+        "of people or things that the data does not distinguish, were not evaluated."
     )
-    yield "Images made to mislead it (adversarial ones) and images of none of its classes were not measured."
-    if measured is None:
-        yield "Not measured: its classes one by one, degraded images, what moves it, memory and time of one image."
+    yield "Adversarial images and images of none of its classes were not evaluated."
+    if results.student_evaluation is None:
+        yield "Not measured: accuracy by class, degraded images, input sensitivity, memory and latency."
         return
-    evaluation = measured.evaluation
+    evaluation = results.student_evaluation.evaluation
     if evaluation.degraded is None:
-        yield "Degraded images were not measured."
+        yield "Degraded images were not evaluated."
     elif evaluation.degradations_left_out:
-        yield f"Degradations that were not measured: {', '.join(evaluation.degradations_left_out)}."
+        yield f"Degradations that were not evaluated: {', '.join(evaluation.degradations_left_out)}."
     for found in evaluation.fidelity.values():
         for what, why in found.reasons.items():
             yield without_paths(f"Not measured, {what.replace('_', ' ')}: {why}")
-    yield "Times hold for the device that they were measured on, and for what else it had to do."
+    yield "Latency and throughput hold for the device on which they were measured, and its other load."

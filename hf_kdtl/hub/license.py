@@ -1,7 +1,7 @@
-"""Under which licence a student may go out: what its teacher's licence allows, as we read it.
+"""Under which license a student may go out: what its teacher's license allows, as we read it.
 
 A student is treated as a derivative of its teacher and of what it started from. Whether the law sees it so is not
-settled anywhere; the stricter reading is taken here. This is our reading of the licences and no legal advice.
+settled anywhere; the stricter reading is taken here. This is our reading of the licenses and no legal advice.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-TEACHERS = "the teacher's licence"
-STARTS = "the licence of the model that the student starts from"
+from hf_kdtl.evaluation.model_records import Models, Origin
+
+TEACHERS = "the teacher's license"
+STARTS = "the license of the model that the student starts from"
 EITHERS = f"{TEACHERS}, or that of the model that the student starts from,"
 UNKNOWN = ("", "unknown", "other", "none")
 """What the metadata of a card may say that tells nothing: `other` is a text that somebody has to read."""
@@ -21,11 +23,11 @@ PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3
               "cc0-1.0", "unlicense", "wtfpl", "pddl", "bsl-1.0", "afl-3.0", "artistic-2.0", "cdla-permissive-1.0",
               "cdla-permissive-2.0", "postgresql", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "odc-by",
               "ms-pl")  # fmt: skip
-"""Ask for a notice at most: the student may be published under any licence."""
+"""Ask for a notice at most: the student may be published under any license."""
 
 
 def license_of(name_or_path: str | Path, token: str | bool | None = None) -> str | None:
-    """The licence that a model's card states, as the Hub's identifier in lower case; None where it is not known.
+    """The license that a model's card states, as the Hub's identifier in lower case; None where it is not known.
 
     Args:
         name_or_path: a folder with a README.md, or a name on the Hub.
@@ -42,46 +44,42 @@ def license_of(name_or_path: str | Path, token: str | bool | None = None) -> str
     return _word(card.data.license)
 
 
-def of_parents(models: dict[str, Any]) -> str | None:
-    """The licence that binds a student by the models that it was made from: see `most_restrictive`.
-
-    Args:
-        models: the section `models` of results.json, or as much of it as says of teacher and start what `origin` does.
+def of_parents(models: Models) -> str | None:
+    """The license that binds a student by the models that it was made from: see `most_restrictive`.
 
     None where one of them is not known, and where there are none.
 
     Raises:
         ValueError: as `most_restrictive`.
     """
-    return most_restrictive([model.get("licence") for model in parents(models)])
+    return most_restrictive([model.license for model in parents(models)])
 
 
-def parents(models: dict[str, Any]) -> list[dict[str, Any]]:
+def parents(models: Models) -> list[Origin]:
     """What a student was made from: its teacher, and what it started from. A teacher without a name is one too."""
-    start = (models.get("student") or {}).get("start") or {}
-    return [model for model in (models.get("teacher"), start if start.get("how") == "pretrained" else None)
-            if model is not None]  # fmt: skip
+    start = models.student.start
+    found = [models.teacher, start if start.how == "pretrained" else None]
+    return [model for model in found if model is not None]
 
 
-def student_license(models: dict[str, Any], asked: str | None) -> str:
-    """The licence of a student made from `models` (the section of results.json): see `resolve_license`.
+def student_license(models: Models, asked: str | None) -> str:
+    """The license of a student made from `models` (the section of results.json): see `resolve_license`.
 
     Raises:
         ValueError: as `resolve_license`, naming the models that bind it.
     """
-    start = parents({"student": models.get("student")})
-    taught = models.get("teacher") is not None
-    whose = {(True, False): TEACHERS, (False, True): STARTS, (False, False): ""}.get((taught, bool(start)), EITHERS)
+    key = models.teacher is not None, models.student.start.how == "pretrained"
+    whose = {(True, False): TEACHERS, (False, True): STARTS, (False, False): ""}.get(key, EITHERS)
     return resolve_license(of_parents(models), asked, whose)
 
 
 def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHERS) -> str:
-    """The licence of a student.
+    """The license of a student.
 
     Args:
-        inherited: what its teacher's licence is, as `license_of` returns it.
+        inherited: what its teacher's license is, as `license_of` returns it.
         asked: what the user typed, None where nothing.
-        whose: how errors call the inherited licence; "" for a student without a teacher that starts at random.
+        whose: how errors call the inherited license; "" for a student without a teacher that starts at random.
 
     Raises:
         ValueError: when neither is known; when the teacher's forbids derivatives; when the one that is asked for
@@ -106,7 +104,7 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
         known = (
             f"{whose} is not known (the model card states none, or could not be read). Find out what it allows"
             if whose
-            else "no licence was chosen. The student has no teacher and starts from random weights, so choose any"
+            else "no license was chosen. The student has no teacher and starts from random weights, so choose any"
         )
         raise ValueError(
             f"{known} and type --license <identifier>, such as --license apache-2.0; in Python "
@@ -123,7 +121,7 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
 
 
 def most_restrictive(licenses: list[str | None]) -> str | None:
-    """The licence that binds a student with several parents (its teacher and what it started from).
+    """The license that binds a student with several parents (its teacher and what it started from).
 
     None where one is not known. Of permissive ones the first.
 
@@ -135,13 +133,13 @@ def most_restrictive(licenses: list[str | None]) -> str | None:
     found = [word for one in licenses if (word := _word(one)) is not None]
     binding = [one for one in dict.fromkeys(found) if one not in PERMISSIVE]
     if len(binding) > 1:
-        raise ValueError(f"teacher and start have the licences {' and '.join(binding)}, which cannot both be kept.")
+        raise ValueError(f"teacher and start have the licenses {' and '.join(binding)}, which cannot both be kept.")
     return (binding or found)[0]
 
 
 def _keeps(its: str, wanted: str) -> bool:
-    """Whether a licence that is not permissive may become `wanted`: non-commercial by attribution may add share-alike,
-    and a licence's later version of the same terms is taken."""
+    """Whether a license that is not permissive may become `wanted`: non-commercial by attribution may add share-alike,
+    and a license's later version of the same terms is taken."""
     mine, other = _terms(its), _terms(wanted)
     if mine is None or other is None:
         return False
@@ -149,7 +147,7 @@ def _keeps(its: str, wanted: str) -> bool:
 
 
 def _terms(license: str) -> set[str] | None:
-    """The terms of a Creative Commons licence: {"by", "nc", "sa", "nd"}; None of another."""
+    """The terms of a Creative Commons license: {"by", "nc", "sa", "nd"}; None of another."""
     words = license.split("-")
     return set(words[1:]) & {"by", "nc", "sa", "nd"} if words[0] == "cc" else None
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_kdtl.evaluation.results import FILE, SECTIONS, read_results, upgrade
-from hf_kdtl.hub.card_results import Results, check_results, published, results_of, with_evaluation, without_nulls
-from hf_kdtl.hub.card_tables import models_of, saved_adapters, source_name, split_scores
+from hf_kdtl.evaluation.records import Results
+from hf_kdtl.evaluation.results import FILE, read_results, upgrade
+from hf_kdtl.hub.card_results import JSON, check_results, published, results_of, with_evaluation
+from hf_kdtl.hub.card_tables import models_of, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
 from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
-from hf_kdtl.utils.redaction import without_paths
+from hf_kdtl.utils.redaction import is_local, local_name, without_paths
 from hf_kdtl.utils.text import one_line
 
 __all__ = ["inline", "results_of", "student_card", "with_evaluation", "write_card"]
@@ -25,7 +26,7 @@ TASK = "image-classification"
 
 
 def student_card(
-    results: Results,
+    results: JSON,
     *,
     model_id: str | None = None,
     license: str | None = None,
@@ -51,7 +52,7 @@ def student_card(
 
     Raises:
         ValueError: for results of another schema or of another recipe, or malformed ones, naming the section; a
-            model_id that is no name on the Hub; a licence that the teacher's does not allow.
+            model_id that is no name on the Hub; a license that the teacher's does not allow.
     """
     if model_id is not None and not is_hub_name(model_id):
         raise ValueError(f"model_id is {model_id!r}; expected a name on the Hub, such as your-name/your-student.")
@@ -59,24 +60,19 @@ def student_card(
              "finetuned_from": finetuned_from, "tasks": tasks, "dataset_tags": dataset_tags, "dataset": dataset,
              "dataset_args": dataset_args}  # fmt: skip
     try:
-        return _card(results, **given)
-    except MALFORMED as error:
-        section = next((name for name in SECTIONS if name in results and _has_a_card(results, name, given)), "unknown")
+        return _card(_published(results), **given)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{FILE}, section {section}: what a card needs of it is missing, or of another kind "
-            f"({type(error).__name__}: {error}). Restore the file, or run the recipe again."
+            f"{FILE}: what a card needs of it is missing, or of another kind ({type(error).__name__}: {error}). "
+            "Restore the file, or run the command again."
         ) from error
 
 
-MALFORMED = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError)
-
-
-def _has_a_card(results: Results, without: str, given: dict[str, Any]) -> bool:
-    try:
-        _card({name: value for name, value in results.items() if name != without}, **given)
-    except (ValueError, *MALFORMED):
-        return False
-    return True
+def _published(results: JSON) -> Results:
+    """The records of results as they may be published, checked."""
+    results = upgrade(results)
+    check_results(Results.of(results))
+    return Results.of(published(results))
 
 
 def _card(
@@ -85,17 +81,14 @@ def _card(
 ) -> ModelCard:  # fmt: skip
     from hf_kdtl.evaluation.metrics import METRICS
 
-    results = without_nulls(upgrade(results))
-    check_results(results)
-    results = published(results)
-    found, said = _licence(results, license)
+    found, sentence = _license(results, license)
     model_name = next(iter(_list(model_name)), None)
     name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
     task = next(iter(_list(tasks)), TASK)
     data = ModelCardData(
         license=found,
         language=_list(language) or None,
-        library_name="peft" if saved_adapters(results) else "transformers",
+        library_name="peft" if models_of(results).student.saved_as_adapter else "transformers",
         pipeline_tag=task,
         tags=_tags(results, tags),
         datasets=_datasets(results, dataset_tags),
@@ -104,24 +97,20 @@ def _card(
         eval_results=_eval_results(results, task, dataset, dataset_args) or None,
         **_parents(results, finetuned_from),
     )
-    values = facts(results, _title(results, model_name or model_id), said, _usage(results, model_id))
+    values = facts(results, _title(results, model_name or model_id), sentence, _usage(results, model_id))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render('student.md', **values)}")
 
 
 # ---- Metadata ----
 
 
-def _student(results: Results) -> dict[str, Any]:
-    return models_of(results).get("student", {})
-
-
-def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
-    """(licence, what the card says of it)."""
+def _license(results: Results, asked: str | None) -> tuple[str | None, str]:
+    """(license, what the card says of it)."""
     made_from, its = parents(models_of(results)), of_parents(models_of(results))
     if its is None and asked is None:
-        several = "not all licences of its teacher and its start are known"
-        known = {0: "none was given", 1: "its teacher's licence is not known"}.get(len(made_from), several)
-        return None, f"not settled: {known}. Ask before you use it."
+        several = "not all licenses of its teacher and its start are known"
+        known = {0: "none was given", 1: "its teacher's license is not known"}.get(len(made_from), several)
+        return None, f"not determined: {known}. Ask before you use it."
     found = student_license(models_of(results), asked)
     if asked is None or asked == its:
         return (
@@ -129,39 +118,35 @@ def _licence(results: Results, asked: str | None) -> tuple[str | None, str]:
             f"{inline(found)}, as of {'the models that it was made from' if len(made_from) > 1 else 'its teacher'}.",
         )
     its_own = f"theirs is {inline(its)}" if its else "that of the models it was made from is not known"
-    return found, f"{inline(found)}, chosen by who published it{f' ({its_own})' if made_from else ''}."
+    return found, f"{inline(found)}, chosen by the publisher{f' ({its_own})' if made_from else ''}."
 
 
 def _tags(results: Results, tags: str | Sequence[str] | None) -> list[str]:
-    taught = ["knowledge-distillation"] if models_of(results).get("teacher") else []
-    names = [
-        entry["name"]
-        for entry in results.get("objectives", [])
-        if entry["name"] != "task" and entry.get("weight", 1.0)
-    ]
+    taught = ["knowledge-distillation"] if models_of(results).teacher is not None else []
+    names = [entry["name"] for entry in results.objectives if entry["name"] != "task" and entry.get("weight", 1.0)]
     return list(dict.fromkeys(["hf_kdtl", *taught, *map(one_line, names), *_list(tags)]))
 
 
 def _datasets(results: Results, asked: str | Sequence[str] | None) -> list[str] | None:
-    data = results.get("data", {})
-    own = [data["source"]] if data.get("hub") and is_hub_name(data["source"]) else []
+    source = results.data.source
+    own = [source] if source and results.data.hub and is_hub_name(source) else []
     given = [asked] if isinstance(asked, str) else asked or []
     return [name for name in given if is_on_hub(name)] or own or None
 
 
 def _parents(results: Results, finetuned_from: str | None) -> dict[str, Any]:
     """base_model and, where the Hub has a word for it, base_model_relation."""
-    teacher, student = models_of(results).get("teacher") or {}, _student(results)
-    start = student.get("start", {})
-    names = [model["name"] for model in (start, teacher) if model.get("hub")]
+    student, teacher = models_of(results).student, models_of(results).teacher
+    start, hub = student.start, teacher is not None and teacher.hub
+    names = [model.name for model in (start, teacher) if model is not None and model.hub and model.name]
     finetuned_from = finetuned_from if finetuned_from and is_on_hub(finetuned_from) else None
     names = [*([finetuned_from] if finetuned_from else []), *names]
     if not names:
         return {}
     found: dict[str, Any] = {"base_model": list(dict.fromkeys(names)) if len(set(names)) > 1 else names[0]}
-    if saved_adapters(results):
+    if student.saved_as_adapter:
         return found | {"base_model_relation": "adapter"}
-    began = start.get("hub") or finetuned_from is not None or (start.get("how") == "cut" and teacher.get("hub"))
+    began = start.hub or finetuned_from is not None or (start.how == "cut" and hub)
     return found | ({"base_model_relation": "finetune"} if began else {})
 
 
@@ -169,10 +154,9 @@ def _eval_results(
     results: Results, task: str, dataset: str | Sequence[str] | None, dataset_args: str | Sequence[str] | None
 ) -> list[EvalResult]:
     split, scores = split_scores(results)
-    data = results.get("data", {})
     asked = _list(dataset)
-    name = asked[0] if asked else one_line(without_paths(source_name(data) or "unknown"))
-    kind = name if asked or data.get("hub") else re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-")
+    name = asked[0] if asked else one_line(source_name(results.data) or "unknown")
+    kind = name if asked or results.data.hub else re.sub(r"[^\w.-]+", "-", name.lower(), flags=re.ASCII).strip("-")
     config = next(iter(_list(dataset_args)), None)
     return [
         EvalResult(
@@ -186,7 +170,7 @@ def _eval_results(
 def _list(value: str | Sequence[str] | None) -> list[str]:
     """What a script hands on from its own settings, each on one line and of a path the last part."""
     given = [value] if isinstance(value, str) else value or []
-    return [one_line(without_paths(item)) for item in given if item]
+    return [one_line(local_name(item) if is_local(item) else without_paths(item)) for item in given if item]
 
 
 # ---- Text ----
@@ -195,24 +179,22 @@ def _list(value: str | Sequence[str] | None) -> list[str]:
 def _title(results: Results, name: str | None) -> str:
     if name:
         return name
-    student, teacher = _student(results), models_of(results).get("teacher") or {}
-    taught = f", distilled from {without_paths(teacher['name'])}" if teacher.get("name") else ""
-    size = millions(student.get("parameters"))
-    return f"{student.get('architecture', 'An image classifier')} of {size} parameters{taught}"
+    student, teacher = models_of(results).student, models_of(results).teacher
+    taught = f", distilled from {teacher.name}" if teacher is not None and teacher.name else ""
+    return f"{student.architecture or 'An image classifier'} of {millions(student.parameters)} parameters{taught}"
 
 
 def _usage(results: Results, model_id: str | None) -> Markdown:
-    where = json.dumps(model_id or "path/to/this/folder")
-    if not saved_adapters(results):
+    where, student = json.dumps(model_id or "path/to/this/folder"), models_of(results).student
+    if not student.saved_as_adapter:
         return fenced(
             "from transformers import pipeline\n\n"
             f"classifier = pipeline({json.dumps(TASK)}, model={where})\n"
             'answers = classifier("an_image.png")\n'
             'print(answers[0])  # {"label": ..., "score": ...}', "python",
         )  # fmt: skip
-    start = _student(results).get("start", {})
-    classes = len(results.get("data", {}).get("classes", [])) or _student(results).get("num_labels")
-    base = json.dumps(without_paths(start.get("name") or "the base model"))
+    classes = len(results.data.classes) or student.num_labels
+    base = json.dumps(student.start.name or "the base model")
     return fenced(
         "from peft import PeftModel\n"
         "from transformers import AutoModelForImageClassification\n\n"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from hf_kdtl.evaluation.cost import parameters
+from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.hub import license as licenses
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
@@ -26,7 +27,7 @@ from hf_kdtl.utils.text import one_line
 
 
 def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict[str, Any]:
-    """Where a model was loaded from: name (of a folder its last part alone), hub, revision, licence; None each where
+    """Where a model was loaded from: name (of a folder its last part alone), hub, revision, license; None each where
     it is not known. Never a path: it may be published."""
     text = str(name_or_path or "")
     if not text:
@@ -41,7 +42,7 @@ def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict
 
 
 def origin_of(model: Any) -> dict[str, Any]:
-    """`origin` of a model in memory, by what its config says. A licence that was found is not asked for again."""
+    """`origin` of a model in memory, by what its config says. A license that was found is not asked for again."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return _known_origin(base, getattr(base.config, "_name_or_path", None), getattr(base.config, "_commit_hash", None))
 
@@ -62,8 +63,12 @@ def _known_origin(key: Any, name: str | None, revision: str | None) -> dict[str,
 _origins: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
-def made_from(trainer: Any) -> dict[str, Any]:
-    """Of the section `models` what says which models a trainer's student was made from."""
+def made_from(trainer: Any) -> Models:
+    """Which models a trainer's student was made from."""
+    return Models.of(_made_from(trainer), "models")
+
+
+def _made_from(trainer: Any) -> dict[str, Any]:
     start, teacher = origin_of(trainer.model), getattr(trainer, "teacher", None)
     # Without a name it is random or cut, and nobody knows which.
     found = {"student": {"start": {"how": "pretrained" if start["name"] else None, **start}}}
@@ -149,20 +154,20 @@ def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[st
     student = model_facts(trainer.model)
     for name in ("name", "hub", "revision", "licence"):  # they are of its start
         del student[name]
-    student["start"] = made_from(trainer)["student"]["start"] | (start or {})
+    student["start"] = _made_from(trainer)["student"]["start"] | (start or {})
     if (size := _shown_size(trainer.processing_class)) is not None:
         student["image_size"] = size
     section: dict[str, Any] = {"student": student, "pairing": pairing_tables(distiller)}
     if trainer.teacher is not None:
-        section = {"teacher": _teacher(trainer.teacher)} | section
+        section = {"teacher": _teacher(trainer.teacher, trainer.model)} | section
     return section
 
 
-def _teacher(source: SignalSource) -> dict[str, Any]:
+def _teacher(source: SignalSource, student: Any) -> dict[str, Any]:
     """The facts of a teacher, which may be the student with its adapters off."""
     info = source.provenance()
     return {
-        **origin_of_source(source),
+        **(origin_of(student) if info.is_student else origin_of_source(source)),
         "architecture": info.architecture,
         "model_type": info.model_type,
         "num_labels": info.num_labels,

@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, get_token
 
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import FILE, to_json
 from hf_kdtl.hub.card_results import published
-from hf_kdtl.hub.card_tables import saved_adapters
+from hf_kdtl.hub.card_tables import models_of
 from hf_kdtl.utils.redaction import own_folders
 
 FULL = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
@@ -76,8 +77,8 @@ def is_students(name: str) -> bool:
 
 def is_adapter(student: Path, results: dict[str, Any]) -> bool:
     """Whether the student in a folder is an adapter: as its results say, and where they do not, what lies there."""
-    if "adapters" in results.get("models", {}).get("student", {}):
-        return saved_adapters(results)
+    if models_of(Results.of(results)).student.adapters:
+        return models_of(Results.of(results)).student.saved_as_adapter
     whole = any(_fits(path.name, FULL) and path.suffix == ".safetensors" for path in student.iterdir())
     return (student / "adapter_config.json").is_file() and not whole
 

@@ -111,7 +111,7 @@ def retry_command(student: str | Path, run: str | Path, repo_id: str, **flags: A
     """Where a student is that could not be sent, and the command that sends it."""
     settings = {"run": run, "hub_model_id": repo_id} | {name: value for name, value in flags.items() if value}
     words = [f"--{name} {'true' if value is True else shlex.quote(str(value))}" for name, value in settings.items()]
-    return f"The student is whole in {student}. Push it later: hf-kdtl push {' '.join(words)}"
+    return f"The student is complete in {student}. Push it later: hf-kdtl push {' '.join(words)}"
 
 
 def student_of(folder: Path) -> Path:

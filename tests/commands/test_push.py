@@ -31,7 +31,7 @@ def test_distill_looks_before_it_trains_and_pushes_at_its_end(hub, command, imag
         return code, capsys.readouterr()
 
     for extra, said in [
-        ([], "licence is not known (the model card"),
+        ([], "license is not known (the model card"),
         (["--license", "mit", "--hub_token", "hf_wrong"], "(401): the token is wrong"),
         (["--license", "mit", "--hub_model_id", "other/x"], "(403): this token may not write to other/x"),
         (["--hub_strategy", "checkpoint"], "would publish the training state"),
@@ -70,7 +70,7 @@ def _the_rest_of_push_student(hub, main, capsys):  # noqa: F811
         return code, told.out + told.err
 
     told = push()[1]  # also what is no trouble of the Hub says where the student is
-    assert "licence is not known" in told and "The student is whole in out/student. Push it later: hf-kdtl" in told
+    assert "license is not known" in told and "The student is complete in out/student. Push it later: hf-kdtl" in told
     assert "Nothing to propose" in push("--license", "mit", "--create_pr", "true")[1]
     assert "Proposed: http" in push("--license", "cc0-1.0", "--create_pr", "true")[1]
     assert "exists and is public" in push("--license", "mit", "--private", "true")[1]

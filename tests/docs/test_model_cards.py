@@ -43,14 +43,17 @@ def test_its_figures_are_those_of_results(folder):
     assert {one.metric_type: one.metric_value for one in card.data.eval_results} == test
     assert {one.dataset_split for one in card.data.eval_results} == {"test"}
     assert (
-        f"accuracy **{100 * test['accuracy']:.1f} %** on {results['data']['sizes']['test']:,} test images" in card.text
+        f"**Accuracy:** **{100 * test['accuracy']:.1f} %** on {results['data']['sizes']['test']:,} test images"
+        in card.text
     )
     teacher = results["evaluation"]["models"]["teacher"]["runs"]["teacher"]["test"]["accuracy"]
     assert (
-        f"{100 * (test['accuracy'] - teacher):+.1f} points (accuracy of the teacher {100 * teacher:.1f} %" in card.text
+        f"{100 * (test['accuracy'] - teacher):+.1f} points (the teacher's accuracy is {100 * teacher:.1f} %"
+        in card.text
     )
     difference = next(one for one in results["comparison"] if one["split"] == "test")
-    assert f"{100 * difference['mean']:+.1f} points against the same student trained without it" in card.text
+    points = f"{100 * difference['mean']:+.1f} points of accuracy"
+    assert f"{points} against the same student trained without it" in card.text
     shown = [entry["name"] for entry in results["objectives"]]
     assert set(shown) - {"task"} <= set(card.data.tags) and all(f"| {name} " in card.text for name in shown)
 
@@ -73,11 +76,11 @@ def test_the_first_screen_and_the_limits_are_there(folder):
     first = text.split("## How to use")[0]
     for question in (
         "What it is",
-        "How good",
+        "Accuracy",
         "Difference from its teacher",
-        "Did the teacher help",
-        "What it cannot do",
-        "Licence",
+        "Effect of the teacher",
+        "Limitations",
+        "License",
     ):
         assert f"**{question}" in first
     for title in ("How it was made", "Objectives", "Limits", "Reproduce it", "Citations"):

@@ -1,10 +1,11 @@
-"""Under which licence a student may go out."""
+"""Under which license a student may go out."""
 
 from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.hub import license as licenses
 from hf_kdtl.hub.license import license_of, most_restrictive, of_parents, resolve_license, student_license
 
@@ -40,7 +41,7 @@ def test_what_is_compatible_is_taken(its, asked, found):
         ("llama3", "apache-2.0", "llama3 and apache-2.0"),
         ("cc-by-nd-4.0", None, "no derivatives"),
         ("cc-by-nc-nd-4.0", "cc-by-nc-nd-4.0", "no derivatives"),
-        ("mit", "my licence\nline", "expected an identifier"),
+        ("mit", "my license\nline", "expected an identifier"),
     ],
 )
 def test_what_is_not_is_refused(its, asked, said):
@@ -56,13 +57,13 @@ def test_of_several_parents_the_strictest_binds():
         most_restrictive(["gpl-3.0", "cc-by-nc-4.0"])
 
 
-def test_a_parent_without_a_known_licence_makes_it_unknown():
+def test_a_parent_without_a_known_license_makes_it_unknown():
     start, nameless = {"how": "pretrained", "licence": "mit"}, {"name": None, "licence": None}
-    assert of_parents({"student": {"start": start}}) == "mit" and of_parents({}) is None
-    assert of_parents({"teacher": nameless, "student": {"start": start}}) is None
-    assert of_parents({"teacher": {}, "student": {"start": start}}) is None  # its nulls were left out
-    assert of_parents({"teacher": {"licence": "gpl-3.0"}, "student": {"start": start}}) == "gpl-3.0"
-    assert of_parents({"teacher": {"licence": "mit"}, "student": {"start": {"how": "random"}}}) == "mit"
+    assert of_parents(Models.of({"student": {"start": start}})) == "mit" and of_parents(Models.of({})) is None
+    assert of_parents(Models.of({"teacher": nameless, "student": {"start": start}})) is None
+    assert of_parents(Models.of({"teacher": {}, "student": {"start": start}})) is None  # its nulls were left out
+    assert of_parents(Models.of({"teacher": {"licence": "gpl-3.0"}, "student": {"start": start}})) == "gpl-3.0"
+    assert of_parents(Models.of({"teacher": {"licence": "mit"}, "student": {"start": {"how": "random"}}})) == "mit"
     for asked in (None, ""):
         with pytest.raises(ValueError, match=r"--license apache-2\.0.* in Python DistillationConfig\(license="):
             resolve_license(None, asked)
@@ -107,14 +108,14 @@ TEACHER, START = {"name": "t", "licence": None}, {"start": {"how": "pretrained",
 @pytest.mark.parametrize(
     "models, said",
     [
-        ({}, "no licence was chosen. The student has no teacher"),
-        ({"student": {"start": {"how": "random"}}}, "no licence was chosen"),
-        ({"teacher": TEACHER}, "^the teacher's licence is not known"),
-        ({"student": START}, "^the licence of the model that the student starts from is not known"),
-        ({"teacher": TEACHER, "student": START}, "^the teacher's licence, or that of the model"),
+        ({}, "no license was chosen. The student has no teacher"),
+        ({"student": {"start": {"how": "random"}}}, "no license was chosen"),
+        ({"teacher": TEACHER}, "^the teacher's license is not known"),
+        ({"student": START}, "^the license of the model that the student starts from is not known"),
+        ({"teacher": TEACHER, "student": START}, "^the teacher's license, or that of the model"),
     ],
 )
 def test_the_error_names_what_binds_the_student(models, said):
     with pytest.raises(ValueError, match=said):
-        student_license(models, None)
-    assert student_license(models, "mit") == "mit"
+        student_license(Models.of(models), None)
+    assert student_license(Models.of(models), "mit") == "mit"

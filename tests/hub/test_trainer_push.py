@@ -159,7 +159,7 @@ def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # 
         ({"hub_token": "hf_wrong"}, r"\(401\): the token is wrong"),
         ({"hub_model_id": "other/small"}, r"\(403\): this token may not write to other/small"),
         ({"hub_model_id": "tester/bert"}, "tester/bert exists and holds config.json"),
-        ({"license": None}, "teacher's licence is not known"),
+        ({"license": None}, "teacher's license is not known"),
     ],
 )
 def test_what_cannot_be_published_is_told_before_training(hub, settings, said):  # noqa: F811
@@ -169,7 +169,7 @@ def test_what_cannot_be_published_is_told_before_training(hub, settings, said): 
     assert "tester/small" not in hub.repositories
 
 
-def test_without_a_teacher_nothing_is_said_of_its_licence(hub):  # noqa: F811
+def test_without_a_teacher_nothing_is_said_of_its_license(hub):  # noqa: F811
     settings = PUSH | {"objectives": [{"name": "task"}], "max_steps": 1}
     for asked in ({}, {"license": "apache-2.0"}):
         made = lambda: DistillationTrainer(build("vit"), config("out", **(settings | {"license": None} | asked)),  # noqa: E731, B023
@@ -177,12 +177,12 @@ def test_without_a_teacher_nothing_is_said_of_its_licence(hub):  # noqa: F811
         if asked:
             made()
             continue
-        with pytest.raises(ValueError, match=r"no licence was chosen.*no teacher.*license=\"apache-2.0\"") as refused:
+        with pytest.raises(ValueError, match=r"no license was chosen.*no teacher.*license=\"apache-2.0\"") as refused:
             made()
         assert "teacher's" not in str(refused.value)
 
 
-def test_the_licence_of_a_gated_teacher_is_read_and_kept_to(hub):  # noqa: F811
+def test_the_license_of_a_gated_teacher_is_read_and_kept_to(hub):  # noqa: F811
     build("vit").save_pretrained("local")
     files = {path.name: path.read_bytes() for path in Path("local").iterdir()}
     hub.add("tester/teacher", files | {"README.md": b"---\nlicense: cc-by-nd-4.0\n---\n"}, readers=["tester"])
@@ -302,10 +302,10 @@ def test_the_first_push_may_be_a_proposal_in_the_background(hub):  # noqa: F811
         one.push_to_hub(revision="v1")
 
 
-def test_a_card_alone_may_leave_the_licence_open():
+def test_a_card_alone_may_leave_the_license_open():
     one = trainer()
     one.create_model_card(finetuned_from="/data/zoe/x")
     card = ModelCard.load("out/README.md")
-    assert card.data.license is None and "not settled" in card.text and "zoe" not in str(card)
+    assert card.data.license is None and "not determined" in card.text and "zoe" not in str(card)
     with pytest.raises(ValueError, match=r"DistillationConfig\(license="):
         one.push_to_hub()

@@ -15,7 +15,7 @@ from hf_kdtl.hub.provenance import saved_hash
 from hf_kdtl.hub.staging import refuse_secrets, stage_student
 from hf_kdtl.hub.upload import HubError, check_access, publish
 from hf_kdtl.models.fingerprint import fingerprint
-from hf_kdtl.utils.redaction import anonymous
+from hf_kdtl.utils.redaction import anonymous, local_paths
 from tests.hub.client import hub  # noqa: F401
 from tests.hub.server import TOKEN, Fault, User
 from tests.support.tiny import build
@@ -205,12 +205,15 @@ def test_paths_are_cut_to_their_last_part(monkeypatch):
         "users/ann/my cats": "my cats",  # results.json cuts the working folder off
         "read from /data/ann/cats and ~/ann/dogs": "read from cats and dogs",
         "google/vit-base is 1/2 of it": "google/vit-base is 1/2 of it",
-        "runs/teacher/model": "teacher",
-        "runs\\teacher\\model": "teacher",
-        "read from runs/cats/train and data/cats.": "read from train and data/cats.",
+        "read from runs/cats/train and data/cats.": "read from runs/cats/train and data/cats.",  # no known folder
+        "train/validation/test": "train/validation/test",
         "1/2/3 of them, https://host.org/a/b/c": "1/2/3 of them, https://host.org/a/b/c",
     }.items():
         assert anonymous([{"x": given}]) == [{"x": shown}]
+    settings = {"a": ["runs/teacher/model", "owner/name"], "b": {"c": "runs\\a", "d": "x"}}
+    assert (local := local_paths(settings)) == {"runs/teacher/model", "runs\\a"}
+    given = ["'runs/teacher/model'", "runs\\a.", "my/runs/teacher/model", "runs/teacher/models"]
+    assert anonymous(given, local) == ["'teacher'", "a.", "my/runs/teacher/model", "runs/teacher/models"]
     names = {"data": {"classes": ["/m/01yrx", "~/cow", "C:\\cat"]}}
     assert anonymous(names) == names
 
