@@ -46,7 +46,7 @@ def test_distill_looks_before_it_trains_and_pushes_at_its_end(hub, command, imag
     code, told = distill("--license", "mit")
     again = "--run out --hub_model_id tester/small --license mit"
     assert code == 2 and "student distilled" in told.out
-    assert f"whole in out/student. Push it later: hf-kdtl push {again}" in told.err
+    assert f"complete in out/student. Push it later: hf-kdtl push {again}" in told.err
     assert hub.messages("tester/small") == ["initial commit"]
     before = kept("out")
     command("push").main(again.split())

@@ -34,7 +34,7 @@ def test_an_interrupted_write_leaves_the_old_file(monkeypatch):
 
 
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match=r"unknown section 'evaluations'.*expected one of run, data"):
+    with pytest.raises(ValueError, match=r"unknown section 'evaluations'.*expected one of run, defaults, data"):
         update_results("run", "evaluations", {})
     with pytest.raises(FileNotFoundError, match=r"run has no results.json"):
         read_results("run")
