@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 
@@ -36,6 +37,11 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return {"pixel_values": self.pixels[i], "labels": self.labels[i]}
+
+
+def and_slow(fast, slow):
+    """Values of a parametrisation, the second ones in the slow suite alone."""
+    return [*fast, *(pytest.param(value, marks=pytest.mark.slow) for value in slow)]
 
 
 def config(folder, objectives=KD, kind=DistillationConfig, **settings):

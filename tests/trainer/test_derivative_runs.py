@@ -13,7 +13,7 @@ from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.preflight import preflight
 from hf_kdtl.trainer.distiller import Distiller
-from tests.support.helpers import Images, config, largest_difference, pair, trainer, weights
+from tests.support.helpers import Images, and_slow, config, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
 
 DERIVED = [name for name in OBJECTIVES if hasattr(OBJECTIVES[name], "choices")]
@@ -64,7 +64,7 @@ def test_checkpointing_changes_nothing(tmp_path, entry):
     assert largest_difference(weights(ran[False].model), weights(ran[True].model)) < 1e-6
 
 
-@pytest.mark.parametrize("arch", ["vit", "deit", "dinov2", "swin", "convnext", "resnet"])
+@pytest.mark.parametrize("arch", and_slow(["vit", "swin", "convnext", "resnet"], ["deit", "dinov2"]))
 @pytest.mark.parametrize("name", ["jacobian", "attention_jacobian"])
 def test_split_equals_double_backward_as_student_and_as_teacher(arch, name):
     other = "vit" if arch != "vit" else "swin"

@@ -12,11 +12,11 @@ from tests.support.tiny import build
 TASK = [{"name": "task"}]
 
 
-def _run(cls, folder, model, steps=20, **settings):
+def _run(cls, folder, model, steps=8, **settings):
     kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
-    recipe = {"max_steps": steps, "learning_rate": 1e-3, "warmup_steps": 5, "weight_decay": 0.01, "max_grad_norm": 0.5}
+    recipe = {"max_steps": steps, "learning_rate": 1e-3, "warmup_steps": 3, "weight_decay": 0.01, "max_grad_norm": 0.5}
     arguments = config(folder, TASK, kind, **(recipe | settings))
-    runner = cls(copy.deepcopy(model), arguments, train_dataset=Images(64), eval_dataset=Images(20, seed=1))
+    runner = cls(copy.deepcopy(model), arguments, train_dataset=Images(32), eval_dataset=Images(20, seed=1))
     before = runner.evaluate()["eval_loss"]
     runner.train()
     predicted = runner.predict(Images(5, seed=2))
@@ -30,9 +30,9 @@ def _run(cls, folder, model, steps=20, **settings):
     }
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("family", ["vit", "convnext"])
+@pytest.mark.parametrize(
+    ("family", "accumulation", "smoothing"), [("vit", 1, 0.0), ("vit", 2, 0.0), ("vit", 1, 0.1), ("convnext", 2, 0.1)]
+)
 def test_trains_evaluates_and_predicts_as_trainer_does(tmp_path, family, accumulation, smoothing):
     model = build(family)
     settings = {
@@ -44,7 +44,7 @@ def test_trains_evaluates_and_predicts_as_trainer_does(tmp_path, family, accumul
     ours = _run(DistillationTrainer, tmp_path / "ours", model, **settings)
     assert largest_difference(plain["weights"], ours["weights"]) == 0.0
     assert (plain["predictions"] == ours["predictions"]).all()
-    assert plain["norms"] == ours["norms"] and len(plain["norms"]) == 20
+    assert plain["norms"] == ours["norms"] and len(plain["norms"]) == 8
     # The loss is summed in another order: one unit in the last place.
     assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert ours["evals"] == pytest.approx(plain["evals"], rel=1e-6)

@@ -14,10 +14,10 @@ from hf_kdtl import DistillationTrainer
 from hf_kdtl.checkpoints.manifest import read_manifest, write_manifest
 from hf_kdtl.checkpoints.state import STATE_JSON
 from hf_kdtl.models.teachers.start import StartingPoint
-from tests.support.helpers import Images, config, largest_difference, trainer, weights
+from tests.support.helpers import Images, and_slow, config, largest_difference, trainer, weights
 from tests.support.tiny import build
 
-FAMILIES = ["vit", "deit", "dinov2", "swin", "convnext", "resnet"]
+FAMILIES = and_slow(["vit", "swin", "resnet"], ["deit", "dinov2", "convnext"])
 RUN = {
     "max_steps": 6,
     "per_device_train_batch_size": 4,
@@ -33,7 +33,7 @@ def test_resume_is_bitwise(tmp_path, family):
     student, teacher = build(family), build("vit", seed=5)
     whole = trainer(tmp_path, student, teacher, **RUN)
     whole.train()
-    for step in (2, 4):
+    for step in (2, 4) if family == "vit" else (2,):
         again = trainer(tmp_path, student, teacher, **RUN)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.global_step == 6
@@ -78,8 +78,7 @@ def test_the_best_model_is_loaded_whole(tmp_path, family):
 LAST = {"max_steps": 6}, {"max_steps": 5}, {"num_train_epochs": 1.5, "max_steps": -1}, {"max_steps": 8}
 
 
-@pytest.mark.parametrize("steps", LAST, ids=str)
-@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize(("steps", "best"), [*((steps, False) for steps in LAST), (LAST[2], True)], ids=str)
 def test_a_run_that_is_finished_makes_no_further_step(tmp_path, steps, best, caplog):
     class Worse(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):

@@ -125,6 +125,7 @@ def test_precision_and_checkpointing(tmp_path, precision, checkpointing):
     assert difference == 0 if precision == "float32" else 1e-6 < difference < 0.1, "evaluation is in another precision"
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same_weights(tmp_path):
     student, teacher = build("vit"), build("vit", seed=5)
     plain = trainer(tmp_path, student, teacher, max_steps=3)
