@@ -1,4 +1,4 @@
-"""A model as an ONNX file, and that file beside the model: do they agree, and which is faster?"""
+"""Exports a model to ONNX, and compares the file with the model: agreement and speed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NEEDS = ("onnx", "onnxruntime", "onnxscript")
 
 
 def check_installed() -> None:
-    """Look for what an export needs.
+    """Check that the packages for an export are installed.
 
     Raises:
         ValueError: naming what is missing, and what to type.
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise ValueError(f"{', '.join(missing)} not found; an export needs it. Type: pip install -e '.[export]'.")
+        raise ValueError(f"{', '.join(missing)} not found; an export needs it. Type: pip install 'hf_kdtl[export]'.")
 
 
 def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:

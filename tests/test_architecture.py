@@ -25,18 +25,10 @@ ALIASES = {"augment": "data", "sharding": "trainer"}
 """Modules that only re-export a name of before: they belong to the package that they name."""
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
-# What still breaks a rule, with the reason. Nothing may be added to these lists.
-UPWARD: dict[str, str] = {
-    "hf_kdtl/checkpoints/state.py: hf_kdtl.trainer.build": "trainer: to be moved",
-    "hf_kdtl/utils/distributed.py: hf_kdtl.models.blocks": "trainer: shard() goes to trainer/sharding",
-    "hf_kdtl/utils/distributed.py: hf_kdtl.trainer.distiller": "trainer: shard() goes to trainer/sharding",
-}
-LONG_MODULES: dict[str, str] = {
-    "trainer/trainer.py": "trainer: to be split",
-}
-LONG_FUNCTIONS: dict[str, str] = {
-    "trainer/checks.py:setting_problems": "trainer: to be split",
-}
+# What still breaks a rule, with the reason. These lists only shrink: what breaks no rule any more is taken out.
+UPWARD: dict[str, str] = {}
+LONG_MODULES: dict[str, str] = {"trainer/trainer.py": "overrides of Trainer: to be split"}
+LONG_FUNCTIONS: dict[str, str] = {}
 MODULE_LINES, FUNCTION_LINES = 300, 40
 
 
@@ -95,7 +87,7 @@ def test_imports_go_down_only():
     upward = {
         where for (here, there), files in arrows.items() if FLOOR[there] >= FLOOR[here] for where in files
     }  # fmt: skip
-    assert not upward - set(UPWARD), f"imports of the same or a higher floor: {sorted(upward - set(UPWARD))}"
+    assert upward == set(UPWARD), f"imports of the same or a higher floor, or fixed: {sorted(upward ^ set(UPWARD))}"
 
 
 def test_no_circle_within_a_package():
@@ -133,7 +125,7 @@ def test_modules_stay_short():
         for path in PACKAGE.rglob("*.py")
         if (lines := len(path.read_text().splitlines())) > MODULE_LINES
     }
-    assert not long.keys() - LONG_MODULES.keys(), f"split these: {long}"
+    assert long.keys() == LONG_MODULES.keys(), f"split these, or take them out of the list: {long}"
 
 
 def test_functions_stay_short():
@@ -141,7 +133,7 @@ def test_functions_stay_short():
     long = {
         name: lines for path in PACKAGE.rglob("*.py") for name, lines in _functions(path) if lines > FUNCTION_LINES
     }
-    assert not long.keys() - LONG_FUNCTIONS.keys(), f"split these: {long}"
+    assert long.keys() == LONG_FUNCTIONS.keys(), f"split these, or take them out of the list: {long}"
 
 
 def _functions(path: Path) -> Iterator[tuple[str, int]]:

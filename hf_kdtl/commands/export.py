@@ -1,6 +1,6 @@
 """Write a student as an ONNX file, check that it answers as the student does, and time both.
 
-  pip install -e '.[export]'
+  pip install 'hf_kdtl[export]'
   hf-kdtl export --student runs/student/student --output student.onnx
   hf-kdtl export --student runs/student/student --output student.onnx --batch_size 64 --overwrite true
 

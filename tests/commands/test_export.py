@@ -128,7 +128,7 @@ def test_without_the_extra_it_says_what_to_type(command, teacher, capsys, monkey
     monkeypatch.setattr(export, "find_spec", lambda name: None if name != "onnx" else object())
     assert cli.run(lambda: command("export").main(arguments())) == 2
     said = capsys.readouterr().err
-    assert "onnxruntime, onnxscript not found" in said and "pip install -e '.[export]'" in said
+    assert "onnxruntime, onnxscript not found" in said and "pip install 'hf_kdtl[export]'" in said
 
 
 def test_a_model_that_torch_cannot_export_is_told(monkeypatch, tmp_path):
