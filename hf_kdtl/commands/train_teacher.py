@@ -42,7 +42,7 @@ class TeacherOptions:
         default=None, metadata={"help": 'To train from random weights, as JSON: {"model_type": "vit", ...}.'}
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a model_config that has no size."})
-    time_budget: str | None = field(default=None, metadata={"help": "Train as many steps as fit, such as 20min."})
+    time_budget: str | None = field(default=None, metadata={"help": "As many steps as fit: 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 

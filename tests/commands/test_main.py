@@ -49,7 +49,14 @@ def test_help_of_distill_has_groups_defaults_objectives_and_more_on_demand(capsy
         texts.append(capsys.readouterr().out)
     short, long = texts
     assert short.count("\n  hf-kdtl distill") >= 2 and "accelerate launch" in short
-    for part in ("Teacher, student, and how many runs:", "--split_seed N", "(default: 42)", "--objectives TEXT ..."):
+    for part in (
+        "Teacher, student, and how many runs:",
+        "--split_seed N",
+        "(default: 42)",
+        "Its peak. (chosen)",
+        "(chosen): by model",
+        "--objectives TEXT ...",
+    ):
         assert part in short
     assert all(re.search(rf"^  {name} +\w", short, re.M) for name in OBJECTIVES)
     assert "--torch_compile" not in short and "--torch_compile" in long and "--torch-compile" not in long

@@ -49,9 +49,7 @@ class DistillOptions(UnlabelledOptions):
         default=False,
         metadata={"help": "Also train the student alone; with unlabelled images also distilled on the labelled ones."},
     )
-    time_budget: str | None = field(
-        default=None, metadata={"help": "Train as many steps as fit, such as 20min: all runs together."}
-    )
+    time_budget: str | None = field(default=None, metadata={"help": "As many steps as fit, all runs together: 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 

@@ -25,12 +25,17 @@ MOST_USED = {
     "learning_rate": "Its peak.",
     "warmup_steps": "Steps until the peak.",
     "bf16": "Forward passes in bfloat16.",
-    "eval_strategy": "When validation is scored: no, steps or epoch.",
-    "save_strategy": "When a checkpoint is written: no, steps or epoch.",
+    "eval_strategy": "When validation is scored.",
+    "save_strategy": "When a checkpoint is written.",
     "seed": "Of weights, order and augmentation.",
     "resume_from_checkpoint": "true: continue from the last complete checkpoint.",
     "use_cpu": "Leave GPUs alone.",
 }
+
+
+# What the commands that train choose by model and images: hf_kdtl/commands/common/defaults.py.
+CHOSEN = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "eval_strategy",
+          "save_strategy", "augmentation")  # fmt: skip
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -75,13 +80,17 @@ def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, e
         for name in names:
             if names is MOST_USED and not everything:
                 actions[name].help = MOST_USED[name]
+            if name in CHOSEN and "time_budget" in actions:
+                actions[name].help = f"{actions[name].help} (chosen)"
+                actions[name].default = None
             formatter.add_argument(actions[name])
         formatter.end_section()
     parts = [doc.strip(), formatter.format_help().strip()]
     if _trains(types):
         parts.append(objective_lines(width))
         if not everything:
-            parts.append("--help-all adds every setting of transformers' TrainingArguments.")
+            chosen = "(chosen): by model and images, see hf-kdtl init. " if "time_budget" in actions else ""
+            parts.append(f"{chosen}--help-all adds every setting of transformers' TrainingArguments.")
     return "\n\n".join(parts)
 
 
