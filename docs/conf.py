@@ -33,9 +33,9 @@ html_copy_source = html_show_sourcelink = False
 
 default_role = "code"  # single backticks in docstrings
 autodoc_default_options = {"members": True, "member-order": "bysource"}
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented_params"
-autodoc_mock_imports: list[str] = []
+autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # Trainer's own are in its documentation
+maximum_signature_line_length = 88
 python_display_short_literal_types = True
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True

@@ -47,6 +47,8 @@ def prepared(lines: list[str]) -> list[str]:
 
 
 def process(app, what, name, obj, options, lines) -> None:
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = lines[0].replace(": ", "; ")  # napoleon takes what precedes a colon for a type
     lines[:] = prepared(lines)
 
 

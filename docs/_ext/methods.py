@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 from pages import ROOT, rewrite
@@ -45,7 +46,7 @@ def _escaped(text: str) -> str:
 def options(kind: type, args: str) -> str:
     """A definition list: each option with its default and its sentence."""
     sentences = {}
-    for names, sentence in re.findall(r"^([\w, ]+): (.*(?:\n    .*)*)", inspect.cleandoc(args), re.MULTILINE):
+    for names, sentence in re.findall(r"^([\w, ]+): (.*(?:\n    .*)*)", textwrap.dedent(args), re.MULTILINE):
         for name in names.split(", "):
             sentences[name] = " ".join(sentence.split())
     signature = inspect.signature(kind).parameters.values()
@@ -70,17 +71,18 @@ class Method(SphinxDirective):
         kind, page = registered(name), Path(self.env.doc2path(self.env.docname))
         shown = parts(kind)
         entry = "gradient_rule" if not hasattr(kind, "needs") else name
-        text = [markdown(shown["about"]), "## Options", options(kind, shown.get("Args", ""))]
+        about = self.parse_text_to_nodes(markdown(shown["about"]))
+        text = ["## Options", options(kind, shown.get("Args", ""))]
         if "Cost" in shown:
             text += ["## Cost", markdown(" ".join(shown["Cost"].split()))]
         if "Raises" in shown:
-            errors = re.findall(r"^(\w+): (.*(?:\n    .*)*)", inspect.cleandoc(shown["Raises"]), re.MULTILINE)
+            errors = re.findall(r"^(\w+): (.*(?:\n    .*)*)", textwrap.dedent(shown["Raises"]), re.MULTILINE)
             text += ["## What is refused"]
             text += [f"`{error}`\n: {markdown(' '.join(why.split()))}\n" for error, why in errors] or [
                 markdown(" ".join(shown["Raises"].split()))
             ]
         text += ["## Paper, and what differs", rewrite(paper(entry), ROOT / "PAPERS.md", page)]
-        return self.parse_text_to_nodes("\n\n".join(text), allow_section_headings=True)
+        return about + self.parse_text_to_nodes("\n\n".join(text), allow_section_headings=True)
 
 
 class Objectives(SphinxDirective):

@@ -34,9 +34,12 @@ def rewrite(text: str, source: Path, page: Path) -> str:
         file = (source.parent / target).resolve()
         if not file.exists():
             raise FileNotFoundError(f"{source.relative_to(ROOT)} links to {target}, which does not exist")
+        title = file
         file = shown.get(file, file)
         if DOCS not in file.parents:
             return label
+        if label.removesuffix(".md") != label and not picture:  # a path is no title
+            label = re.search(r"^# (.*)$", title.read_text(encoding="utf-8"), re.MULTILINE)[1].replace("`", "")
         return f"{picture}[{label}]({os.path.relpath(file, page.parent)}{anchor or ''})"
 
     return LINK.sub(replaced, text)

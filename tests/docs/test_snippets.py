@@ -35,7 +35,10 @@ def blocks(page, language):
 
 
 def shell_lines(code):
-    lines = re.sub(r"\\\n\s*", "", code).splitlines()
+    joined = re.sub(
+        r"'[^'\n]*(?:\n[^'\n]*)+'", lambda found: found[0].replace("\n", " "), re.sub(r"\\\n\s*", "", code)
+    )
+    lines = joined.splitlines()
     return [part.strip() for line in lines for part in line.split("&&") if part.strip() and not line.startswith("#")]
 
 
