@@ -29,7 +29,7 @@ from hf_kdtl.utils.distributed import fsdp_requested
 
 @dataclass
 class Cost:
-    """One objective beside the task, on one batch, as a multiple of the task alone."""
+    """One objective in addition to the task, on one batch, as a multiple of the task alone."""
 
     key: str
     time: float
@@ -137,7 +137,7 @@ def _measure(
     pixels: Tensor,
     options: dict[str, Any],
 ) -> None:
-    """Build and try each objective beside the task, and report what it costs.
+    """Build and try each objective together with the task, and report what it costs.
 
     Args:
         options: of `build_distiller`.

@@ -67,9 +67,7 @@ def copy(name: str) -> str:
         with target.open("x", encoding="utf-8") as file:
             file.write(files[name].read_text(encoding="utf-8"))
     except FileExistsError as error:
-        raise FileExistsError(
-            f"{target} exists here; move it away, or take it as it is: --config {target}."
-        ) from error
+        raise FileExistsError(f"{target} exists here; move it away, or use it: --config {target}.") from error
     if name in launch_files():
         use = f"accelerate launch --config_file {target} -m hf_kdtl.commands.distill --config digits"
     else:

@@ -119,7 +119,7 @@ def clear(folder: Path) -> None:
 
 
 def images_of(options: DataOptions) -> ImageData:
-    """The splits. None is read now, as before a training: a bad image is met in the first pass over its split."""
+    """The splits. None is read now, as before a training: a bad image is found in the first pass over its split."""
     names = ("image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     return load_images(options.dataset, seed=options.split_seed, **given)

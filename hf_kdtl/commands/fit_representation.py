@@ -129,7 +129,7 @@ def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, 
             if before.get(name) != value:
                 raise ValueError(
                     f"{folder} was begun with {name} {before.get(name)!r} and is asked to continue with {value!r}. "
-                    "Set it back, or begin anew: --resume false --overwrite_output_dir true."
+                    "Set it back, or start over: --resume false --overwrite_output_dir true."
                 )
         if (folder / JSON).is_file():
             raise ValueError(f"{folder} is finished; nothing is left to do.")

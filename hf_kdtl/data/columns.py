@@ -20,7 +20,7 @@ def with_two_columns(
     """Each split as the two columns `image` and `label`, with the class names of train; see `load_images`.
 
     Raises:
-        ValueError: when a column cannot be told, or a split holds a label that train does not know.
+        ValueError: when a column cannot be identified, or a split holds a label that train does not know.
     """
     features = raw["train"].features
     image = _column(features, "image", image, [name for name in features if _is_image(features[name])])

@@ -72,7 +72,7 @@ class ImageDataset(torch.utils.data.Dataset):
             self._check_processor()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation anew: the same epoch gives the same draws."""
+        """Draw the augmentation again: the same epoch gives the same draws."""
         self._epoch.fill_(epoch)
 
     def train_sampler(self, batch_size: int) -> LabelledShareSampler | None:

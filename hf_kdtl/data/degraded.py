@@ -43,7 +43,7 @@ def degraded(split: Dataset, image_processor: Any, name: str, severity: int, sid
 
 
 class _Degraded:
-    """As much of a `datasets.Dataset` as ImageDataset reads. (Dataset.with_transform is not told the rows, and a
+    """As much of a `datasets.Dataset` as ImageDataset reads. (Dataset.with_transform does not receive the rows, and a
     column of row numbers would copy a split that was selected from another.)"""
 
     def __init__(self, split: Dataset, name: str, severity: int, side: int):

@@ -123,7 +123,7 @@ def _split_subfolders(folder: Folder, notes: list[str]) -> dict[str, Folder] | N
             "expected one of each. Merge them, or move one out."
         )
     if others:
-        notes.append(f"Folders beside {train[0].path.name} that are no splits were not used: {', '.join(others)}.")
+        notes.append(f"Folders next to {train[0].path.name} that are no splits were not used: {', '.join(others)}.")
     empty = [n for n, s in folder.subfolders.items() if split_name(n) and s not in folder.with_images().values()]
     if empty:
         notes.append(f"The split folders {', '.join(empty)} hold no images and were not used.")
@@ -146,14 +146,14 @@ def _split(name: str, folder: Folder, known: list[str] | None, label_column: str
         tables = some(list(folder.tables)) or some(list(holder.tables))
         raise ValueError(
             f"There is no column that could be the label column: {str(folder.path)!r} holds {len(folder.images)} "
-            f"images and no class folders{f', beside {tables}' if tables else ''}. Expected the images of each of two "
-            "or more classes in a sub-folder with the name of the class, or a csv file with columns file_name and "
+            f"images and no class folders{f', next to {tables}' if tables else ''}. Expected the images of each of "
+            "two or more classes in a sub-folder with the name of the class, or a csv file with columns file_name and "
             "label, which is loaded by its own name."
         )
     if folder.images:
         listed = some([path.name for path in folder.images], 3)
         notes.append(
-            f"{len(folder.images)} images of {name} beside the class folders have no class and were left out: "
+            f"{len(folder.images)} images of {name} outside the class folders have no class and were left out: "
             f"{listed}."
         )
     _note_left_out(name, [(folder.path.name, Folder(folder.path, left_out=folder.left_out))], notes)

@@ -53,7 +53,7 @@ class ImageData:
                 decode_row(image, index, len(split))
 
     def in_order(self, model: Any) -> ImageData:
-        """The same data with its classes in the order of a model that has them, by name; said in the notes.
+        """The same data with its classes in the order of a model that has them, by name; reported in the notes.
 
         A model without class names takes the order of the data: its config is given the names.
 

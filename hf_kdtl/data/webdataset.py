@@ -33,7 +33,7 @@ def open_webdataset(files: list[Path]) -> Dataset:
     labels = [label for label in found["label"][:] if label is not None]
     if not labels:
         raise ValueError(
-            f"{len(found)} images in {files[0]} have no label, expected a WebDataset archive: beside each key.jpg a "
+            f"{len(found)} images in {files[0]} have no label, expected a WebDataset archive: with each key.jpg a "
             'key.cls with its class, or a key.json with {"label": ...}.'
         )
     if all(label.lstrip("-").isdigit() for label in labels):

@@ -116,7 +116,7 @@ def images_per_second(models: Models, repeats: int = 7) -> dict[str, float]:
     """Images per second of a forward in eval mode, as the median of `repeats` timings after a warm-up.
 
     Args:
-        models: name -> (model, its pixel_values (B, C, h, w) on its device). B is the batch size to be named beside
+        models: name -> (model, its pixel_values (B, C, h, w) on its device). B is the batch size to be named with
             the numbers.
         repeats: timings for each model.
 

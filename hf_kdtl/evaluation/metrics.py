@@ -49,7 +49,7 @@ class Top5(StreamingMetric):
     Of equal logits the first ones count as the larger (scikit-learn takes the last ones).
 
     Raises:
-        ValueError: for fewer than 5 classes, beside what all metrics refuse.
+        ValueError: for fewer than 5 classes, in addition to what all metrics refuse.
     """
 
     citation_text = citations.SKLEARN
@@ -181,7 +181,7 @@ class AgreementTeacherWrong(StreamingMetric):
     """Of the labelled images that the teacher gets wrong, the share that the student takes for the same class.
 
     In [0, 1]: how far the student copies mistakes; nan where the teacher makes none. The teacher's logits are the
-    references, in the student's class order; `labels` are given beside.
+    references, in the student's class order; `labels` are passed as well.
     """
 
     inputs: ClassVar = {"predictions": "logits", "references": "logits", "labels": "labels"}

@@ -1,4 +1,4 @@
-"""Which class a trained model gave to each image of a split, beside the model: a few bytes an image."""
+"""The class that a trained model predicted for each image of a split, saved with the model: a few bytes per image."""
 
 from __future__ import annotations
 

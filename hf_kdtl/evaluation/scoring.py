@@ -78,7 +78,8 @@ def calibration_interval(
     """The percentile bootstrap over images of mean confidence minus accuracy, from the bins of `reliability`. [ours]
 
     An image's confidence is taken to be the mean of its bin, so that the bins are enough: what varies within a bin
-    (1/15 wide) is small beside the 0 or 1 of being correct. None where no image has been counted, or none differs.
+    (1/15 wide) is small compared with the 0 or 1 of being correct. None where no image was counted, or none
+    differs.
 
     >>> [round(bound, 2) for bound in calibration_interval([Bin(100, confidence=0.75, accuracy=0.6)])]
     [0.05, 0.25]

@@ -1,4 +1,4 @@
-"""What a few seeds, or the images of one seed, allow to be said."""
+"""What can be concluded from a few seeds, or from the images of one seed."""
 
 from __future__ import annotations
 

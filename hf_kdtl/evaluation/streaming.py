@@ -74,7 +74,7 @@ class StreamingMetric(evaluate.Metric):
         self.add_batch(**{name: [one] for name, one in given.items()})
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
-        """The metric of everything that was added, and of what is given here; begins anew afterwards."""
+        """The metric of everything that was added, and of what is given here; starts over afterwards."""
         given = {"predictions": predictions, "references": references, **kwargs}
         if self.num_process > 1:
             return super().compute(**given)

@@ -146,7 +146,7 @@ def row_divergence(log_student: Tensor, log_teacher: Tensor, distance: Literal["
 def relation_heads(x: Tensor, heads: int) -> Tensor:
     """Queries, keys or values in another number of heads: (B, H, N, d) -> (B, heads, N, H d / heads).
 
-    The heads are concatenated and cut anew, so models of any head counts get a common one (MiniLMv2).
+    The heads are concatenated and split again, so models of any head counts get a common one (MiniLMv2).
 
     Raises:
         ValueError: when `heads` does not divide the width H d, with those that do.

@@ -91,7 +91,7 @@ class PCGrad(GradientRule):
     g - <g, d> / <d, d> d + d - <g, d> / <g, g> g, and g + d elsewhere. The task is not protected: where they conflict
     <g, result> = <g, g> (1 - cos^2), less than without any transfer. As for `NeverHurt`, that is the gradient passed
     to the optimizer, on that batch; the effect of AdamW's step is logged (gradient_rule/task_step), and nothing is
-    said about test accuracy.
+    promised about test accuracy.
 
     Args:
         scope: "global", or "tensor": inner products of each tensor alone.
@@ -133,7 +133,7 @@ class LayerLocal(GradientRule):
 
     Nothing is removed from d, so the task is not protected: d may conflict with g within a block. As for `NeverHurt`
     this is about the gradient passed to the optimizer, on that batch; the effect of AdamW's step is logged
-    (gradient_rule/task_step), and nothing is said about test accuracy.
+    (gradient_rule/task_step), and nothing is promised about test accuracy.
 
     Args:
         none.

@@ -39,7 +39,7 @@ def student_card(
     dataset: str | Sequence[str] | None = None,
     dataset_args: str | Sequence[str] | None = None,
 ) -> ModelCard:
-    """The card of the student of a run. What was not measured is said to be so, and no number is made up.
+    """The card of the student of a run. What was not measured is stated, and no number is made up.
 
     Args:
         results: of hf-kdtl distill (`read_results`), with an evaluation where there is one (`with_evaluation`), or
@@ -47,7 +47,7 @@ def student_card(
         model_id: the student's name on the Hub, for the lines that show how to use it.
         license: by default the one that its teacher's card states; a card without one says what is not known.
         language, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args: as of Trainer's
-            create_model_card; tags come beside ours, the others in place of what results.json says. Of a path the
+            create_model_card; tags are added to ours, the others in place of what results.json says. Of a path the
             last part is taken; `finetuned_from` and `dataset_tags` are links, and left out where they are none.
 
     Raises:

@@ -125,7 +125,7 @@ def saved_hash(folder: Path, adapter: bool) -> str:
     """`student_hash` of a student in a folder, of the one of the two kinds that may lie there."""
     if adapter:
         return fingerprint(_Tensors(load_file(folder / SAFETENSORS_WEIGHTS_NAME)))
-    with TemporaryDirectory(prefix="student-") as alone:  # transformers would load an adapter that lies beside it
+    with TemporaryDirectory(prefix="student-") as alone:  # transformers would load an adapter in the same folder
         for path in folder.glob("*"):
             if path.is_file() and not path.name.startswith("adapter_"):
                 Path(alone, path.name).symlink_to(path.absolute())

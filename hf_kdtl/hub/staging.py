@@ -38,7 +38,7 @@ def stage_student(
     """Make the folder that goes to the Hub, and return it: the student's weights and settings, card and results.
 
     Nothing else is taken along: no optimizer, no random states, no pickle, and of a whole model and an adapter in one
-    folder the one that the results are of. Settings and results are written anew without paths of this machine.
+    folder the one that the results are of. Settings and results are written again without paths of this machine.
 
     Args:
         student: a folder with config.json and weights in safetensors, or with an adapter.
@@ -147,7 +147,7 @@ def _check_complete(student: Path, names: Collection[str]) -> None:
     found = ", ".join(sorted(path.name for path in student.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(
         f"{student} holds {found}; expected a student's config.json and model.safetensors, or its adapter_config.json "
-        "and adapter_model.safetensors (a .bin file is a pickle and is not published: save it anew with "
+        "and adapter_model.safetensors (a .bin file is a pickle and is not published: save it again with "
         "save_pretrained)."
     )
 

@@ -24,7 +24,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     3. containers with two entries or more (EfficientNet; the stages of LeViT and of MobileViT), before those whose
        entries are single layers: EfficientViT's head is one of them, and larger than its stages.
 
-    Containers beside each other whose names differ by a number alone (torchvision's and timm's ResNets: layer1 to
+    Neighbouring containers whose names differ by a number alone (torchvision's and timm's ResNets: layer1 to
     layer4) are one.
 
     A name is a path in `model`: `model.get_submodule(name) is module`. A model wrapped by PEFT gives the same modules,
@@ -123,7 +123,7 @@ def _layers_of_stages(entries: Blocks, depths: list[int] | None) -> Blocks:
 
 
 def _stage(name: str, module: nn.Module) -> Blocks:
-    """The layers of one stage: PVT's is a list itself, others hold one, some beside a smaller one (ConvNeXt's
+    """The layers of one stage: PVT's is a list itself, others hold one, some next to a smaller one (ConvNeXt's
     downsampling); none for what is no stage."""
     if isinstance(module, nn.ModuleList):
         return _entries(name, module)

@@ -20,13 +20,13 @@ def fingerprint(model: nn.Module) -> str:
     Cost: reads every weight once, about 1 s a GB.
 
     Raises:
-        ValueError: for a model in parts (FSDP2), of which a process has only its own.
+        ValueError: for a sharded model (FSDP2), of which a process has only its own shard.
     """
     found = hashlib.blake2b(digest_size=16)
     state = plain_state(model) if adapted(model) else model.state_dict()
     for name, value in sorted(state.items()):
         if isinstance(value, DTensor):
-            raise ValueError("the model is in parts (FSDP2). Save it with trainer.save_model, and take that one.")
+            raise ValueError("the model is sharded (FSDP2). Save it with trainer.save_model, and take that one.")
         if isinstance(value, Tensor):
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             # Byte for byte: numpy knows no bfloat16.

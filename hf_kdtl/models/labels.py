@@ -49,7 +49,7 @@ def label_order(wanted: Sequence[str], found: Sequence[str], who: tuple[str, str
     Equal lists may repeat a name (ImageNet has "crane" and "maillot" twice); in another order that is ambiguous.
 
     Raises:
-        ValueError: when the classes differ or cannot be told apart, showing them.
+        ValueError: when the classes differ or cannot be distinguished, showing them.
     """
     ours, its = _composed(wanted), _composed(found)
     if ours == its:
@@ -63,7 +63,7 @@ def label_order(wanted: Sequence[str], found: Sequence[str], who: tuple[str, str
     if repeated := {name for names in (ours, its) for name in names if names.count(name) > 1}:
         raise ValueError(
             f"the classes {_few(repeated)} occur more than once, and {who[0]} and {who[1]} list them in different "
-            "orders, so they cannot be told apart by name. Give each class a name of its own in config.id2label."
+            "orders, so they cannot be distinguished by name. Give each class a name of its own in config.id2label."
         )
     return [its.index(name) for name in ours]
 

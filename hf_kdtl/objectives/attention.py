@@ -107,7 +107,7 @@ class AttentionMap(PairedObjective):
         return fa.row_divergence(log_s, log_t, self.distance)
 
     def _rows(self, attention: Attention, pair: Pair) -> Tensor:
-        """log A of one model, (B, heads, R, N), heads averaged or cut anew."""
+        """log A of one model, (B, heads, R, N), heads averaged or split again."""
         if attention.query is None or attention.key is None:
             assert attention.weights is not None
             weights = attention.weights[:, :, :1] if self.rows == "cls" else attention.weights

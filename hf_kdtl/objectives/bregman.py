@@ -36,7 +36,7 @@ class Bregman(Objective):
 
     Args:
         representation: the folder that hf-kdtl fit-representation wrote.
-        coefficients: weight of ||c - c*||^2 beside it, >= 0, with c* the best coefficients of y (found by Newton
+        coefficients: weight of ||c - c*||^2 added to it, >= 0, with c* the best coefficients of y (found by Newton
             steps in float64: dear, for the many tokens of hidden states most of all).
 
     Cost: one forward of the teacher; O(B (D_S k + d k)), for hidden states times the tokens. With `coefficients` 5 to

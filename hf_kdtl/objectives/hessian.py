@@ -73,11 +73,11 @@ class Hessian(DerivativeObjective):
         check_option(self.name, "what", what, what in ("hvp", "curvature"), "'hvp' or 'curvature'")
         distances = (None, "squared") if what == "curvature" else (None, "normalized", "squared")
         shown = " or ".join(filter(None, distances))
-        check_option(self.name, "distance", distance, distance in distances, f"{shown} beside what={what!r}")
+        check_option(self.name, "distance", distance, distance in distances, f"{shown} with what={what!r}")
         check_option(self.name, "output", output, output in ("teacher_top1", "label"), "'teacher_top1' or 'label'")
         check_option(self.name, "of", of, of is None or of in OF, " or ".join(OF))
         valid = ("hvp", "finite_difference") if what == "curvature" else ("hvp",)
-        check_estimator(self.name, estimator, False, step, valid, f" beside what={what!r}")
+        check_estimator(self.name, estimator, False, step, valid, f" with what={what!r}")
         self.what, self.output, self.of = what, output, of
         self.distance = distance or ("normalized" if what == "hvp" else "squared")
         self.needs_labels = output == "label"

@@ -96,7 +96,7 @@ class Jacobian(DerivativeObjective):
         table = what_goes_with_what()
         valid = VALID.get((distance, output))
         fitting = " or ".join(d for d, o in VALID if o == output)
-        check_option(self.name, "distance", distance, valid is not None, f"{fitting} beside output {output!r}{table}")
+        check_option(self.name, "distance", distance, valid is not None, f"{fitting} with output {output!r}{table}")
         assert valid is not None
         check_estimator(self.name, estimator, central, step, valid, f" for {distance}, {output}{table}")
         fixed = distance in ("fisher", "softmax")

@@ -103,7 +103,7 @@ class DecoupledKD(Objective):
     classes NCKD is 0.
 
     An image without a label (-100) counts 0 and is not counted. Its value is larger than that of `logit_kd` (beta
-    instead of 1 - p_T[y]): choose its weight anew. The authors' code raises its weight linearly over the first 20
+    instead of 1 - p_T[y]): choose its weight again. The authors' code raises its weight linearly over the first 20
     epochs; we do not.
 
     Args:

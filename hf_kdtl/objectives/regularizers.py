@@ -30,7 +30,7 @@ class L2SP(Objective):
     does not depend on how the batch is split, because it counts once per image and is divided by their number.
 
     The weight is that of a usual weight decay, about 1e-3 to 1e-1. AdamW's own decay pulls the same weights to 0 and
-    works against it: set weight_decay to 0 beside it. Adam divides the pull, as any gradient, by the size of the
+    works against it: set weight_decay to 0 with it. Adam divides the pull, as any gradient, by the size of the
     recent ones; only plain SGD takes the step w - lr (g + weight (w - w0)).
 
     Args:
@@ -194,7 +194,7 @@ class BSS(Objective):
     """Batch spectral shrinkage: the sum of the k smallest squared singular values of the features (B, D), >= 0.
 
     What the classifier reads, one row an image. Directions that vary little over a batch are those that transfer
-    badly; they are pressed to 0 (Chen et al. 2019). It compares with nothing: put it beside `task` alone, or beside
+    badly; they are pressed to 0 (Chen et al. 2019). It compares with nothing: use it with `task` alone, or with
     `l2_sp` or `delta`, which hold the rest.
 
     A batch statistic: the singular values are of one micro-batch of one process, so the value depends on how the

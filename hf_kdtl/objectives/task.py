@@ -16,7 +16,7 @@ class Task(Objective):
     what Trainer computes for hard labels. Trainer itself takes float labels for a multi-label problem (binary
     cross-entropy); here they are distributions over the classes.
 
-    Keep it beside any distillation term; `logit_kd` alone learns the teacher's mistakes too.
+    Keep it with any distillation term; `logit_kd` alone learns the teacher's mistakes too.
 
     Args:
         label_smoothing: e in [0, 1); the target becomes (1 - e) t + e / K. By default `label_smoothing_factor` of

@@ -44,7 +44,7 @@ def create_layerwise_optimizer(
 
         Trainer(model, args, optimizers=(create_layerwise_optimizer(model, args, layer_rates={"mode": "llrd"}), None))
 
-    and for a measured mode, where somebody has to measure (DistillationTrainer does it by itself):
+    and for a measured mode, where somebody has to measure (DistillationTrainer does):
 
         rates = LayerRates({"mode": "discrepancy"}, model, hf_kdtl.models.plan(model, teacher))
         optimizer = create_layerwise_optimizer(model, args, layer_rates=rates)

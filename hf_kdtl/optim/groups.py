@@ -37,7 +37,7 @@ def layer_groups(
     not, whichever it has; a layer without trainable tensors has none. A tensor that two places share (tied weights)
     belongs to the first that names it.
 
-    What lies outside the blocks is told apart by when it runs in one small forward in eval mode: what runs before a
+    What lies outside the blocks is distinguished by when it runs in one small forward in eval mode: what runs before a
     block belongs to that block, before the first to "embeddings"; after the last block, the module that gives the
     class outputs is the "head", with what lies in it, and the rest is "norm". What is never called on its own
     belongs where the module around it runs.

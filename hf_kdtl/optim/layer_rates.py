@@ -93,7 +93,7 @@ class LayerRates:
     # ---- Measuring ----
 
     def begin(self, step: int) -> None:
-        """Before an optimizer step: set `measuring` where it is due. Step 0 begins a run anew; what a step that was
+        """Before an optimizer step: set `measuring` where it is due. Step 0 begins a new run; what a step that was
         broken off had added is dropped."""
         if step == 0:
             self.restart()
@@ -276,7 +276,7 @@ class LayerRates:
                 )
         if changed := [key for key in now if before.get(key) != now[key]]:
             logger.warning(
-                f"layer_rates went by { ({key: before.get(key) for key in changed}) }; they go on with "
+                f"layer_rates used { ({key: before.get(key) for key in changed}) }; they go on with "
                 f"{ ({key: now[key] for key in changed}) }."
             )
         self.rates.load_state_dict(state["rates"])

@@ -75,8 +75,8 @@ class Rates:
         known = [d for d in discrepancies if math.isfinite(d)]
         if lost := len(discrepancies) - len(known):
             logger.warning_once(
-                "layer_rates: a discrepancy is not finite; that layer keeps its rate. This is said once; the log "
-                "counts them as lr_discrepancies_skipped."
+                "layer_rates: a discrepancy is not finite; that layer keeps its rate. This warning appears once; "
+                "the log counts them as lr_discrepancies_skipped."
             )
             self.skipped += lost
         mean = sum(known) / len(known) if known else math.nan

@@ -25,7 +25,7 @@ def check(package: str = "hf_kdtl") -> None:
 
 
 def outdated(requirements: list[str]) -> dict[str, str]:
-    """{a requirement that is not met: what is installed}. A package that is missing reports itself, and better."""
+    """{a requirement that is not satisfied: what is installed}. A missing package reports itself, and better."""
     found = {}
     for requirement in requirements:
         try:

@@ -78,7 +78,7 @@ def test_repeated_names_keep_their_places_in_an_evaluation():
 def test_an_absent_processor_is_made_from_the_config_with_a_note_and_an_unreadable_one_is_an_error():
     model, notes = _saved(NAMES), []
     assert builders.processor_of("saved", model, notes).size == {"height": 16, "width": 16}
-    assert "no image processor is saved beside saved" in notes[0]
+    assert "no image processor is saved with saved" in notes[0]
     ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.1] * 3).save_pretrained("saved")
     assert list(builders.processor_of("saved", model, notes).image_mean) == [0.1] * 3 and len(notes) == 1
     Path("saved", "preprocessor_config.json").write_text('{"image_mean": [0.485')

@@ -239,7 +239,7 @@ def test_what_lies_about_is_ignored_or_counted(tmp_path):
     (root / "backup.zip").write_bytes(b"PK")
     data = load_images(str(root))
     assert total(data) == TWO
-    assert noted(data, "1 images of train beside the class folders have no class", "0.png")
+    assert noted(data, "1 images of train outside the class folders have no class", "0.png")
     assert noted(data, "hidden image files: cats 1 (1 in all)")
     assert noted(data, "files that are no images: docs 1, dogs 1 (2 in all)")
     assert noted(data, "archives", "unpack them", "r 1")

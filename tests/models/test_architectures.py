@@ -26,7 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 NOT_BUILT = {
     "dinat": "needs the package natten",
-    "shieldgemma2": "reads a text beside the image, and answers yes or no",
+    "shieldgemma2": "also reads a text, and answers yes or no",
     "timm_wrapper": "needs the package timm",
 }
 VARIANTS = {
@@ -330,7 +330,7 @@ def test_the_order_of_tokens_is_seen_and_not_assumed():
     handle.remove()
 
 
-INTRO = """# What every image classifier of transformers gives
+INTRO = """# Architectures
 
 Made by `python -m tests.models.test_architectures` (the test-suite fails when this page differs), from a tiny random
 model of each entry of transformers' image-classification mapping, on images of 32 x 32 pixels (64 x 64 where the last
@@ -344,7 +344,7 @@ fine-tuned or larger model may have more stages, and a model that is not in the 
 - **attention**: full (every token to every token), windowed, reduced (fewer keys than tokens), none (or not given).
   "weights only": finished weights without queries and keys. Swin's last stage is a single window, so it is full.
 - **as student, as teacher**: which of `attention_map` (with `rows: all`), `attention_transfer`, `hidden_states`,
-  `relation` and `attention_jacobian` work beside a ViT; "(last)" only with `layers: last`, or pairs named by hand.
+  `relation` and `attention_jacobian` work with a ViT; "(last)" only with `layers: last`, or pairs named by hand.
   Everything else is refused before training, in a sentence that names what works. Objectives on the class outputs
   (`logit_kd`, `decoupled_kd`, `dist`, ...) and `jacobian` work with every model that runs on images alone; `hessian`
   with those that have no ReLU-like layers and no max-pooling.

@@ -379,8 +379,8 @@ BAD = [
     ("attention_jacobian", {"pool": 0}, "pool is 0"),
     ("attention_jacobian", {"estimator": "finite_difference"}, "expected auto or vjp or split"),
     ("hessian", {"what": "trace"}, "expected 'hvp' or 'curvature'"),
-    ("hessian", {"what": "curvature", "distance": "normalized"}, "expected squared beside what='curvature'"),
-    ("hessian", {"estimator": "finite_difference"}, "expected auto or hvp beside what='hvp'"),
+    ("hessian", {"what": "curvature", "distance": "normalized"}, "expected squared with what='curvature'"),
+    ("hessian", {"estimator": "finite_difference"}, "expected auto or hvp with what='hvp'"),
     ("hessian", {"output": "all"}, "'teacher_top1' or 'label'"),
     ("noisy_kd", {"noise": 0}, "noise is 0; expected a number greater than 0"),
 ]

@@ -223,7 +223,7 @@ def test_objectives_added_at_a_resume_are_said_before_the_start(tmp_path):
 
 def test_adapters_that_are_more_than_a_product_are_refused():
     student = get_peft_model(build("vit"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(ValueError, match="beside A and B"):
+    with pytest.raises(ValueError, match="in addition to A and B"):
         weight_pairs(student, student)
     named = get_peft_model(
         build("vit"), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layernorm"]), adapter_name="mine"

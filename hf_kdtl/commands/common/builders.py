@@ -69,7 +69,7 @@ def open_data(options: DataOptions) -> ImageData:
         high_bit_depth=options.high_bit_depth,  # type: ignore[arg-type]
     )
     if options.on_bad_image == "error":
-        data.check_readable()  # all of them now: a bad test image would be met after hours of training
+        data.check_readable()  # all of them now: a bad test image would be found after hours of training
     return fewer_labels(data, options.train_images, options.labels_per_class, options.split_seed)
 
 
@@ -158,14 +158,14 @@ def existing(path: str) -> str:
 
 
 def processor_of(path: str, model: Any, notes: list[str] | None = None) -> Any:
-    """The image processor saved beside a model; where none was saved one made from its config, with a note.
+    """The image processor saved with a model; where none was saved, one made from its config, with a note.
 
     Raises:
         OSError: when one is there and cannot be read.
     """
     saved = open_processor(path)
     if saved is None and notes is not None:
-        notes.append(f"no image processor is saved beside {path}: its pixels are in [-1, 1], of its config's size.")
+        notes.append(f"no image processor is saved with {path}: its pixels are in [-1, 1], of its config's size.")
     return new_processor(model.config) if saved is None else saved
 
 

@@ -64,7 +64,7 @@ def _check_same_settings(folder: Path, config: DistillationConfig, run: dict[str
         if was != now:
             raise ValueError(
                 f"{folder} was begun with {name} {was!r} and is now asked to continue with {now!r}. Set it back, "
-                "begin anew with --overwrite_output_dir true --resume_from_checkpoint no, or use another --output_dir."
+                "start over with --overwrite_output_dir true --resume_from_checkpoint no, or use another --output_dir."
             )
 
 

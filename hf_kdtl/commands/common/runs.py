@@ -122,7 +122,7 @@ def _train(trainer: Any, config: DistillationConfig) -> list[dict[str, Any]]:
     if path and asked.lower() not in YES:
         path = asked
     elif path:
-        # None yet, or only one whose save was interrupted: begin anew. The trainer verifies what there is.
+        # None yet, or only one whose save was interrupted: start over. The trainer verifies what there is.
         path = any(folder.glob("checkpoint-*/trainer_state.json"))
     trainer.train(resume_from_checkpoint=path)
     timing = ("runtime", "per_second", "total_flos")

@@ -152,7 +152,7 @@ def _keep(recorder: Recorder, layer: int) -> Callable:
 
 
 def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = None) -> Any:
-    """The model's own forward on (B, C, h, w), with what does not fit said in words.
+    """The model's own forward on (B, C, h, w), with an error that explains what does not fit.
 
     Raises:
         ValueError: for pixels of another size than the model's, a model that does not run on images alone, or one
@@ -187,7 +187,7 @@ def _other_size(error: Exception, model: nn.Module, pixel_values: Tensor) -> str
         return None
     return (
         f"{type(model).__name__} was given pixels of {found[0]} x {found[1]} and is made for {expected[0]} x "
-        f"{expected[1]} (it said: {error}). Resize them, with an image processor of size={{'height': {expected[0]}, "
+        f"{expected[1]} (error: {error}). Resize them, with an image processor of size={{'height': {expected[0]}, "
         f"'width': {expected[1]}}}, or make the model with image_size={found[0]}."
     )
 
@@ -203,5 +203,5 @@ def _other_inputs(error: Exception, model: nn.Module, pixel_values: Tensor, give
     shape = " x ".join(map(str, pixel_values.shape))
     return (
         f"{type(model).__name__} does not run on pixel_values of {shape} (B, C, h, w) alone: its forward also takes "
-        f"{', '.join(others)} (it said: {error}). Choose a model that classifies plain images, such as ViT."
+        f"{', '.join(others)} (error: {error}). Choose a model that classifies plain images, such as ViT."
     )

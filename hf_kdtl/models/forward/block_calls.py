@@ -1,4 +1,4 @@
-"""Blocks and what a forward called them with, so that one can be run again by itself."""
+"""Blocks and what a forward called them with, so that one can be run again alone."""
 
 from __future__ import annotations
 

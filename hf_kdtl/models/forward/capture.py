@@ -38,7 +38,7 @@ class Needs:
         directions: further forwards at shifted pixels. Those that several objectives ask for are run once.
         fraction: the largest share of the images that the last three are needed for. `capture` itself serves all the
             images it is given.
-        weights: of the start model: the student's tensors beside its own (`Capture.weights`). Alone it costs no
+        weights: of the start model: the student's tensors paired with its own (`Capture.weights`). Alone it costs no
             forward.
     """
 

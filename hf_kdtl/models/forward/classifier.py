@@ -23,7 +23,7 @@ def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn
     They are outside the blocks and have one output per class. An inner layer can have as many by chance (SigLIP with
     as many classes as channels, Swin with twice as many as its first stage): where there are several, a few forwards
     of one image in eval mode show which of them the logits are made of, with no other one in between. Layers that
-    these do not call stay in the list: PEFT keeps what a head was beside the one that it trains.
+    these do not call stay in the list: PEFT keeps the original head next to the one that it trains.
 
     Args:
         pixel_values: (B, C, h, w) for these forwards; by default zeros of the size in the config, or 64 x 64.

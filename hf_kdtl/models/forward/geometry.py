@@ -101,7 +101,7 @@ class _Look(NamedTuple):
     hidden_states: list[Tensor]  # of each block
     shapes: list[tuple[int, ...] | None]  # of each block's attention: images, heads, queries, keys, heads x width
     weights: list[Tensor]  # finished attention weights, where queries and keys are not seen
-    answering: list[nn.Linear]  # the classifiers that ran: PEFT keeps what a head was beside the one that it trains
+    answering: list[nn.Linear]  # the classifiers that ran: PEFT keeps the original head next to the one that it trains
     pooled: int
 
 

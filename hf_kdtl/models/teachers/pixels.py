@@ -1,7 +1,8 @@
 """From the pixels one model was prepared for to the pixels another one expects.
 
 What an image processor does is measured, not read off its attributes: every class has attributes of its own (a second
-division by std, a channel flip, crop_pct, a size that is enlarged before the crop), and code beside a model has any.
+division by std, a channel flip, crop_pct, a size that is enlarged before the crop), and code in a
+model's folder may have others.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         path: a folder or Hub name.
         role: what the model is called in messages, such as "the teacher".
         keep_head: whether the classifier must come from the file. Otherwise `new_head` names what is random.
-        options: of `from_pretrained`. Code beside the model runs only where they allow it; there is no prompt.
+        options: of `from_pretrained`. Code in the model's folder runs only where they allow it; there is no prompt.
 
     Raises:
         OSError: when nothing is there, or it cannot be read.
@@ -119,10 +119,10 @@ def renew_head(model: Any) -> None:
 
 
 def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
-    """The image processor saved beside a model, or None where none was saved.
+    """The image processor saved with a model, or None where none was saved.
 
     Args:
-        options: those of the model; the ones that locate its files or allow the code beside it are used.
+        options: those of the model; the ones that locate its files or allow the code in its folder are used.
 
     Raises:
         OSError: when a processor is there and cannot be read or is not trusted, with what to type.
@@ -155,7 +155,7 @@ def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
 def _processor_cure(error: Exception) -> str:
     by_hand = "or pass the processor: Teacher(model, processing_class=<its image processor>)"
     if _TRUST in str(error):
-        return f"Its class is code beside the model: pass {_TRUST}=True if you trust it, {by_hand}."
+        return f"Its class is code in the model's folder: pass {_TRUST}=True if you trust it, {by_hand}."
     if isinstance(error, ImportError):
         return f"Install what it asks for, {by_hand}."
     return (
@@ -169,7 +169,7 @@ def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     if inner:
         return f"Did you mean {Path(source, inner[0])}?"
     if _TRUST in str(error):
-        return f"Its architecture is code beside the model: pass {_TRUST}=True if you trust it."
+        return f"Its architecture is code in the model's folder: pass {_TRUST}=True if you trust it."
     if "ignore_mismatched_sizes" in str(error):
         asked = {key: options[key] for key in ("num_labels", "id2label", "image_size") if key in options}
         return f"The sizes asked for ({asked or options}) are not the file's: leave them out."

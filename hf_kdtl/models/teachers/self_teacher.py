@@ -82,6 +82,6 @@ class SelfTeacher(Teacher):
         if moving:
             raise ValueError(
                 f"teacher='self' must stay as it is, and {moving[:3]} are trained and answer with the adapters off "
-                "too. Train them beside the base (LoraConfig: bias='none', modules_to_save=['classifier']), or pass a "
-                "copy: teacher=copy.deepcopy(model)."
+                "too. Train them apart from the base (LoraConfig: bias='none', modules_to_save=['classifier']), or "
+                "pass a copy: teacher=copy.deepcopy(model)."
             )

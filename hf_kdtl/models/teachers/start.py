@@ -119,7 +119,7 @@ class StartingPoint(Teacher):
 
 
 def weight_pairs(student: nn.Module, start: nn.Module) -> list[WeightPair]:
-    """The student's trainable tensors beside the start's, by name; under LoRA the differences beside zeros.
+    """The student's trainable tensors paired with the start's, by name; under LoRA the differences paired with zeros.
 
     Raises:
         ValueError: when a tensor outside the head has no counterpart of its shape, naming them.
@@ -158,8 +158,8 @@ def _adapted_pairs(student: nn.Module, head: set[int]) -> list[WeightPair]:
         learned = [n for n, p in module.named_parameters() if p.requires_grad]
         if other := [n for n in learned if not n.startswith(("lora_A", "lora_B", "lora_embedding"))]:
             raise ValueError(
-                f"the adapter of {name} trains {other[:3]} beside A and B, so what it adds to the weight is not their "
-                "product, which l2_sp holds. Use plain LoRA, or train without adapters."
+                f"the adapter of {name} trains {other[:3]} in addition to A and B, so what it adds to the weight is "
+                "not their product, which l2_sp holds. Use plain LoRA, or train without adapters."
             )
         for adapter in layer.active_adapters:
             if adapter in getattr(layer, "lora_A", {}):
@@ -174,8 +174,8 @@ def _adapted_pairs(student: nn.Module, head: set[int]) -> list[WeightPair]:
         then = dict(student.named_parameters()).get(kept) if kept != name else None
         if id(now) not in head and then is None:
             raise ValueError(
-                f"the student's {name} is trained beside its adapters and what it was is not kept, so l2_sp cannot "
-                "pull to it. Use LoRA, or train without adapters."
+                f"the student's {name} is trained in addition to its adapters and its start is not kept, so l2_sp "
+                "cannot pull to it. Use LoRA, or train without adapters."
             )
         pairs.append(WeightPair(name, now, None if id(now) in head else then.detach(), id(now) in head))  # type: ignore[union-attr]
     return pairs

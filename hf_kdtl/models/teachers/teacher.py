@@ -61,7 +61,7 @@ class Teacher(SignalSource):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
-        """A folder or Hub name, with the image processor saved beside the model where there is one.
+        """A folder or Hub name, with the image processor saved with the model, where present.
 
         Raises:
             OSError: when nothing is there or it cannot be read, with what to type.

@@ -35,8 +35,8 @@ def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) ->
     figure = new_figure(9, 3.2 + 0.3 * len(layers))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1 + 0.3 * len(layers), 2.2])
     above.set_facecolor("#dddddd")  # a layer without one of the two
-    # Red and blue are told apart by colour-blind eyes too; white is where the two do not meet. The scale is that of
-    # the run: cosines of thousands of numbers are small.
+    # Red and blue can be distinguished by colour-blind readers too; white is where the two do not conflict. The scale
+    # is that of the run: cosines of thousands of numbers are small.
     norm = CenteredNorm(0.0)
     image = above.imshow(cosines, aspect="auto", interpolation="nearest", origin="lower", cmap="RdBu", norm=norm)
     above.set_yticks(range(len(layers)), [f"block {layer}" if layer.isdecimal() else layer for layer in layers])

@@ -1,4 +1,4 @@
-"""Images with the attention or saliency maps of teacher and student beside them."""
+"""Images with the attention or saliency maps of teacher and student next to them."""
 
 from __future__ import annotations
 

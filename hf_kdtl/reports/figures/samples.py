@@ -57,7 +57,7 @@ def sample_figure(
     student: np.ndarray,
     which: str = FIRST,
 ) -> str:
-    """A grid of images, each beside the probabilities of its three likeliest classes; returns the caption.
+    """A grid of images, each next to the probabilities of its three likeliest classes; returns the caption.
 
     Args:
         images: PIL images.

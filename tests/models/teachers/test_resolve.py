@@ -144,7 +144,7 @@ def test_an_absent_processor_is_none(tmp_path):
         ("", r"could not be read from preprocessor_config\.json"),
         ("[1, 2]", r"could not be read from preprocessor_config\.json"),
         ('{"image_processor_type": "MyProcessor"}', r"Unrecognized image processor.*of a class that transformers"),
-        (REMOTE, r"code beside the model: pass trust_remote_code=True if you trust it"),
+        (REMOTE, r"code in the model's folder: pass trust_remote_code=True if you trust it"),
         ('{"image_processor_type": "ViTImageProcessor", "size": "big"}', r"could not be read"),
     ],
 )
