@@ -68,7 +68,7 @@ def test_the_example_of_a_source_serves_class_outputs():
     captured = source.capture(torch.zeros(2, 3, 8, 8), Needs(logits=True), {"image_index": torch.tensor([3, 1])})
     assert captured.logits.tolist() == [[9, 10, 11], [3, 4, 5]]
     assert not source.unserved(Needs(logits=True)) and "logit_kd" in source.unserved(Needs(logits=True, order=1))
-    with pytest.raises(ValueError, match="3 classes, and 5 expected"):
+    with pytest.raises(ValueError, match="3 classes; expected 5"):
         source.match(build("vit", num_labels=5), None, True)
 
 
