@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from hf_kdtl.utils.versions import check, outdated
 
 ROOT = Path(__file__).parents[1]
+OLD = {"pillow": "9.0", "transformers": "5.8.1"}
 
 
 @pytest.fixture
@@ -37,12 +38,13 @@ def test_what_is_installed_is_new_enough():
 
 
 def test_an_older_package_is_named_with_what_to_type(installed):
-    installed(transformers="5.20.0", pillow="9.0")
+    bound = {name: next(one for one in metadata.requires("hf_kdtl") if one.startswith(name)) for name in OLD}
+    installed(**OLD)
     with pytest.raises(ImportError) as refused:
         check()
     assert str(refused.value) == (
-        "hf_kdtl does not work with pillow 9.0, transformers 5.20.0. "
-        "Type: pip install --upgrade 'pillow>=11' 'transformers>=5.23'"
+        "hf_kdtl does not work with pillow 9.0, transformers 5.8.1. "
+        f"Type: pip install --upgrade '{bound['pillow']}' '{bound['transformers']}'"
     )
 
 

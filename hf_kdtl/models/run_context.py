@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hf_kdtl.models.teachers.source import SignalSource, SourceFacts
+from hf_kdtl.utils.versions import CHECKPOINTING
 
 NONSMOOTH = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold,
@@ -68,7 +69,7 @@ class RunContext:
             trainable=any(p.requires_grad for p in student.parameters()),
             sharded=sharded or any(fact.sharded for fact in facts.values()),
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
-            checkpointing=checkpointing or bool(getattr(student, "is_activation_checkpointing", False)),
+            checkpointing=checkpointing or bool(getattr(student, f"is_{CHECKPOINTING}", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
             nonsmooth_layers=tuple(
                 f"the {who} has {fact.nonsmooth_layers}" for who, fact in facts.items() if fact.nonsmooth_layers

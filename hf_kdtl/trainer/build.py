@@ -19,6 +19,7 @@ from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +62,7 @@ def build_distiller(
     if device is not None:
         sources = {name: source.to(device) for name, source in sources.items()}
     plans = _plans(student, sources, objectives, options is not None and options.measured, images)
-    compiled, checkpointing = bool(config.torch_compile), bool(config.activation_checkpointing)
+    compiled, checkpointing = bool(config.torch_compile), bool(getattr(config, CHECKPOINTING))
     teachers = {name: source for name, source in sources.items() if name != "start"}
     distiller = Distiller(
         student, objectives, config.weights(), sources, plans, task_loss,

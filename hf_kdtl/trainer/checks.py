@@ -15,6 +15,7 @@ from hf_kdtl.models.labels import adopt_class_names, class_problem, dataset_clas
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.optim.layerwise import check_layerwise
+from hf_kdtl.utils.versions import CHECKPOINTING
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <script>"
@@ -102,7 +103,7 @@ def sharding_problems(trainer: Any) -> list[str]:
         "a gradient_rule, which compares full gradients": args.gradient_rule is not None,
         "measured layer_rates": measured,
         "torch_compile": args.torch_compile,
-        "activation checkpointing together with derivatives": args.activation_checkpointing and derived,
+        "activation checkpointing together with derivatives": getattr(args, CHECKPOINTING) and derived,
         "fp16": trainer.accelerator.scaler is not None,
         "your own optimizer, which holds unsharded parameters (name it in optim=...)": trainer.optimizer is not None,
         "push_to_hub (push what save_model wrote, with hf-kdtl push)": args.push_to_hub,
@@ -169,7 +170,7 @@ def _objective_problems(args: DistillationConfig) -> list[str]:
     if disturbed and _reentrant(args):
         found.append(
             f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
-            'silently; use activation_checkpointing_kwargs={"use_reentrant": false}.'
+            f'silently; use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
         )
     if options is not None and options.mode == "loss_weight" and not any(o.needs_plan for o in objectives.values()):
         found.append(
@@ -195,7 +196,7 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
     if _reentrant(args):
         found.append(
             "gradient_rule runs two backward passes, which reentrant checkpointing does not support; use "
-            'activation_checkpointing_kwargs={"use_reentrant": false}.'
+            f'{CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
         )
     if any(word in str(args.optim).lower() for word in ("layerwise", "lomo")):
         found.append(
@@ -206,8 +207,8 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
 
 
 def _reentrant(args: DistillationConfig) -> bool:
-    kwargs: Any = args.activation_checkpointing_kwargs
-    return bool(args.activation_checkpointing and kwargs and kwargs.get("use_reentrant"))
+    kwargs: Any = getattr(args, f"{CHECKPOINTING}_kwargs")
+    return bool(getattr(args, CHECKPOINTING) and kwargs and kwargs.get("use_reentrant"))
 
 
 def static_graph_problem(keys: list[str]) -> str:

@@ -47,6 +47,7 @@ from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.non_finite import check_finite, non_finite_gradient_error
 from hf_kdtl.trainer.process_checks import check_ranks
 from hf_kdtl.trainer.sample import training_sample, without_unused_columns
+from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,7 @@ class DistillationTrainer(EvaluatingTrainer):
         checks.check_setting(self)
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
+        self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, before transformers 5.19
         self.add_callback(SetDatasetEpoch())
         self.add_callback(self._stop)
         self.add_callback(MeasureTaskStep(self))
@@ -232,7 +234,7 @@ class DistillationTrainer(EvaluatingTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         # Blocks that are recomputed in the backward pass must use the kernel that their forward pass used.
-        recomputed = getattr(self.model, "is_activation_checkpointing", False)
+        recomputed = getattr(self.model, f"is_{CHECKPOINTING}", False)
         math = recomputed and self.distiller.student_needs.order >= 2
         with explain_data_errors(self), math_attention() if math else nullcontext():
             if self._gradients is None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from packaging.version import Version
+from transformers import __version__
 from transformers.utils.versions import require_version
+
+# What recomputes the blocks in the backward pass: the name of the setting, of its `_kwargs` and of the model's `is_`.
+CHECKPOINTING = "activation_checkpointing" if Version(__version__) >= Version("5.23") else "gradient_checkpointing"
 
 
 def check(package: str = "hf_kdtl") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import Images, leave, pair, trainer
 
 OBJECTIVES = [
@@ -38,7 +39,7 @@ RUN = {
 WAYS = {
     "run": {},
     "llrd": {"layer_rates": {"mode": "llrd", "decay": 0.5}},
-    "checkpointing": {"activation_checkpointing": True, "objectives": OBJECTIVES[:3]},
+    "checkpointing": {CHECKPOINTING: True, "objectives": OBJECTIVES[:3]},
     "bf16": {"bf16": True, "optim": "sgd", "learning_rate": 0.1},
 }
 

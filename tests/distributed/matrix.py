@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.distributed.matrix_runs import IMAGES, arguments, of_adapter, sharded, step
 from tests.support.helpers import launch, leave
 
@@ -46,7 +47,7 @@ ALONE = {
     "accumulation": {"per_device_train_batch_size": IMAGES // 4, "gradient_accumulation_steps": 4},
     "bf16": {"bf16": True},
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     "peft": {},
     "self": {},
 }

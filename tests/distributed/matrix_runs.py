@@ -25,6 +25,7 @@ from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.trainer.sharding import shard
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import Images, config
 from tests.support.representations import complete
 from tests.support.tiny import build
@@ -123,7 +124,7 @@ def step(row, args, column="one", objectives=None):
         distiller.double()
     trainer.train()
     assert trainer.state.global_step == 1 and trainer.distiller is distiller
-    assert bool(trainer.model.is_activation_checkpointing) == (column == "checkpointing")
+    assert bool(getattr(trainer.model, f"is_{CHECKPOINTING}")) == (column == "checkpointing")
     assert (counters["stats"]["unique_graphs"] > 0) == (column == "compile")
     return look.found, distiller.notes
 

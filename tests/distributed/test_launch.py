@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_kdtl.trainer.checks import check_setting
 from hf_kdtl.trainer.process_checks import check_ranks, data_problem, difference, launch_problem
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import Images, launch, pair, trainer
 from tests.support.tiny import build
 
@@ -121,7 +122,7 @@ NOT_SHARDED = [
     ({"layer_rates": {"mode": "discrepancy"}}, "measured layer_rates"),
     ({"torch_compile": True}, "torch_compile"),
     (
-        {"activation_checkpointing": True, "objectives": [{"name": "task"}, {"name": "jacobian"}]},
+        {CHECKPOINTING: True, "objectives": [{"name": "task"}, {"name": "jacobian"}]},
         "activation checkpointing together with derivatives",
     ),
     ({"push_to_hub": True}, "push_to_hub"),

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitInfo, ModelCard, snapshot_download
+from huggingface_hub import CommitInfo, ModelCard, __version__, snapshot_download
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor, pipeline
@@ -57,7 +58,8 @@ def test_a_script_for_trainer_runs_with_our_class(hub, tmp_path):  # noqa: F811
         assert secret.encode() not in anything(hub)
     folder = snapshot_download("tester/out", local_dir="clone")
     card = ModelCard.load(folder + "/README.md")
-    card.validate()
+    if Version(__version__) >= Version("2"):  # before, the client asks the public Hub whatever the endpoint
+        card.validate()
     assert card.data.license == "mit" and card.data.base_model == "google/vit-base" and card.data.language == ["en"]
     assert {"small", "logit_kd"} <= set(card.data.tags) and card.data.datasets == ["pets"]
     assert Path("out/README.md").read_text() == Path("clone/README.md").read_text()
@@ -250,9 +252,12 @@ def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa:
             made(base, license="mit")
     assert list(hub.repositories) == ["tester/base"]
     hub.log.clear()
+    lookups = 2 if Version(__version__) >= Version("2") else 3
     one = made(AutoModelForImageClassification.from_pretrained("tester/base"), save_strategy="steps", save_steps=1)
     one.train()
-    assert sum("tester/base/resolve/main/README.md" in line for line in hub.log) <= 2  # and not again at each save
+    assert (
+        sum("tester/base/resolve/main/README.md" in line for line in hub.log) <= lookups
+    )  # and not again at each save
     hub.fail(Fault("POST", "/commit/", 503, times=1))
     with pytest.raises(HubError, match=r"\(503\).*hf-kdtl push --run out --hub_model_id tester/small, or"):
         one.push_to_hub()

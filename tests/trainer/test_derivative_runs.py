@@ -13,6 +13,7 @@ from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.preflight import preflight
 from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import Images, and_slow, config, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
 
@@ -57,7 +58,7 @@ def test_checkpointing_changes_nothing(tmp_path, entry):
     for checkpointing in (False, True):
         ran[checkpointing] = trainer(
             tmp_path / str(checkpointing), student, teacher, Images(8), entries(entry), max_steps=2, optim="sgd",
-            learning_rate=0.05, per_device_train_batch_size=4, activation_checkpointing=checkpointing,
+            learning_rate=0.05, per_device_train_batch_size=4, **{CHECKPOINTING: checkpointing},
         )  # fmt: skip
         ran[checkpointing].train()
     assert largest_difference(weights(ran[False].model), weights(student)) > 1e-3
@@ -199,7 +200,7 @@ def refused(tmp_path, entry, student=None, teacher=None, data=None, **settings):
     [
         ({"ddp_static_graph": True}, "static_graph=True no longer synchronizes.*Leave ddp_static_graph"),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
             'wrong gradients under reentrant checkpointing.*use_reentrant": false',
         ),
     ],

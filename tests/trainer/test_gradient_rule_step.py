@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_kdtl import DistillationConfig
 from hf_kdtl.checkpoints.state import STATE_JSON
 from hf_kdtl.trainer.checks import setting_problems
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.distributed.split_worker import run, work
 from tests.support.helpers import KD, Images, config, forked, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
@@ -225,7 +226,7 @@ def test_checkpointing_and_bf16_agree_with_plain(tmp_path):
     settings = {"gradient_rule": {"name": "never_hurt"}, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
     plain = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings)
     plain.train()
-    saved = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings, activation_checkpointing=True)
+    saved = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings, **{CHECKPOINTING: True})
     saved.train()
     assert largest_difference(weights(plain.model), weights(saved.model)) < 1e-6
     half = trainer(tmp_path, student, teacher, Images(16), AGAINST, **settings, bf16=True)
@@ -287,7 +288,7 @@ def test_a_rule_with_nothing_to_protect_from_is_said(tmp_path, monkeypatch):
     ("settings", "says"),
     [
         ({"fp16": True}, "fp16"),
-        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "reentrant"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(tmp_path, settings, says):

@@ -3,7 +3,8 @@
 import copy
 
 import pytest
-from transformers import Trainer, TrainingArguments
+from packaging.version import Version
+from transformers import Trainer, TrainingArguments, __version__
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from tests.support.helpers import Images, config, largest_difference, weights
@@ -34,6 +35,8 @@ def _run(cls, folder, model, steps=8, **settings):
     ("family", "accumulation", "smoothing"), [("vit", 1, 0.0), ("vit", 2, 0.0), ("vit", 1, 0.1), ("convnext", 2, 0.1)]
 )
 def test_trains_evaluates_and_predicts_as_trainer_does(tmp_path, family, accumulation, smoothing):
+    if smoothing and accumulation > 1 and Version(__version__) < Version("5.15"):
+        pytest.skip("Trainer averages the smoothed loss over micro-batches there, and the other over images")
     model = build(family)
     settings = {
         "per_device_train_batch_size": 8 // accumulation,

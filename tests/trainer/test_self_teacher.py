@@ -21,6 +21,7 @@ from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.preflight import preflight
 from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import KD, Images, config, largest_difference, weights
 from tests.support.representations import complete
 from tests.support.tiny import build
@@ -91,7 +92,7 @@ def run(folder, student, teacher, objectives=KD, **settings):
         {"layer_rates": {"mode": "discrepancy", "source": "jacobian"}},
         {"layer_rates": {"mode": "discrepancy", "source": "jacobian", "wrt": "parameters"}},
         {"layer_rates": {"mode": "discrepancy", "source": "hessian"}},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
     ],
     ids=[
         "kd",

@@ -4,7 +4,8 @@ import inspect
 import re
 
 import pytest
-from transformers import Trainer, TrainingArguments
+from packaging.version import Version
+from transformers import Trainer, TrainingArguments, __version__
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
@@ -32,7 +33,8 @@ RELIED_ON = {
     "training_step": (  # what `separate_backward` does too, with two backward passes
         ["self", "model", "inputs", "num_items_in_batch"],
         [
-            "self.loss_is_scaled_for_ga is not None",
+            "self.model_accepts_loss_kwargs",
+            "loss / self.current_gradient_accumulation_steps",
             "model.train()",
             "self.optimizer.train()",
             "inputs = self._prepare_inputs(inputs)",
@@ -127,12 +129,15 @@ RELIED_ON = {
     "_push_from_checkpoint": (["self", "checkpoint_folder"], ["HubStrategy.END", "hub_always_push", "on_push_begin"]),
 }
 
+# Parameters of ours that transformers 5.23 brought: an older Trainer, which is allowed too, does without.
+NEWER = {"push_to_hub": ["private"], "init_hf_repo": ["private"]} if Version(__version__) < Version("5.23") else {}
+
 
 @pytest.mark.parametrize("name", RELIED_ON)
 def test_trainer_still_has_the_hook(name):
     parameters, texts = RELIED_ON[name]
     method = getattr(Trainer, name)
-    assert list(inspect.signature(method).parameters) == parameters
+    assert list(inspect.signature(method).parameters) == [p for p in parameters if p not in NEWER.get(name, ())]
     source = inspect.getsource(method)
     for text in texts:
         assert text in source, f"Trainer.{name} changed: {text!r} is gone; look at DistillationTrainer.{name}"

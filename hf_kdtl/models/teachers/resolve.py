@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, __version__
+from transformers import AutoConfig, AutoModelForImageClassification, __version__
+
+# transformers' own name asks for torchvision before 5.18, also where Pillow does the work.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import has_file
 
 from hf_kdtl.models.blocks import find_blocks
