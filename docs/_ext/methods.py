@@ -1,4 +1,4 @@
-"""Directives that show what the registries know: `{kdtl-method} logit_kd` and `{kdtl-objectives}`."""
+"""What the registries know, put into the pages in place of `{kdtl-method} logit_kd` and `{kdtl-objectives}`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 
 from pages import ROOT, rewrite
-from sphinx.util.docutils import SphinxDirective
 
+BLOCK = re.compile(r"^```\{kdtl-(method|objectives)\} ?(\w*)\n```$", re.MULTILINE)
 PARTS = re.compile(r"^(Args|Cost|Raises|Label|Source):[ \n]", re.MULTILINE)
 
 
@@ -61,46 +61,44 @@ def paper(name: str) -> str:
     return "" if found is None else found[1]
 
 
-class Method(SphinxDirective):
+def method(name: str, page: Path) -> str:
     """What a class of a registry says of itself, and its entry in PAPERS.md."""
-
-    required_arguments = 1
-
-    def run(self):
-        name = self.arguments[0]
-        kind, page = registered(name), Path(self.env.doc2path(self.env.docname))
-        shown = parts(kind)
-        entry = "gradient_rule" if not hasattr(kind, "needs") else name
-        about = self.parse_text_to_nodes(markdown(shown["about"]))
-        text = ["## Options", options(kind, shown.get("Args", ""))]
-        if "Cost" in shown:
-            text += ["## Cost", markdown(" ".join(shown["Cost"].split()))]
-        if "Raises" in shown:
-            errors = re.findall(r"^(\w+): (.*(?:\n    .*)*)", textwrap.dedent(shown["Raises"]), re.MULTILINE)
-            text += ["## What is refused"]
-            text += [f"`{error}`\n: {markdown(' '.join(why.split()))}\n" for error, why in errors] or [
-                markdown(" ".join(shown["Raises"].split()))
-            ]
-        text += ["## Paper, and what differs", rewrite(paper(entry), ROOT / "PAPERS.md", page)]
-        return about + self.parse_text_to_nodes("\n\n".join(text), allow_section_headings=True)
+    kind = registered(name)
+    shown = parts(kind)
+    entry = name if hasattr(kind, "needs") else "gradient_rule"
+    text = ["## What it computes", markdown(shown["about"]), "## Options", options(kind, shown.get("Args", ""))]
+    if "Cost" in shown:
+        text += ["## Cost", markdown(" ".join(shown["Cost"].split()))]
+    if "Raises" in shown:
+        errors = re.findall(r"^(\w+): (.*(?:\n    .*)*)", textwrap.dedent(shown["Raises"]), re.MULTILINE)
+        listed = [f"`{error}`\n: {markdown(' '.join(why.split()))}\n" for error, why in errors]
+        text += ["## What is refused", *(listed or [markdown(" ".join(shown["Raises"].split()))])]
+    text += ["## Paper, and what differs", rewrite(paper(entry), ROOT / "PAPERS.md", page)]
+    return "\n\n".join(text)
 
 
-class Objectives(SphinxDirective):
+def objectives() -> str:
     """The table of objectives, each with a link to its page."""
+    from hf_kdtl.objectives import OBJECTIVES
 
-    def run(self):
-        from hf_kdtl.objectives import OBJECTIVES
+    rows = ["| name | what it is | role | needs |", "| --- | --- | --- | --- |"]
+    for name, kind in OBJECTIVES.items():
+        what = re.split(r"[:;.]\s", " ".join(parts(kind)["about"].split()))[0]
+        sides = {"teacher": kind.needs_teacher, "start": kind.source == "start", "labels": kind.needs_labels}
+        needs = ", ".join(side for side, needed in sides.items() if needed) or "nothing"
+        rows.append(f"| [`{name}`]({name}.md) | {markdown(what)} | {kind.role} | {needs} |")
+    return "\n".join(rows)
 
-        rows = ["| name | what it is | role | needs |", "| --- | --- | --- | --- |"]
-        for name, kind in OBJECTIVES.items():
-            what = re.split(r"[:;.]\s", " ".join(parts(kind)["about"].split()))[0]
-            sides = {"teacher": kind.needs_teacher, "start": kind.source == "start", "labels": kind.needs_labels}
-            needs = ", ".join(side for side, needed in sides.items() if needed) or "nothing"
-            rows.append(f"| [`{name}`]({name}.md) | {markdown(what)} | {kind.role} | {needs} |")
-        return self.parse_text_to_nodes("\n".join(rows))
+
+def read(app, docname: str, content: list[str]) -> None:
+    page = Path(app.env.doc2path(docname))
+
+    def replaced(match: re.Match) -> str:
+        return objectives() if match[1] == "objectives" else method(match[2], page)
+
+    content[0] = BLOCK.sub(replaced, content[0])
 
 
 def setup(app) -> dict[str, bool]:
-    app.add_directive("kdtl-method", Method)
-    app.add_directive("kdtl-objectives", Objectives)
+    app.connect("source-read", read)
     return {"parallel_read_safe": True}

@@ -68,8 +68,9 @@ class DistillationTrainer(EvaluatingTrainer):
     - a loss or gradient that turns nan or infinite stops the run, naming the term; Ctrl-C and SIGTERM save first.
 
     Args:
-        model, args, ...: as Trainer's; `args` is a `DistillationConfig`, `processing_class` the student's image
-            processor.
+        model: the student.
+        args: a `DistillationConfig`.
+        processing_class: the student's image processor. All other arguments are Trainer's.
         teacher: a model, a `hf_kdtl.models.Teacher`, or a path or Hub name (which brings its own image processor).
             None when neither an objective nor `layer_rates` needs one.
 
