@@ -30,11 +30,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import BitConfig, BitForImageClassification, PrinterCallback, ViTImageProcessor, set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from few_labels import KD_WEIGHTS, STUDENT, kd
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 import hf_kdtl
 from hf_kdtl import DistillationConfig, DistillationTrainer
@@ -246,12 +245,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--test_images", type=int, default=2000)
-    options = parser.parse_args()
+    options = parse_quietly(parser)
     if options.study == "explained" and not options.vit:
         parser.error("explained compares two teachers: type --vit <cifar10 ViT> too.")
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     explained(options) if options.study == "explained" else students(options)
 
 

@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 from hf_kdtl import DistillationConfig, DistillationTrainer, make_student
 from hf_kdtl.data import ImageDataset, load_images
@@ -63,10 +61,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--test_images", type=int, default=2000)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = parse_quietly(parser)
     teacher = Teacher.from_pretrained(options.teacher)
     data = load_images(options.dataset)
     processor = teacher.processing_class

@@ -20,17 +20,15 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from transformers import BitConfig, BitForImageClassification, PrinterCallback, ViTImageProcessor, set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.data import ImageData, ImageDataset, load_images
@@ -157,10 +155,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--test_images", type=int, default=2000)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = parse_quietly(parser)
     teacher, data = Teacher.from_pretrained(options.teacher), load_images(options.dataset)
     shared = {k: v for k, v in vars(options).items() if k not in ("out", "seeds", "arms", "images")}
     lines, tables = {}, []

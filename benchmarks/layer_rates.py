@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PrinterCallback, set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 from hf_kdtl import DistillationConfig, DistillationTrainer, make_student
 from hf_kdtl.data import ImageDataset, load_images
@@ -83,10 +82,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between measurements, short for short runs")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--test_images", type=int, default=2000)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = parse_quietly(parser)
     teacher = Teacher.from_pretrained(options.teacher)
     data = load_images(options.dataset)
     processor = AutoImageProcessor.from_pretrained(options.source)

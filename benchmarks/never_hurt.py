@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PrinterCallback, set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.data import ImageDataset, load_images
@@ -148,10 +147,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=["plain", "one_sided", "orthogonal"], choices=list(RULES))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = parse_quietly(parser)
     run = NeverHurt(options)
     setting = {"dataset": run.data.source, "steps": options.steps, "batch": options.batch}
     study = Study(options.file, run, setting)

@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -68,6 +69,12 @@ def by_trainer(runner: Trainer):
     return loop
 
 
+def batches(data):
+    """Epoch after epoch, each shuffled."""
+    while True:
+        yield from DataLoader(data, BATCH, shuffle=True, collate_fn=collate)
+
+
 def by_hand(student, teacher, data, steps: int):
     """The same work without any trainer: data, two forwards, backward, clipping, AdamW, schedule."""
 
@@ -75,12 +82,7 @@ def by_hand(student, teacher, data, steps: int):
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         schedule = linear(optimizer, 0, steps)
         student.train()
-        batches = iter(())
-        for _ in range(steps):
-            batch = next(batches, None)
-            if batch is None:
-                batches = iter(DataLoader(data, BATCH, shuffle=True, collate_fn=collate))
-                batch = next(batches)
+        for batch in islice(batches(data), steps):
             z_s = student(pixel_values=batch["pixel_values"]).logits
             loss = F.cross_entropy(z_s, batch["labels"])
             if teacher is not None:
@@ -107,12 +109,7 @@ def the_usual_way(student, teacher, data, steps: int):
             model.set_attn_implementation("eager")
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         student.train()
-        batches = iter(())
-        for _ in range(steps):
-            batch = next(batches, None)
-            if batch is None:
-                batches = iter(DataLoader(data, BATCH, shuffle=True, collate_fn=collate))
-                batch = next(batches)
+        for batch in islice(batches(data), steps):
             out_s = student(pixel_values=batch["pixel_values"], output_attentions=True)
             with torch.no_grad():
                 out_t = teacher(pixel_values=batch["pixel_values"], output_attentions=True)

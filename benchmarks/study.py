@@ -8,6 +8,7 @@ never chosen by.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from transformers.utils import logging
+
 from hf_kdtl.evaluation.statistics import paired_difference
+
+
+def parse_quietly(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a study; its runs use one thread, so that they are repeatable, and print no progress."""
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return options
 
 
 @dataclass(frozen=True)

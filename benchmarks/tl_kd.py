@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PrinterCallback, set_seed
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study import Arm, Study
+from study import Arm, Study, parse_quietly
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.data import ImageDataset, load_images
@@ -157,10 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--degraded_images", type=int, default=250)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = parse_quietly(parser)
     run = Transfer(options)
     setting = {"dataset": run.data.source} | {k: getattr(options, k) for k in ("steps", "batch", "degraded_images")}
     study = Study(options.file, run, setting)
