@@ -39,7 +39,7 @@ def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
     Cost: a trace of the model, some seconds to a minute.
 
     Raises:
-        ValueError: where torch cannot export the model, or what it needs is not installed.
+        ValueError: where torch cannot export the model, or a package for it is not installed.
     """
     check_installed()
     mode, attention = model.training, model.config._attn_implementation

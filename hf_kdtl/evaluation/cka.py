@@ -19,7 +19,7 @@ class CKA:
         HSIC(K, L) = [tr(K L) + (1'K 1)(1'L 1) / ((n - 1)(n - 2)) - 2 / (n - 2) 1'K L 1] / (n (n - 3)),
 
     K and L with zero diagonals. In [-1, 1]: 1 for features that are the same up to rotation, one factor and a shift,
-    0 in the mean for unrelated ones (so about half of those are a little negative). The unbiased estimator, because
+    0 on average for unrelated ones (so about half of those are a little negative). The unbiased estimator, because
     the biased one grows towards 1 as batches get smaller than the features are wide. A mean over batches of equal size
     in the source; here batches count by their images.
 

@@ -95,7 +95,7 @@ def fidelity(
     out, so that models with and without them compare.
 
     Args:
-        student: put into eval mode for the while.
+        student: in eval mode within this function.
         teacher: a `Teacher`, a model or a path. It is moved to the student's device.
         batches: the student's pixel_values, (B, C, h, w) each. A batch of fewer than 4 images is left out of CKA.
         processing_class: the student's image processor; needed where the teacher has one.

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Features, Sequence, Value
 from torch import Tensor
 
-CHUNK = 2**20  # logits that are looked at at once: 8 MB in float64
+CHUNK = 2**20  # logits processed at a time: 8 MB in float64
 
 _FEATURES = {"logits": Sequence(Value("float64")), "labels": Value("int64")}
 _WORDS = {

@@ -146,7 +146,7 @@ def fit(
 
 @dataclass
 class _Pass:
-    """What one pass over the rows tells of directions V: divergence, gradient, curvature and moments of c."""
+    """The statistics of one pass over the rows for directions V: divergence, gradient, curvature and moments of c."""
 
     divergence: float
     gradient: Tensor  # (d, k)

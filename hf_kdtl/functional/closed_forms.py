@@ -130,6 +130,6 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if not image or (stride, padding, dilation) != (size, (0, 0), (1, 1)):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     rows, columns = (n // p for n, p in zip(input.shape[2:], size, strict=True))
-    whole = input[:, :, : rows * size[0], : columns * size[1]]  # a convolution leaves the rest out, too
-    patches = whole.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0])).permute(0, 2, 4, 1, 3, 5)
+    covered = input[:, :, : rows * size[0], : columns * size[1]]  # a convolution ignores the rest, too
+    patches = covered.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0])).permute(0, 2, 4, 1, 3, 5)
     return F.linear(patches.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)

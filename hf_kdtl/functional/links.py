@@ -27,7 +27,7 @@ class Link:
     """One transfer function. a, y and v are (..., d).
 
     Args:
-        name: what it is called.
+        name: of the link.
         f: a -> y = grad F(a).
         inverse: y -> a; infinite at the edge of the range. Of soft-max, whose f does not see a common shift, the a
             that sums to 0.

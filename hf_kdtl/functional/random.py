@@ -1,4 +1,4 @@
-"""Random draws that belong to an image, not to a process: the same whatever the split of the whole batch."""
+"""Random draws that belong to an image, not to a process: the same however the effective batch is split."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Draws:
     """Independent random numbers for each image of a micro-batch.
 
     The numbers of image i come from a generator seeded by (seed, step, positions[i], purpose). The position is that
-    of the image in the whole batch of the optimizer step, over all micro-batches and processes, so 8 x 1, 2 x 4 and
-    2 processes draw the same numbers; a shared stream would give every rank the same directions.
+    of the image in the effective batch of the optimizer step, over all micro-batches and processes, so 8 x 1, 2 x 4
+    and 2 processes draw the same numbers; a shared stream would give every rank the same directions.
 
     `purpose` names the use. Two objectives that give the same purpose share their draws; different ones do not.
 
     Args:
         seed: the run's seed.
         step: optimizer step, from 0.
-        positions: (B,) position of each image in the whole batch.
+        positions: (B,) position of each image in the effective batch.
         include_all: every image takes part, whatever the fraction, as in evaluation.
     """
 

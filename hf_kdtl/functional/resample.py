@@ -79,7 +79,7 @@ def redistribute(energy: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:
 def average(features: Tensor, grid_from: Grid, grid_to: Grid) -> Tensor:
     """Values on another grid: the mean over the area of the new cell. (..., P_from, D) -> (..., P_to, D).
 
-    Every result is a convex combination of the given rows: a constant stays, and with whole ratios this is average
+    Every result is a convex combination of the given rows: a constant stays, and with integer ratios this is average
     pooling down and repetition up. Differentiable.
 
     Raises:

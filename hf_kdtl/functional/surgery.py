@@ -1,6 +1,6 @@
 """Two gradients into one, so that the transfer gradient does not work against the task gradient.
 
-g is the gradient of the task and d the gradient of everything else, weighted; both complete: of the whole optimizer
+g is the gradient of the task and d the gradient of everything else, weighted; both complete: of the full optimizer
 step, over all micro-batches and processes. A gradient is a list of tensors, one a parameter, None where there is none;
 None counts as 0. Every rule gives a g + b d with numbers a and b that follow from <g, g>, <g, d> and <d, d> alone:
 
@@ -232,11 +232,11 @@ def _apply(
     _check("scope", scope, ("global", "tensor"))
     products = inner_products(task, transfer) if products is None else products
     # Where g is 0 the rule leaves d alone, so that part of d is none of the rule's business.
-    whole = total([p for p in products if p.task != 0])
+    joint = total([p for p in products if p.task != 0])
     results: list[Tensor | None] = []
     for g, d, own in zip(task, transfer, products, strict=True):
-        p = own if scope == "tensor" else whole
-        # nan is not 0: it goes on into the result, where it is seen.
+        p = own if scope == "tensor" else joint
+        # nan is not 0: it propagates to the result, where it is detected.
         a, b = weights(p) if own.task != 0 else (0.0, 1.0)
         if own.task != 0 and (a, b) != (1.0, 1.0) and p.transfer != 0:
             # The result is rounded to its dtype, an error of up to eps/2 ||result|| along g, which a short g feels:

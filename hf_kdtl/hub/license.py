@@ -1,6 +1,6 @@
 """Under which license a student may go out: what its teacher's license allows, as we read it.
 
-A student is treated as a derivative of its teacher and of what it started from. Whether the law sees it so is not
+A student is treated as a derivative of its teacher and of what it started from. Whether the law does so is not
 settled anywhere; the stricter reading is taken here. This is our reading of the licenses and no legal advice.
 """
 
@@ -17,7 +17,7 @@ TEACHERS = "the teacher's license"
 STARTS = "the license of the model that the student starts from"
 EITHERS = f"{TEACHERS}, or that of the model that the student starts from,"
 UNKNOWN = ("", "unknown", "other", "none")
-"""What the metadata of a card may say that tells nothing: `other` is a text that somebody has to read."""
+"""Values of a card's metadata without information: `other` is a text that somebody has to read."""
 
 PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "ncsa",
               "cc0-1.0", "unlicense", "wtfpl", "pddl", "bsl-1.0", "afl-3.0", "artistic-2.0", "cdla-permissive-1.0",
@@ -82,7 +82,7 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
         whose: how errors call the inherited license; "" for a student without a teacher that starts at random.
 
     Raises:
-        ValueError: when neither is known; when the teacher's forbids derivatives; when the one that is asked for
+        ValueError: when neither is known; when the teacher's forbids derivatives; when the requested one
             would loosen the teacher's.
 
     >>> resolve_license("mit", "apache-2.0"), resolve_license("cc-by-nc-4.0", None)
@@ -115,7 +115,7 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
     if _keeps(its, wanted):
         return wanted
     raise ValueError(
-        f"{whose} is {its} and {wanted} is asked for, which would loosen it ({_why(its)}). Type "
+        f"{whose} is {its} and {wanted} is requested, which would loosen it ({_why(its)}). Type "
         f"--license {its} (in Python DistillationConfig(license={its!r})), or leave it out."
     )
 

@@ -37,7 +37,7 @@ def stage_student(
 ) -> Path:
     """Make the folder that goes to the Hub, and return it: the student's weights and settings, card and results.
 
-    Nothing else is taken along: no optimizer, no random states, no pickle, and of a whole model and an adapter in one
+    Nothing else is published: no optimizer, no random states, no pickle, and of a full model and an adapter in one
     folder the one that the results are of. Settings and results are written again without paths of this machine.
 
     Args:
@@ -79,8 +79,8 @@ def is_adapter(student: Path, results: dict[str, Any]) -> bool:
     """Whether the student in a folder is an adapter: as its results say, and where they do not, what lies there."""
     if models_of(Results.of(results)).student.adapters:
         return models_of(Results.of(results)).student.saved_as_adapter
-    whole = any(_fits(path.name, FULL) and path.suffix == ".safetensors" for path in student.iterdir())
-    return (student / "adapter_config.json").is_file() and not whole
+    full = any(_fits(path.name, FULL) and path.suffix == ".safetensors" for path in student.iterdir())
+    return (student / "adapter_config.json").is_file() and not full
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:

@@ -45,7 +45,7 @@ def check_access(
 
     Raises:
         ValueError: no token, or one that may only read; a repository that holds something else, or is public where
-            a private one is asked for.
+            a private one is requested.
         HubError: the Hub refuses the token or the repository, or cannot be reached.
     """
     if (token := token or get_token()) is None:
@@ -66,7 +66,7 @@ def check_access(
             api.auth_check(name, write=True)  # create_repo is content with a repository that one may only read
         found = api.model_info(name)
         if private and not found.private:
-            raise ValueError(f"{name} exists and is public, and a private one is asked for. Name another, or hide it.")
+            raise ValueError(f"{name} exists and is public, and a private one is requested. Name another, or hide it.")
         if not create_pr:
             _check_ours(api, name, revision)
             if revision is not None:
@@ -120,7 +120,7 @@ def student_of(folder: Path) -> Path:
 
 
 def _check_ours(api: HfApi, name: str, revision: str | None) -> None:
-    """Whether what would be overwritten is a student of ours; a branch that there is not yet begins as main."""
+    """Whether what would be overwritten is a student of ours; a branch that does not exist yet starts from main."""
     there = revision in {branch.name for branch in api.list_repo_refs(name).branches} if revision else False
     revision = revision if there else None
     files = api.list_repo_files(name, revision=revision)
@@ -164,7 +164,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise HubError(_explain(error, repo_id)) from error
-    except RuntimeError as error:  # how the client tells that an upload failed
+    except RuntimeError as error:  # how the client reports a failed upload
         if not isinstance(error.__cause__, HTTPError | ConnectionError):
             raise
         raise HubError(_explain(error.__cause__, repo_id)) from error

@@ -1,4 +1,4 @@
-"""A model with adapters (PEFT), and what it is without them: the same weights serve as student and as teacher."""
+"""Models with adapters (PEFT), used with and without them: the same weights serve as student and as teacher."""
 
 from __future__ import annotations
 

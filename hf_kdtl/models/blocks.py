@@ -14,7 +14,7 @@ _LEAST_SHARE = 0.01
 def find_blocks(model: nn.Module) -> Blocks:
     """The blocks of `model`, as (qualified name, module) in the order they run.
 
-    Candidates are the outermost ModuleLists and Sequentials, those of a text tower left out. They are looked at in
+    Candidates are the outermost ModuleLists and Sequentials, without those of a text tower. They are examined in
     three rounds, and the one with the most parameters is taken from the first round that has any:
 
     1. containers of stages whose layers are as many, stage by stage, as the config's `depths` (or `depth`): these

@@ -17,8 +17,8 @@ class Dist(Objective):
     student can follow where the teacher is far stronger. Prefer `logit_kd` where batches are small: with a single
     image the second part is 0.
 
-    A batch statistic: r_k is taken over one micro-batch of one process, so the value depends on how the whole batch
-    is split. It is one number, counted once per image of its micro-batch.
+    A batch statistic: r_k is taken over one micro-batch of one process, so the value depends on how the effective
+    batch is split. It is one number, counted once per image of its micro-batch.
 
     Where both sides are constant (an image with equal probabilities, a class with the same probability in every
     image) the correlation counts as 1; where only one is, as 0; both without gradient. So a student whose head starts

@@ -15,7 +15,7 @@ STEP, STEP_CENTRAL, STEP_ALONG = 0.0005, 0.002, 0.03
 
 
 class EstimatorChoice(NamedTuple):
-    """One estimator, with what it is run with."""
+    """One estimator with its options."""
 
     estimator: str
     central: bool = False

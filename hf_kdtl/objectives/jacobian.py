@@ -53,8 +53,8 @@ class Jacobian(DerivativeObjective):
     Args:
         distance: normalized | squared | fisher | softmax.
         output: which class c: teacher_top1 (the teacher's, for both) | label (an image without one counts 0) |
-            projection (<v, o> with one random unit vector v per image, the same for both, times K: in the mean the
-            whole Jacobian) | all.
+            projection (<v, o> with one random unit vector v per image, the same for both, times K: in expectation
+            the full Jacobian) | all.
         of: the outputs o: logit (default) | logprob | centred. A raw logit's gradient sees a shift of all logits,
             which leaves the probabilities as they are; the other two do not. fisher and softmax fix their own.
         estimator: auto | vjp | split | finite_difference. auto takes vjp, and split where vjp is wrong (FSDP2,

@@ -198,8 +198,8 @@ class BSS(Objective):
     `l2_sp` or `delta`, which hold the rest.
 
     A batch statistic: the singular values are of one micro-batch of one process, so the value depends on how the
-    whole batch is split. It is one number, counted once per image of its micro-batch. With batches larger than D it
-    acts on the least varied channels, with smaller ones on the images that are most alike.
+    effective batch is split. It is one number, counted once per image of its micro-batch. With batches larger than D
+    it acts on the least varied channels, with smaller ones on the images that are most alike.
 
     Args:
         k: how many singular values, 1 <= k < min(B, D).

@@ -12,8 +12,8 @@ class Task(Objective):
     """Cross-entropy with the labels, per image: -sum_k t_k log softmax(z_S)_k, in nats, >= 0.
 
     Labels are class indices (B,), with -100 for an unlabelled image (it counts 0, and is not counted), or
-    distributions (B, K) as mixup and CutMix make them. Averaged over the labelled images of the whole batch: exactly
-    what Trainer computes for hard labels. Trainer itself takes float labels for a multi-label problem (binary
+    distributions (B, K) as mixup and CutMix make them. Averaged over the labelled images of the effective batch:
+    exactly what Trainer computes for hard labels. Trainer itself takes float labels for a multi-label problem (binary
     cross-entropy); here they are distributions over the classes.
 
     Keep it with any distillation term; `logit_kd` alone learns the teacher's mistakes too.

@@ -147,7 +147,7 @@ def input_discrepancies(
     """D of every image and pair, (B, pairs) nats, of derivatives by the student's pixels x (B, C, h, w).
 
     Both derivatives are by the student's x: what the teacher does to its pixels first is part of it. Source hessian
-    takes every second image of the whole batch, to stay within its cost.
+    takes every second image of the effective batch, to stay within its cost.
 
     Args:
         geometry: the student's.

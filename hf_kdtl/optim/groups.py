@@ -58,11 +58,11 @@ def layer_groups(
     """
     found = named_blocks(model, blocks)
     # Names as in the container that the trainer hands to Trainer, so that the same patterns meet the same names.
-    whole: nn.Module = nn.ModuleDict({"student": model} | ({} if objectives is None else {"objectives": objectives}))
-    decaying = set(Trainer.get_decay_parameter_names(None, whole))  # type: ignore[arg-type]
+    joint: nn.Module = nn.ModuleDict({"student": model} | ({} if objectives is None else {"objectives": objectives}))
+    decaying = set(Trainer.get_decay_parameter_names(None, joint))  # type: ignore[arg-type]
     layer_of = _layers(model, found)
     sorted_in: dict[tuple[Layer, bool], list[Tensor]] = {}
-    for name, parameter in whole.named_parameters():
+    for name, parameter in joint.named_parameters():
         if parameter.requires_grad:
             root, _, rest = name.partition(".")
             layer = layer_of[rest] if root == "student" else "objectives"
@@ -203,7 +203,7 @@ def _execution(model: nn.Module) -> tuple[dict[str, int], list[str]]:
         for handle in handles:
             handle.remove()
         if isinstance(model, FSDPModule):
-            model.reshard()  # or its parameters would be the whole copies, which are thrown away
+            model.reshard()  # or its parameters would be the gathered copies, which are discarded
     same = [n for n, y in given.items() if y.shape[-1] == logits.shape[-1] and y.numel() == logits.numel()]
     return order, same
 

@@ -91,8 +91,8 @@ def relative_paths(text: str) -> str:
 
 
 def own_folders() -> Iterator[Path]:
-    """The working folder and the home folder, as far as their names tell anything; the latter as seen from above it
-    too, for who works there."""
+    """The working folder and the home folder, unless they are top-level; the latter also relative to
+    the folder above it."""
     home = Path.home()
     above = [Path(*home.parts[-2:])] if len(home.parts) > 2 else []
     return (folder for folder in (Path.cwd(), home, *above) if len(folder.parts) > 1)

@@ -193,7 +193,7 @@ def test_a_repository_with_something_else_is_left_alone(hub, run):  # noqa: F811
     publish(run, "tester/branches", CARD)
     hub.add("tester/new", {"README.md": b"---\n---\n", "LICENSE": b"MIT"})
     assert check_access("tester/new") == "tester/new"
-    with pytest.raises(ValueError, match="tester/new exists and is public, and a private one is asked for"):
+    with pytest.raises(ValueError, match="tester/new exists and is public, and a private one is requested"):
         check_access("tester/new", private=True)
 
 
