@@ -1,6 +1,9 @@
 """A time budget: how it is typed, what it allows, and that measuring leaves no trace in the run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import timing
 from hf_kdtl.commands.common.timing import MEASURED, Pace, expected, fitting_steps, seconds
 from hf_kdtl.evaluation import read_results
-from tests.commands.conftest import CONFIG, QUICK
+from tests.commands.conftest import CONFIG, QUICK, ROOT
 
 TRAIN = ["--dataset", "images", "--model_config", json.dumps(CONFIG), *QUICK[2:]]
 DISTILL = ["--dataset", "images", "--teacher", "teacher", "--student_layers", "2", *QUICK[2:]]
@@ -62,6 +65,7 @@ def test_measuring_leaves_no_trace(command, images, teacher, monkeypatch, capsys
     told = capsys.readouterr().out
     runs = 2 if name == "distill" else 1
     assert f"Training will take about 1 s: {runs} x 3 steps, measured on {MEASURED}." in told
+    assert told.count("'eval_loss'") == runs  # of the run itself, at its end; measuring prints nothing
     assert "max_steps: 3  " in told and read_results("budget")["run"]["settings"]["max_steps"] == 3
     main([*flags, "--output_dir", "plain", "--max_steps", "3"])
     one, two = (AutoModelForImageClassification.from_pretrained(f"{run}/{model}") for run in ("budget", "plain"))
@@ -70,3 +74,13 @@ def test_measuring_leaves_no_trace(command, images, teacher, monkeypatch, capsys
     monkeypatch.setattr(timing, "fitting_steps", lambda *args: 99)
     main([*flags, "--output_dir", "budget", "--time_budget", "1min", "--resume_from_checkpoint", "true"])
     assert read_results("budget")["run"]["settings"]["max_steps"] == 3
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_steps(images, teacher):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    flags = ["-m", "hf_kdtl.commands.distill", *DISTILL, "--output_dir", "out", "--time_budget", "2s"]
+    ran = subprocess.run([*launch, *flags], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stderr[:2000]
+    results = read_results("out")
+    assert results["run"]["processes"] == 2 and results["run"]["settings"]["max_steps"] >= 1

@@ -146,7 +146,7 @@ def _cadence(case: Case, known: Mapping[str, Any]) -> list[Default]:
     chosen = [log] if known.get("logging_strategy", "steps") == "steps" else []
     evaluations = min(EVALUATIONS, max(1, steps // steps_a_pass(case, known)))
     every = max(1, steps // evaluations)
-    why = "each pass" if evaluations < EVALUATIONS else f"{EVALUATIONS} times"
+    why = f"{evaluations} in all: about one a pass, at most {EVALUATIONS}"
     asked = {"eval_strategy", "eval_steps", "save_strategy", "save_steps"} & {*known}
     if "eval_strategy" not in known:
         chosen.append(Default("eval_strategy", "steps", "validation accuracy while it trains"))

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_kdtl import DistillationConfig
@@ -69,7 +69,8 @@ def pace(make: Callable[[DistillationConfig], Any], config: DistillationConfig) 
         make: a trainer with these settings and new weights. It and the run begin with `set_seed`, so that measuring
             does not change the run.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        (folder,) = broadcast_object_list([own])  # the processes check that their settings are the same
         settings = copy.copy(config)
         settings.output_dir, settings.max_steps, settings.push_to_hub = folder, MEASURED, False
         settings.eval_strategy, settings.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
@@ -78,7 +79,9 @@ def pace(make: Callable[[DistillationConfig], Any], config: DistillationConfig) 
         settings.disable_tqdm = True
         trainer, clock = make(settings), _Clock()
         trainer.add_callback(clock)
-        trainer.remove_callback(ProgressCallback)
+        for printing in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(printing)
+        trainer.compute_metrics = None  # a batch may lack classes, and its accuracy is of no interest
         trainer.train()
         number = min(len(trainer.eval_dataset), config.per_device_eval_batch_size * config.world_size)
         began = time.perf_counter()
