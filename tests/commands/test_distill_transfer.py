@@ -45,7 +45,7 @@ def test_fine_tuning_towards_the_start_needs_no_teacher(command, images, source,
     ((name, met),) = results["gradient_rule"].items()
     assert name == "distilled-seed42" and met["options"]["name"] == "never_hurt" and len(met["history"]) == 2
     text, picture = Path("out/report.md").read_text(), Path("out/gradient_rule.png")
-    assert "](gradient_rule.png)" in text and "not its step" in text
+    assert "](gradient_rule.png)" in text and "not for its step" in text
     picture.unlink()
     write_report("out")
     assert Path("out/report.md").read_text() == text and picture.stat().st_size > 1000

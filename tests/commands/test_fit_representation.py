@@ -201,7 +201,7 @@ def test_picture_of_loadings_and_of_images():
     tile = Image.fromarray(np.zeros((8, 8), np.uint8))
     representation_figure("sheets.png", found, shares, sheets=[([tile] * 2, [tile] * 2)] * 3)
     for name in ("loadings.png", "sheets.png"):
-        assert Image.open(name).size[0] == 1300
+        assert Image.open(name).size[0] == 300  # ten inches; drawn coarsely here, 1300 pixels in a report
     with pytest.raises(ValueError, match="found 2 names and no sheets of images; expected 6 names, or sheets"):
         representation_figure("x.png", found, shares, names=["a", "b"])
     assert json.dumps(shares)

@@ -362,8 +362,8 @@ def test_a_new_metric_is_a_class_and_a_record(monkeypatch):
     assert found["sharpness"] == pytest.approx((1 + 5 / 3 + 3) / 3)
 
     model = {"parameters": 1, "images_per_second": 2.0, "runs": {"1": {"validation": found, "test": found}}}
-    results = {"schema": SCHEMA, "evaluation": {"models": {"distilled": model}, "batch_size": 4}}
-    report, card = markdown(Results.of(results)), measured_section(results)
+    results = Results.of({"schema": SCHEMA, "evaluation": {"models": {"distilled": model}, "batch_size": 4}})
+    report, card = markdown(results), measured_section(results)
     for text in (report, card["by_seed"]):
         assert re.search(r"\| `sharpness` +\| +1\.8889 \|", text)
     for text in (report, card["by_seed_note"]):

@@ -150,21 +150,15 @@ def test_no_gradient_reaches_the_teacher(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_permuting_the_images_permutes_the_result(name, options):
+def test_has_the_shape_it_promises_and_permutes_with_the_images(name, options):
     distiller = _distiller(name, options, *_models())
     inputs, order = _inputs(), torch.tensor([3, 0, 4, 1, 2])
     permuted = _value(distiller, {k: v[order] for k, v in inputs.items()}, DRAWS.permuted(order))
     value = _value(distiller, inputs)
     batch_statistic = distiller.objective(name).reduction == "batch"
-    torch.testing.assert_close(permuted, value if batch_statistic else value[order], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_has_the_shape_it_promises(name, options):
-    distiller = _distiller(name, options, *_models())
-    value = _value(distiller, _inputs())
-    assert value.shape == (() if distiller.objective(name).reduction == "batch" else (IMAGES,))
+    assert value.shape == (() if batch_statistic else (IMAGES,))
     assert value.dtype == torch.float64 and value.requires_grad
+    torch.testing.assert_close(permuted, value if batch_statistic else value[order], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

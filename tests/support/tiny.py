@@ -9,6 +9,8 @@ Weights are transformers' initialisation plus noise on every parameter, because 
 scale of 1e-6 would hide a tensor that was not copied or a block that does nothing.
 """
 
+import io
+import pickle
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -217,11 +219,41 @@ def build(
     """
     key = repr((name, num_labels, image_size, layers, seed, sorted(overrides.items())))
     if key not in _BUILT:
-        _BUILT[key] = _build(name, num_labels, image_size, layers, seed, overrides)
-    return deepcopy(_BUILT[key])  # half the time of building it again
+        _BUILT[key] = _Template(_build(name, num_labels, image_size, layers, seed, overrides))
+    return _BUILT[key].copy()
 
 
-_BUILT: dict[str, PreTrainedModel] = {}
+class _Template:
+    """A model to be copied: its tensors, and the rest as bytes, which takes a fifth of the time of `deepcopy`."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._tensors: dict[int, torch.Tensor] = {}
+        written = io.BytesIO()
+        pickler = pickle.Pickler(written, protocol=5)
+        pickler.persistent_id = self._keep
+        pickler.dump(model)
+        self._rest = written.getvalue()
+
+    def _keep(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self._tensors[id(value)] = value
+        return id(value)
+
+    def copy(self) -> PreTrainedModel:
+        made: dict[int, torch.Tensor] = {}  # a tensor that two modules share is one in the copy, too
+
+        def tensor(key: int) -> torch.Tensor:
+            if key not in made:
+                made[key] = deepcopy(self._tensors[key])
+            return made[key]
+
+        unpickler = pickle.Unpickler(io.BytesIO(self._rest))
+        unpickler.persistent_load = tensor
+        return unpickler.load()
+
+
+_BUILT: dict[str, _Template] = {}
 
 
 def _build(
