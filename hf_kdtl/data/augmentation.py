@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of images with kornia, mixup and CutMix included."""
+"""Augmentation of batches of images with kornia, mixup and CutMix included."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def downscale(pixels: Tensor, fraction: float, draws: Draws) -> Tensor:
 
 
 def occlusion(pixels: Tensor, share: float, draws: Draws) -> Tensor:
-    """A grey (0.5) rectangle with the image's aspect ratio hides that share of the area, whole, anywhere."""
+    """A grey (0.5) rectangle with the image's aspect ratio hides that share of the area, uncropped, anywhere."""
     result = pixels.clone()
     sides = [max(1, round(share**0.5 * side)) for side in pixels.shape[-2:]]
     drawn = draws.uniform((2,), "occlusion", pixels).tolist()

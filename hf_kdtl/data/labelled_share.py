@@ -31,7 +31,7 @@ class LabelledShareSampler(torch.utils.data.Sampler[int]):
     images recur: all of them in a new random order, then again. Every batch is full, also the last of an epoch.
 
     The order depends on seed and epoch alone: a resumed run continues it, and every process has the same one, of
-    which accelerate hands each whole batches.
+    which accelerate hands each complete batches.
 
     Args:
         labelled: (n,) whether each row has a label.

@@ -35,7 +35,7 @@ def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
         "parameters"         `parameters`,
         "flops"              `flops`, of one image,
         "images_per_second"  N / the median seconds of a batch of N,
-        "latency_ms"         {"1": {"median": ..., "p95": ...}, "N": the same}, milliseconds of a whole batch,
+        "latency_ms"         {"1": {"median": ..., "p95": ...}, "N": the same}, milliseconds of a batch,
         "peak_memory_bytes"  `peak_memory` of a batch of N,
         "file_bytes"         `file_size`}}.
 
@@ -96,7 +96,7 @@ def flops(model: nn.Module, pixel_values: Tensor) -> int:
 
 
 def latency(models: Models, repeats: int = 30) -> dict[str, dict[str, float]]:
-    """{name: {"median": ..., "p95": ...}}: milliseconds of a forward of the whole batch, after a warm-up. [ours]
+    """{name: {"median": ..., "p95": ...}}: milliseconds of a forward pass of the batch, after a warm-up. [ours]
 
     Args:
         models: name -> (model, its pixel_values (B, C, h, w) on its device).

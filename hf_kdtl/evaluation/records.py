@@ -203,7 +203,7 @@ class History(Record):
 
 @dataclass(frozen=True)
 class Results(Record):
-    """A whole results.json."""
+    """A complete results.json."""
 
     schema: int = 2
     run: Run = field(default_factory=Run)

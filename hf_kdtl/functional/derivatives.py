@@ -78,7 +78,7 @@ def differentiable(order: int) -> Iterator[None]:
     """Around a forward of which derivatives up to `order` are taken in reverse mode.
 
     From 2: math attention. From 3: composed layer norm, since torch 2.13 gives the third derivative of F.layer_norm
-    (the gradient of a Hessian product) wrong, silently; tests/functional/test_hessian.py watches for the mend. The
+    (the gradient of a Hessian product) wrong, silently; tests/functional/test_hessian.py watches for the fix. The
     rest of closed_forms.py makes them cheaper.
     """
     replaced = PATCHES | (GELU | HARD_SIGMOID if order >= 2 else {}) | (LAYER_NORM if order >= 3 else {})
@@ -109,7 +109,7 @@ FORWARD_MODE: dict[Callable, Callable] = {
 """Inside a forward-mode derivative by the pixels: layers whose slope is written out.
 
 torch 2.13 gives a wrong gradient through a forward-mode derivative of F.layer_norm, silently (relative error 0.3 to
-1.0; tests/functional/test_derivatives.py watches for the mend). It would also multiply by the slopes of weights, which
+1.0; tests/functional/test_derivatives.py watches for the fix). It would also multiply by the slopes of weights, which
 are 0 here: a tenth of the step's arithmetic. Under autocast a layer's slope takes the layer's precision, as its
 value does.
 """

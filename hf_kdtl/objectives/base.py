@@ -42,7 +42,7 @@ class Objective(nn.Module):
     """True when class outputs of both models are compared: then the labels must match by name."""
     needs_labels: bool = False
     takes_soft_labels: bool = True
-    """False when class indices are needed: then mixup and CutMix do not go with it."""
+    """False when class indices are needed: then mixup and CutMix are not supported."""
     needs_plan: bool = False
     """True when layers are paired, or widths needed: then `build` and `needs` get the PairingPlan of student and
     source."""

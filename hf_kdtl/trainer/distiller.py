@@ -108,7 +108,7 @@ class Distiller(nn.Module):
     def forward(self, inputs: dict[str, Any], draws: Draws, counts: Counts, world_size: int = 1) -> dict[str, Any]:
         """The micro-batch's part of the loss.
 
-        Each term is summed over its images and divided by how many it counts in the whole window on all ranks, so
+        Each term is summed over its images and divided by how many it counts in the optimizer step on all ranks, so
         that micro-batches and ranks may be added; times `world_size`, because DDP averages. A batch statistic counts
         once per image of its micro-batch.
 

@@ -128,7 +128,7 @@ class BregmanLayer(nn.Module):
         return BregmanLayer(fit, replace(self.provenance, classes=names and [names[i] for i in order]))
 
     def save(self, folder: str | Path) -> None:
-        """Write the fit (safetensors, float64) and what it is (JSON); the JSON last, so that a whole one is known."""
+        """Write the fit (safetensors, float64) and what it is (JSON); the JSON last: it marks a complete folder."""
         fit, path = self.representation, Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(fit, name).cpu().contiguous() for name in SAVED}

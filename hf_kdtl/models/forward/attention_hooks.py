@@ -82,7 +82,7 @@ AttentionInterface.register(NAME, _tap)
 def recording(model: nn.Module, attention: frozenset[int], hidden_states: frozenset[int]) -> Iterator[Recorder]:
     """Record the named blocks' attention inputs and outputs while the model runs inside this context.
 
-    The model's attention setting is changed for the while and put back, so two models built from one config object
+    The model's attention setting is changed temporarily and restored, so two models built from one config object
     do not disturb each other, a saved config never names the tap, and a recomputation in the backward pass (gradient
     checkpointing) is not recorded a second time.
     """
@@ -126,7 +126,7 @@ def _wired(model: nn.Module) -> _Wiring:
 
 @contextmanager
 def attention_setting(model: nn.Module, name: str) -> Iterator[None]:
-    """Every attention of the model by this name of transformers', for the while of this context."""
+    """Every attention of the model by this name of transformers', within this context."""
     configs = _wired(model).configs
     before = [config._attn_implementation for config in configs]
     for config in configs:

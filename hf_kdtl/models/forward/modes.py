@@ -27,7 +27,7 @@ def running_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the while of this context; then every module in the mode it had, also where they differed."""
+    """Eval mode within this context; then every module in the mode it had, also where they differed."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -20,7 +20,7 @@ def capture_subset(
 
     The forward of those images serves all objectives, and the others take the plain one; no image runs twice. Only
     where BatchNorm is in train mode do the chosen images run once more, by its running statistics: batch statistics
-    belong to the whole batch, and tie the images to each other.
+    belong to the batch, and tie the images to each other.
 
     Args:
         run: (pixel_values, needs, **inputs) -> Capture.

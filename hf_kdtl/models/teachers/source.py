@@ -19,7 +19,7 @@ class Batch(TypedDict, total=False):
     """What is known of the images of a micro-batch, in addition to their pixels."""
 
     labels: Tensor  # (B,) class indices, -100 unlabelled; or (B, K) distributions
-    draws: Draws  # randomness that does not depend on how the whole batch was split
+    draws: Draws  # randomness that does not depend on how the batch was split
     image_index: Tensor  # (B,) int64 rows of the training data; only where a source has `needs_index`
     differentiated_rows: Tensor  # (b,) the images that derivatives are taken of; absent: all of them
 

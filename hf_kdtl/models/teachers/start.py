@@ -74,7 +74,7 @@ class StartingPoint(Teacher):
         return adapters_off(self.model) if self.adapted else super().eval_context()
 
     def save(self, folder: Path) -> None:
-        """Keep it with the run, whole or not at all. There is nothing to keep of a student with adapters.
+        """Keep it with the run, completely or not at all. There is nothing to keep of a student with adapters.
 
         Raises:
             ValueError: for a model that cannot be saved.
@@ -169,7 +169,7 @@ def _adapted_pairs(student: nn.Module, head: set[int]) -> list[WeightPair]:
     for name, now in student.named_parameters():
         if not now.requires_grad or id(now) in seen:
             continue
-        # Beside adapters PEFT trains whole modules, and keeps what they were.
+        # In addition to adapters PEFT trains complete modules, and keeps their original.
         kept = re.sub(r"modules_to_save\.[^.]+", "original_module", name)
         then = dict(student.named_parameters()).get(kept) if kept != name else None
         if id(now) not in head and then is None:

@@ -15,7 +15,7 @@ GRADIENT_RULE = "gradient_rule.png"
 
 def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     """A heat map, optimizer steps by layers, of the cosine between task and transfer gradient; under it, by step, the
-    share of the transfer gradient that was removed and the share of the steps in which the whole gradients conflict.
+    share of the transfer gradient that was removed and the share of the steps in which the full gradients conflict.
 
     Args:
         history: entries {"step", "cosine": {layer: in [-1, 1], None where it has not both}, "removed", "whole":
