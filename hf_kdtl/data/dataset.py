@@ -104,7 +104,7 @@ class ImageDataset(torch.utils.data.Dataset):
         assert self.augmentation is not None
         key = f"{self.seed}/{self._epoch.item()}/{indices}".encode()
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the accelerator's generators too, and fork_rng would not prevent it.
+            # Not torch.manual_seed, which would seed the accelerator's generators too, fork_rng or not.
             torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
             pixels, labels = self.augmentation(pixels, labels, self.num_labels)
         return self._normalised(pixels), labels

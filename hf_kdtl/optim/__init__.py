@@ -1,4 +1,4 @@
-"""Learning rates per layer: which layer a tensor is of, how fast each layer learns, and the optimizer that applies it."""
+"""Learning rates per layer: the layer of each tensor, how fast each layer learns, and the optimizer for it."""
 
 from hf_kdtl.optim.factory import LayerwiseOptimizer, create_layerwise_optimizer
 from hf_kdtl.optim.groups import group_table, layer_groups
