@@ -18,7 +18,7 @@ from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.reports.evaluation_values import models_with_role
-from hf_kdtl.utils.redaction import anonymous, local_paths
+from hf_kdtl.utils.redaction import anonymous, is_local, local_paths
 from hf_kdtl.utils.text import percent
 
 JSON = dict[str, Any]
@@ -146,7 +146,14 @@ def _from_trainer(trainer: Any) -> JSON:
         results["layer_rates"] = {"run": {"options": asdict(rates.options), "history": rates.history}}
     if (rule := trainer.gradient_rule) is not None:
         results["gradient_rule"] = {"run": rule.state_dict()}
-    return to_json(results)
+    return anonymous(to_json(results), _folders(trainer))
+
+
+def _folders(trainer: Any) -> set[str]:
+    """The local folders that a trainer's notes may name, where they are not absolute."""
+    names = [trainer.args.output_dir, getattr(trainer.model.config, "_name_or_path", None)]
+    names += [trainer.teacher.provenance().name_or_path] if trainer.teacher else []
+    return {str(name) for name in names if name and is_local(str(name))}
 
 
 def _last_scores(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -586,6 +586,14 @@ def test_a_trainer_has_results_of_its_own():
     assert "16 images" in card.text and "not the" not in card.data.tags
 
 
+def test_a_trainers_notes_name_no_folder_and_keep_their_words():
+    student, teacher = pair()
+    teacher.config._name_or_path = "runs/vit/model"
+    run = trainer("out", student, teacher, max_steps=1)
+    run.distiller.notes.append("runs/vit/model was made from train/validation/test")
+    assert "vit was made from train/validation/test" in results_of(run)["pairing"]["notes"]
+
+
 def test_a_trainer_that_measured_nothing_says_so():
     student, _ = pair()
     card = student_card(results_of(trainer("out", student, max_steps=1)))
