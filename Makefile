@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest lint docs format bench clean
+.PHONY: help demo test test-slow test-oldest test-newest lint docs format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,15 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
+# Made anew each time: what is newest changes. torch stays the tested one, for its size; `TORCH=torch` for the newest.
+test-newest: TORCH ?= --constraint constraints.txt torch
+test-newest: ## the test-suite on the newest releases
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-newest/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-newest/bin/python -m pip list
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
 lint: docs ## ruff (check, format), mypy, and the documentation without warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,4 +69,4 @@ bench: $(VENV)/.installed ## the cost of a step, as ratios (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py
 
 clean: ## remove the environments, the built documentation and the runs
-	rm -rf $(VENV) $(VENV)-oldest build runs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build runs
