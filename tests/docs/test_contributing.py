@@ -38,8 +38,7 @@ def test_the_example_is_an_objective_with_the_promised_properties(monkeypatch, t
     laws.test_value_and_gradient_agree_with_the_reference(name, {})
     laws.test_is_zero_where_student_and_teacher_agree(name, {})
     laws.test_no_gradient_reaches_the_teacher(name, {})
-    laws.test_permuting_the_images_permutes_the_result(name, {})
-    laws.test_has_the_shape_it_promises(name, {})
+    laws.test_has_the_shape_it_promises_and_permutes_with_the_images(name, {})
     laws.test_stays_finite_at_extreme_logits(name, {}, torch.bfloat16)
     laws.test_config_round_trips_and_refuses_an_unknown_key(name, {}, tmp_path)
 
