@@ -4,6 +4,9 @@
       --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
   hf-kdtl evaluate --models runs/a/student runs/b/student --dataset my_images --degradations jpeg gaussian_blur
 
+With --max_drop 2 it passes, or fails with exit code 1 (for scripts and CI): a student passes where the whole 95%
+interval of its accuracy, compared on the same images, is at most 2 points below the teacher's.
+
 Nothing is trained and nothing is chosen: evaluate on the test split once, when everything else is decided.
 """
 
@@ -21,13 +24,17 @@ from hf_kdtl.commands.common import builders, folders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
+from hf_kdtl.commands.common.speed import DEFAULT, FORMS
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
 from hf_kdtl.evaluation.results import FILE, load_results, read_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.reports.evaluation_sections import FIGURES
-from hf_kdtl.reports.evaluation_summary import verdict_table
+from hf_kdtl.reports.evaluation_summary import passed, verdict_table, verdicts
 from hf_kdtl.reports.run_report import SPLITS, write_report
+from hf_kdtl.utils.options import check_known
+
+QUICK_SEVERITIES = (1, 3, 5)
 
 
 @dataclass
@@ -40,13 +47,28 @@ class EvaluateOptions:
         default=None, metadata={"help": "A folder or Hub name: the model that is in use and would be replaced."}
     )
     split: str = field(default="test", metadata={"help": "Images to judge by.", "choices": list(SPLITS)})
-    degradations: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": f"all, none, or some of {', '.join(DEGRADATIONS)}."}
+    max_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Points of accuracy that a student may lose against the teacher (without one: the baseline). The "
+            "report says pass or fail; the exit code is 1 unless every student passes."
+        },
     )
-    severities: list[int] = field(default_factory=lambda: list(SEVERITIES), metadata={"help": "Some of 1 to 5."})
-    images: int = field(
-        default=1000,
+    degradations: list[str] = field(
+        default_factory=lambda: ["quick"],
+        metadata={
+            "help": "none, quick (severities 1, 3, 5 on 512 images), full (1 to 5 on 1000), or some of "
+            f"{', '.join(DEGRADATIONS)}."
+        },
+    )
+    severities: list[int] | None = field(default=None, metadata={"help": "Some of 1 to 5, in place of those."})
+    images: int | None = field(
+        default=None,
         metadata={"help": "Degraded images and likeness to the teacher are measured on this many, drawn with seed 0."},
+    )
+    speed: list[str] = field(
+        default_factory=lambda: list(DEFAULT),
+        metadata={"help": f"Forms to time: some of {', '.join(FORMS)}; or all, none. Compiling takes a minute."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the evaluation that output_dir holds."}
@@ -56,21 +78,53 @@ class EvaluateOptions:
     def chosen(self) -> list[str]:
         """The degradations by name. Raises ValueError for what there is not."""
         names = list(dict.fromkeys(self.degradations))
-        if names in (["all"], ["none"]):
-            names = list(DEGRADATIONS) if names == ["all"] else []
+        if len(names) == 1 and names[0] in ("all", "full", "quick", "none"):
+            names = [] if names == ["none"] else list(DEGRADATIONS)
         for name in names:
-            for severity in self.severities:
+            for severity in self.chosen_severities:
                 degradation(name).check(severity)
         return names
 
+    @property
+    def chosen_severities(self) -> list[int]:
+        """The severities, rising."""
+        default = QUICK_SEVERITIES if self.degradations == ["quick"] else SEVERITIES
+        return sorted(set(default if self.severities is None else self.severities))
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the settings, judge every model, write results.json, report.md and pictures."""
+    @property
+    def number(self) -> int:
+        """Images of the longer measurements. Raises ValueError for none."""
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images is {self.images}, expected 1 or more.")
+        return self.images or (1000 if self.degradations in (["all"], ["full"]) else 512)
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms whose speed is measured. Raises ValueError for an unknown one."""
+        if self.speed in (["all"], ["none"]):
+            return list(FORMS) if self.speed == ["all"] else []
+        for form in self.speed:
+            check_known("form of --speed", form, FORMS)
+        return list(dict.fromkeys(self.speed))
+
+
+def check_max_drop(options: EvaluateOptions) -> None:
+    """Raises ValueError for a drop that is negative, or against nothing."""
+    if options.max_drop is None:
+        return
+    if options.max_drop < 0:
+        raise ValueError(f"max_drop is {options.max_drop}, expected 0 or more points, such as 2.")
+    if options.teacher is None and options.baseline is None:
+        raise ValueError("max_drop needs a model to compare with; add --teacher or --baseline.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge every model; write results.json, report and figures. Returns the exit code: 1 where a student fails."""
     cli.quiet()
     options, data_options, config = cli.parse(EvaluateOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
     names, folder = options.chosen, folders.folder_of(config)
-    if options.images < 1:
-        raise ValueError(f"images is {options.images}, expected 1 or more.")
+    number, forms = options.number, options.forms
+    check_max_drop(options)
     check_folder(folder, options.overwrite_output_dir)
     run = folders.describe_run("evaluate_student", config, options, data_options)
     with config.main_process_first(local=False):
@@ -86,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
     if config.process_index == 0:
         clear(folder)  # after everything that can be refused was checked
-    evaluation = Evaluation(candidates, data, options.split, options.images, config)
-    value = evaluation.section(names, sorted(set(options.severities)))
+    evaluation = Evaluation(candidates, data, options.split, number, config, forms)
+    say(config, evaluation.time_needed(names, options.chosen_severities))
+    value = evaluation.section(names, options.chosen_severities) | {"max_drop": options.max_drop}
     for candidate in candidates:
         value["models"][candidate.name]["fingerprint"] = fingerprint(candidate.model)
     if config.process_index == 0:
@@ -95,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for section, found in (sections | {"pairing": summaries | {"notes": notes}}).items():
             update_results(folder, section, found)
         report = write_report(folder)
-        say(config, f"\n{verdict_table(load_results(folder).evaluation)}", f"\nThe report is {report}.")
+        found = load_results(folder).evaluation
+        answers = verdicts(found)
+        say(config, f"\n{verdict_table(found)}", *(f"\n{line.replace('**', '')}" for line in answers.values()))
+        say(config, f"\nThe report is {report}. In a browser: {report.with_suffix('.html')}.")
+        return 0 if all(map(passed, answers.values())) else 1
+    return 0
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -114,7 +174,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Remove an earlier evaluation: its pictures may be more than those of the new one."""
     pictures = [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
-    for path in (folder / FILE, folder / "report.md", *pictures):
+    for path in (folder / FILE, folder / "report.md", folder / "report.html", *pictures):
         path.unlink(missing_ok=True)
 
 

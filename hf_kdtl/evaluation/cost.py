@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -163,12 +165,26 @@ def _allocated_on_gpu(model: nn.Module, pixel_values: Tensor) -> int:
 
 def _allocated_on_cpu(model: nn.Module, pixel_values: Tensor) -> int:
     # The CPU's allocator keeps no record, but tells the profiler of each block that it gives and takes back.
-    with profile(profile_memory=True) as run:
+    with _silent_profiler(), profile(profile_memory=True) as run:
         output = model(pixel_values=pixel_values)
     del output
     blocks = [event for event in run.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(blocks, key=lambda event: event.start_ns())]
     return int(np.cumsum(changes).max(initial=0))
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """Inside: what torch's C++ profiler writes to the terminal at its start and stop goes nowhere."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _seconds(models: Models, repeats: int) -> dict[str, list[float]]:

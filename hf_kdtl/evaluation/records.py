@@ -115,6 +115,15 @@ class DegradedImages(Record):
 
 
 @dataclass(frozen=True)
+class Speed(Record):
+    """Median milliseconds of a batch: {model: {form: {batch size: ms}}}; `reasons` says why a form is missing."""
+
+    batch_size: int = 1
+    latency_ms: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """The section `evaluation`: of a training run (captions), or of a student (`split`, ...)."""
 
@@ -127,6 +136,8 @@ class Evaluation(Record):
     split: str = ""
     images: int = 0
     degradations_left_out: list[str] = field(default_factory=list)
+    max_drop: float | None = None  # points of accuracy that a student may lose
+    speed: Speed | None = None
     degraded: DegradedImages | None = None
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     disagreement: dict[str, str] = field(default_factory=dict)

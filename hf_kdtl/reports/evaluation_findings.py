@@ -1,6 +1,6 @@
 """What a student loses and gains, in sentences, and what was not measured.
 
-No thresholds: which accuracy is sufficient depends on the use, and is for the reader to decide.
+Which accuracy is sufficient depends on the use: a threshold is the reader's (--max_drop).
 """
 
 from __future__ import annotations
@@ -116,6 +116,12 @@ def _relative_to(role: str, model: EvaluatedModel, other: EvaluatedModel) -> str
     )
 
 
+def _forms(evaluation: Evaluation) -> str:
+    measured = {form for forms in (evaluation.speed.latency_ms if evaluation.speed else {}).values() for form in forms}
+    missing = [form for form in ("compiled", "onnx", "bf16") if form not in measured]
+    return f"; forms that were not timed ({', '.join(missing)}: --speed all)" if missing else ""
+
+
 def not_measured(evaluation: Evaluation, device: str) -> list[str]:
     """What this evaluation does not show."""
     lines = []
@@ -126,7 +132,7 @@ def not_measured(evaluation: Evaluation, device: str) -> list[str]:
         if not models_with_role(evaluation, role):
             lines.append(f"No --{role} was given, so {what} is not known.")
     if evaluation.degraded is None:
-        lines.append("No degraded images (--degradations all).")
+        lines.append("No degraded images (--degradations quick).")
     else:
         without: dict[str, list[Any]] = {
             "Degradations": evaluation.degradations_left_out,
@@ -138,12 +144,18 @@ def not_measured(evaluation: Evaluation, device: str) -> list[str]:
             f"{escape_markdown(student)}, {what.replace('_', ' ')}: {escape_markdown(why)}"
             for what, why in found.reasons.items()
         ]
+    if evaluation.max_drop is None:
+        lines.append("Which accuracy is sufficient: with --max_drop the report says pass or fail.")
     return [
         *lines,
         "Images from another distribution: other cameras, places, seasons, classes that the data does not have. The "
         "test images come from the same source as the training images.",
         "Variation between training runs: this is one trained model of each kind. `hf-kdtl compare` compares methods "
         "over seeds.",
-        f"Time and memory on hardware other than {device}; other batch sizes, exported or compiled models.",
-        "Which accuracy is sufficient: this report has no threshold.",
+        f"Time and memory on hardware other than {device}; other batch sizes{_forms(evaluation)}.",
+        *(
+            ["Which accuracy is sufficient: give --max_drop for a pass or fail."]
+            if evaluation.max_drop is None
+            else []
+        ),
     ]

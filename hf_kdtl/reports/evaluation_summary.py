@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation
+from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation, Speed
 from hf_kdtl.reports.evaluation_findings import not_measured, sentences
 from hf_kdtl.reports.evaluation_values import (
     calibration_bias,
@@ -26,8 +26,12 @@ Value = Callable[[EvaluatedModel], float | None]
 def first_screen(evaluation: Evaluation, device: str) -> list[str]:
     """The summary: one sentence, a table, what is lost and gained, what was not measured."""
     students = models_with_role(evaluation, "student")
-    lines = [line for name, model in students.items() for line in (in_short(evaluation, name, model), "")]
+    answers = verdicts(evaluation)
+    lines = [line for answer in answers.values() for line in (answer, "")]
+    lines += [line for name, model in students.items() for line in (in_short(evaluation, name, model), "")]
     lines += [verdict_table(evaluation), "", _how_to_read(evaluation, device), ""]
+    if evaluation.speed is not None:
+        lines += ["### Speed", "", speed_table(evaluation.speed), "", _speed_note(evaluation.speed, device), ""]
     for name, model in students.items():
         lines += [f"### {escape_markdown(name)}: what is lost and gained", ""]
         lines += [f"- {sentence}" for sentence in sentences(evaluation, model)] + [""]
@@ -47,6 +51,61 @@ def in_short(evaluation: Evaluation, name: str, model: EvaluatedModel) -> str:
         if ratios:
             parts.append(f"at {' and '.join(ratios)} of the {role}")
     return f"**Summary:** {', '.join(parts)}."
+
+
+def verdicts(evaluation: Evaluation) -> dict[str, str]:
+    """{student: pass or fail in a sentence}; empty without a `max_drop`."""
+    allowed = evaluation.max_drop
+    role = next(iter(references(evaluation)), None)
+    if allowed is None or role is None:
+        return {}
+    found = {}
+    for name, model in models_with_role(evaluation, "student").items():
+        difference = model.differences[role]
+        low, high = difference.interval or (difference.mean, difference.mean)
+        points = f"{100 * difference.mean:+.1f} points against the {role}, 95% interval {100 * low:+.1f} to "
+        points += f"{100 * high:+.1f}; a drop of {allowed:g} is allowed"
+        if 100 * low >= -allowed:
+            answer, why = "pass", ""
+        elif 100 * high < -allowed:
+            answer, why = "fail", ""
+        else:
+            answer, why = "fail", " (not shown either way: the interval reaches beyond it; more test images narrow it)"
+        found[name] = f"**Verdict: {answer}.** {escape_markdown(name)}: {points}{why}."
+    return found
+
+
+def passed(verdict: str) -> bool:
+    """Whether one of `verdicts` is a pass."""
+    return verdict.startswith("**Verdict: pass")
+
+
+# ---- Speed ----
+
+
+def speed_table(speed: Speed) -> str:
+    """Median milliseconds of a batch of 1 and of N images: a row for each model in each form."""
+    sizes = list(dict.fromkeys(("1", str(speed.batch_size))))
+    header = ["", *(f"batch {size}: ms" for size in sizes), f"images/s at batch {speed.batch_size}"]
+    rows = []
+    for name, forms in speed.latency_ms.items():
+        for form, taken in forms.items():
+            times = [f"{taken[size]:.1f}" if size in taken else "-" for size in sizes]
+            last = taken.get(sizes[-1])
+            fast = f"{1000 * speed.batch_size / last:,.0f}" if last else "-"
+            rows.append([f"{escape_markdown(name)}, {FORMS.get(form, form)}", *times, fast])
+    return markdown_table([header, *rows])
+
+
+FORMS = {"eager": "eager (float32)", "compiled": "compiled", "bf16": "bfloat16", "onnx": "ONNX"}
+
+
+def _speed_note(speed: Speed, device: str) -> str:
+    missing = " ".join(f"No {escape_markdown(key)}: {escape_markdown(why)}." for key, why in speed.reasons.items())
+    return (
+        "Median of a forward pass; all rows were timed in turns, so that a busy machine slows them alike. On "
+        f"{device}. {missing}".strip()
+    )
 
 
 # ---- The table ----

@@ -21,6 +21,7 @@ from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_f
 from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_figure
 from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.reports.figures.samples import SHEET
+from hf_kdtl.reports.html import write_html
 from hf_kdtl.reports.score_tables import is_share, scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
@@ -33,7 +34,7 @@ ARMS = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.md and the figures that are made from results.json into a run folder; return the report's path.
+    """Write report.md, report.html and figures, all from results.json, into a run folder; return report.md's path.
 
     Raises:
         FileNotFoundError, ValueError: as `load_results`.
@@ -53,6 +54,7 @@ def write_report(folder: str | Path) -> Path:
     figures = [name for name in (ARMS_FIGURE, CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / name).exists()]
     details = sections(results.evaluation, folder) if results.is_evaluation else []
     report.write_text(markdown(results, figures, details), "utf-8")
+    write_html(report)
     return report
 
 

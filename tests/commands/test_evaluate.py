@@ -11,7 +11,7 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation import read_results, update_results
 
 FEW = ["--images", "4", "--degradations", "jpeg", "--severities", "5", "1"]
-QUICK = ["--use_cpu", "true", "--per_device_eval_batch_size", "4", "--disable_tqdm", "true"]
+QUICK = ["--speed", "eager", "--use_cpu", "true", "--per_device_eval_batch_size", "4", "--disable_tqdm", "true"]
 
 
 def arguments(*extra, models=("student",)):
@@ -43,6 +43,34 @@ def evaluate(command, images, student, capsys):
         return code, told.out + told.err
 
     return call
+
+
+def test_it_passes_or_fails_and_says_what_it_will_take(evaluate, student):
+    flags = ["--degradations", "none", "--teacher", "teacher", "--overwrite_output_dir", "true", "--max_drop"]
+    code, told = evaluate(*arguments(*flags, "0"))  # the student is its teacher
+    assert code == 0 and "Verdict: pass" in told and "This takes about 20 s." in told
+    value = read_results("out")["evaluation"]
+    assert value["max_drop"] == 0 and set(value["speed"]["latency_ms"]["student"]["eager"]) == {"1", "4"}
+    assert "<h1>Evaluation on images</h1>" in Path("out/report.html").read_text()
+    with_labels("student", "turned", ["red", "blue", "green"])  # its classes are other ones now
+    code, told = evaluate(*arguments(*flags, "0", models=["turned"]))
+    assert code == 1 and "Verdict: fail" in told
+    for given, said in (
+        (["--max_drop", "1"], "max_drop needs a model to compare with"),
+        (["--max_drop", "-1", "--teacher", "teacher"], "expected 0 or more points"),
+        (["--speed", "egaer"], "egaer"),
+    ):
+        code, told = evaluate(*arguments("--overwrite_output_dir", "true", *given))
+        assert code == 2 and said in told
+
+
+def test_quick_full_and_single_degradations(command):
+    options = command("evaluate").EvaluateOptions
+    found = [options(models=[], degradations=names) for names in (["quick"], ["full"], ["jpeg"], ["none"])]
+    assert [(len(one.chosen), one.chosen_severities, one.number) for one in found] == [
+        (9, [1, 3, 5], 512), (9, [1, 2, 3, 4, 5], 1000), (1, [1, 2, 3, 4, 5], 512), (0, [1, 2, 3, 4, 5], 512),
+    ]  # fmt: skip
+    assert options(models=[], severities=[5, 2]).chosen_severities == [2, 5]
 
 
 def test_student_teacher_and_baseline_to_the_end(evaluate):

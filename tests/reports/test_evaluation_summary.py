@@ -148,7 +148,7 @@ def test_the_first_screen_answers():
         "Degradations left out: gaussian_noise,",
         "Severities left out: 2, 3, 4.",
         "student, attention agreement: the teacher has none.",
-        "this report has no threshold.",
+        "give --max_drop for a pass or fail.",
     ):
         assert said in first, said
 
@@ -195,7 +195,7 @@ def test_several_students_have_their_own_pictures():
 def test_a_student_alone():
     text = report(evaluation({"student": ALL["student"]}, degraded=False))
     first = text.split("## All scores")[0]
-    for said in ("No --teacher was given", "No --baseline was given", "No degraded images (--degradations all)"):
+    for said in ("No --teacher was given", "No --baseline was given", "No degraded images (--degradations quick)"):
         assert said in first
     for absent in ("against the", "worst degradation", "same prediction", " x)", "Replacing"):
         assert absent not in first, absent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.commands.common.speed import speeds
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
@@ -22,14 +24,14 @@ from hf_kdtl.evaluation import records
 from hf_kdtl.evaluation.cost import cost
 from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.metrics import paired_scores
-from hf_kdtl.evaluation.scoring import correct, diagnostics, largest_disagreements
+from hf_kdtl.evaluation.scoring import correct, diagnostics
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names, label_order
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.evaluation_sections import figure_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
-from hf_kdtl.reports.figures.samples import sample_figure
+from hf_kdtl.reports.figures.samples import choose_samples, sample_figure
 
 
 @dataclass
@@ -100,13 +102,39 @@ class Evaluation:
     """All models on the images of one split; `number` of them for what takes long."""
 
     def __init__(
-        self, candidates: list[Candidate], data: ImageData, split: str, number: int, config: DistillationConfig
+        self,
+        candidates: list[Candidate],
+        data: ImageData,
+        split: str,
+        number: int,
+        config: DistillationConfig,
+        forms: Sequence[str] = (),
     ):
+        self.forms = forms
         self.candidates, self.config, self.names, self.split_name = candidates, config, data.label_names, split
         self.split = getattr(data, split)
         self.rows = some_of(self.split, number)
         self.datasets = {one.name: builders.pixels(self.split, one.processor) for one in candidates}
         self.references = {one.role: one for one in candidates if one.role in REFERENCES}
+
+    def time_needed(self, degradations: Sequence[str], severities: Sequence[int]) -> str:
+        """An estimate of how long it takes, from one batch of each model."""
+        size, passes = (
+            min(self.config.per_device_eval_batch_size, len(self.split)),
+            len(degradations) * len(severities),
+        )
+        once = degraded_pass = 0.0
+        for one in self.candidates:
+            begun = time.perf_counter()
+            rows = self.datasets[one.name].__getitems__(list(range(size)))
+            with torch.no_grad():
+                pixels = torch.stack([row["pixel_values"] for row in rows]).to(one.model.device, one.model.dtype)
+                one.model(pixel_values=pixels)
+            an_image = (time.perf_counter() - begun) / size / self.config.world_size
+            once += an_image * (len(self.split) + 6 * len(self.rows)) + 10
+            degraded_pass += 1.5 * an_image * passes * len(self.rows)
+        shorter = f"; with --degradations none about {_minutes(once)}" if passes else ""
+        return f"This takes about {_minutes(once + degraded_pass)}{shorter}."
 
     def section(self, degradations: Sequence[str], severities: Sequence[int]) -> dict[str, Any]:
         """The section `evaluation` of results.json."""
@@ -122,8 +150,11 @@ class Evaluation:
             "models": models,
         }
         if self.config.process_index == 0:
-            for name, found in self._cost().items():
+            batches = self._batches()
+            for name, found in cost(batches).items():
                 models[name] |= found
+            if self.forms:
+                value["speed"] = speeds(batches, self.forms)
         if "teacher" in self.references and self.config.process_index == 0:
             students = [one for one in self.candidates if one.role == "student"]
             value["fidelity"] = {one.name: self._fidelity(one) for one in students}
@@ -149,13 +180,14 @@ class Evaluation:
             }
         return models
 
-    def _cost(self) -> dict[str, dict[str, Any]]:
+    def _batches(self) -> dict[str, tuple[Any, torch.Tensor]]:
+        """{name: (model, a batch of its pixels)}."""
         size, device, models = self.config.per_device_eval_batch_size, self.config.device, {}
         for one in self.candidates:
             rows = self.datasets[one.name].__getitems__([i % len(self.split) for i in range(size)])
             pixels = torch.stack([row["pixel_values"] for row in rows])
             models[one.name] = one.model.to(device), pixels.to(device, one.model.dtype)
-        return cost(models)
+        return models
 
     def _fidelity(self, student: Candidate) -> dict[str, Any]:
         taught, size = self.references["teacher"], self.config.per_device_eval_batch_size
@@ -169,15 +201,14 @@ class Evaluation:
         return fidelity(student.model.to(self.config.device), teacher, batches, student.processor)
 
     def _sheet(self, student: str, logits: dict[str, np.ndarray], value: dict[str, Any]) -> str:
-        rows = largest_disagreements(logits[student], logits["teacher"])
+        rows = choose_samples(logits["teacher"], logits[student])
         found = self.split[rows]
         images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
         its, own = (torch.tensor(logits[name][rows]).float().softmax(-1).numpy() for name in ("teacher", student))
         folder_of(self.config).mkdir(parents=True, exist_ok=True)
         name = figure_name(records.Evaluation.of(value, "evaluation"), student, "disagreement")
         path = folder_of(self.config) / name
-        which = "Shown are the images on which the probabilities lie furthest apart (Jensen-Shannon divergence)."
-        return sample_figure(path, images, found["label"], self.names, its, own, which)
+        return sample_figure(path, images, found["label"], self.names, its, own)
 
     def _degraded(
         self, names: Sequence[str], severities: Sequence[int], models: dict[str, dict[str, Any]]
@@ -199,6 +230,10 @@ class Evaluation:
                     for name in names
                 }
         return {"images": len(self.rows), "severities": list(severities), "side": side}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(10, round(seconds, -1)):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def some_of(split: Any, number: int) -> Any:

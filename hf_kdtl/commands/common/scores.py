@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -112,10 +114,11 @@ def comparisons(by_arm: dict[str, dict[str, Any]], metric: str = "accuracy") -> 
 
 
 def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]:
-    """Captions of the sheets of where teacher and student look and of what moves them, on the first test images."""
+    """Captions of the sheets of where teacher and student look and of what moves them, on test images of
+    different classes."""
     before = study.trainer("distilled", seed, study.folder).model
     data = builders.pixels(study.data.test, study.processor)
-    rows = data.__getitems__(list(range(min(count, len(data)))))
+    rows = data.__getitems__(spread(study.data.test["label"][:], count))
     pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
     teacher, images = study.teacher, unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
@@ -139,6 +142,15 @@ def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]
     moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
     about = "Which pixels move the log-probability of the image's class"
     return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}
+
+
+def spread(labels: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """Images of as many classes as possible: drawn by seed, one of each class, then a second of each, ..."""
+    order, seen, turns = np.random.default_rng(seed).permutation(len(labels)).tolist(), Counter(), []
+    for place, row in enumerate(order):
+        turns.append((seen[labels[row]], place, row))
+        seen[labels[row]] += 1
+    return [row for _, _, row in sorted(turns)[:count]]
 
 
 def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:

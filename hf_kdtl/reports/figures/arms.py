@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_kdtl.evaluation.records import EvaluatedModel
 from hf_kdtl.evaluation.statistics import mean_interval
-from hf_kdtl.reports.figures.style import COLORS, new_figure
+from hf_kdtl.reports.figures.style import COLORS, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,16 +42,17 @@ def arms_figure(
     if teacher:
         axes.axvline(teacher[0], color="#444444", linewidth=1.4, linestyle="--")
         axes.text(teacher[0], -0.62, f"teacher {teacher[0]:.1f} %", ha="right", va="bottom", fontsize=10)
-    axes.set_xlim(left, max([*(max(found) for found in arms.values()), *(teacher or [])]) + 0.01 * (100 - left))
+    right = max([*(max((*found, *(mean_interval(found) or ()))) for found in arms.values()), *(teacher or [])])
+    axes.set_xlim(left, right + 0.02 * (right - left))
     axes.set_yticks(range(len(arms)), [names[arm].replace(", ", ",\n") for arm in arms], fontsize=11)
     axes.set_ylim(len(arms) - 0.4, -0.6)
     seeds = len(next(iter(arms.values())))
-    note = f"{split} accuracy in %: mean of {seeds} seeds, 95 % t interval, a ring for each seed"
-    axes.set_xlabel(note + (f"; axis from {left:.0f}" if left else ""), fontsize=9.5)
+    scale = f" (the axis begins at {left:.0f})" if left else ""
+    axes.set_xlabel(f"{split} accuracy in %{scale}\nmean of {seeds} seeds, its 95 % interval; a ring is one seed")
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
     return True
 
 
@@ -60,7 +61,7 @@ def _bar(axes: Axes, place: int, arm: str, found: list[float]) -> None:
     axes.barh(place, mean, height=0.62, color=COLORS.get(arm, "#009E73"))
     if interval is not None:
         axes.plot(interval, [place] * 2, color="black", linewidth=1.6)
-    axes.plot(found, [place + 0.2] * len(found), "o", mfc="none", mec="white", markersize=4.5)
+    axes.plot(found, [place + 0.2] * len(found), "o", mfc="white", mec="#222222", markersize=4.5)
     axes.annotate(f"{mean:.1f}", (0.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=12,
                   color="white", fontweight="bold")  # fmt: skip
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from hf_kdtl.evaluation.records import EvaluatedModel
 from hf_kdtl.evaluation.scoring import calibration_interval
 from hf_kdtl.reports.evaluation_values import overconfidence
-from hf_kdtl.reports.figures.style import model_colors, new_figure
-from hf_kdtl.utils.text import figure_label
+from hf_kdtl.reports.figures.style import figure_label, model_colors, new_figure, save
 
 
 def reliability_figure(models: dict[str, EvaluatedModel], path: str | Path) -> None:
@@ -32,4 +31,4 @@ def reliability_figure(models: dict[str, EvaluatedModel], path: str | Path) -> N
             axes.spines[["top", "right"]].set_visible(False)
     rows[0][0].set_ylabel("accuracy\n(dashed: equal to confidence)")
     rows[1][0].set_ylabel("share of\nimages")
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)

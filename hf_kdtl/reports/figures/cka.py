@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import new_figure, save
 
 CKA_PICTURE = "cka.png"
 
@@ -27,4 +27,4 @@ def cka_figure(matrix: Sequence[Sequence[float | None]], path: str | Path) -> No
             colour = "black" if value > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=axes, label="CKA")
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)

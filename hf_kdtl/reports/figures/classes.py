@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_kdtl.evaluation.records import EvaluatedModel
 from hf_kdtl.reports.evaluation_values import class_accuracies
-from hf_kdtl.reports.figures.style import new_figure
-from hf_kdtl.utils.text import figure_label
+from hf_kdtl.reports.figures.style import figure_label, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ def classes_figure(model: EvaluatedModel, others: dict[str, EvaluatedModel], pat
     ):
         order = sorted(change, key=lambda name: change[name])
         _bars(axes, {name: change[name] for name in ends(order, some)}, role)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
     if some == len(mine):
         return "All classes that have images."
     return f"The {some // 2} classes that lose most and the {some - some // 2} that gain most, of {len(mine)}."

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_kdtl.evaluation.comparison import Arm, compare
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import figure_label, new_figure, save
 from hf_kdtl.reports.score_tables import is_share
-from hf_kdtl.utils.text import figure_label
 
 COMPARISON = "comparison.png"
 
@@ -37,4 +36,4 @@ def comparison_figure(arms: Sequence[Arm], split: str, metrics: Sequence[str], p
             f"{metric}, difference from\n{figure_label(first.name, 40)}{' (points)' if scale == 100 else ''}"
         )
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)

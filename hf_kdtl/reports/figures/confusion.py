@@ -10,8 +10,7 @@ import numpy as np
 from hf_kdtl.evaluation.records import EvaluatedModel
 from hf_kdtl.reports.evaluation_values import class_accuracies
 from hf_kdtl.reports.figures.classes import MOST_CLASSES
-from hf_kdtl.reports.figures.style import new_figure
-from hf_kdtl.utils.text import figure_label
+from hf_kdtl.reports.figures.style import figure_label, new_figure, save
 
 
 def confusion_figure(model: EvaluatedModel, other: EvaluatedModel, role: str, path: str | Path) -> str:
@@ -39,7 +38,7 @@ def confusion_figure(model: EvaluatedModel, other: EvaluatedModel, role: str, pa
     figure.colorbar(
         image, ax=axes, label="better (blue) or worse (red) by", shrink=0.8, format=lambda v, _: f"{abs(v):g}"
     )
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
     return "" if len(chosen) == len(names) else f"The {len(chosen)} classes that changed most, of {len(names)}."
 
 

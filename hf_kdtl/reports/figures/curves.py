@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_kdtl.reports.figures.style import COLORS, new_figure
+from hf_kdtl.reports.figures.style import COLORS, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +16,25 @@ if TYPE_CHECKING:
 CURVES = "curves.png"
 
 
-def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
+SHOWN = {"loss": "training loss (of each arm's own terms)", "eval_accuracy": "validation accuracy"}
+
+
+def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bool:
     """Training loss and validation accuracy by step, from {"<arm>-seed<k>": Trainer's log}.
 
-    One thin line for each run, and a thick one for the mean over the seeds of an arm.
+    One thin line for each run, and a thick one for the mean over the seeds of an arm. What was logged at fewer than
+    two steps is no curve and gets no panel.
+
+    Returns:
+        Whether there was a curve to draw.
     """
-    figure = new_figure(9, 3.6)
-    shown = (("loss", "training loss (of each arm's own terms)"), ("eval_accuracy", "validation accuracy"))
-    for axes, (key, label) in zip(figure.subplots(1, 2), shown, strict=True):
+    steps = {key: {e["step"] for log in curves.values() for e in log if e.get(key) is not None} for key in SHOWN}
+    shown = {key: label for key, label in SHOWN.items() if len(steps[key]) > 1}
+    if not shown:
+        return False
+    figure = new_figure(8.6 if len(shown) > 1 else 5.2, 3.6)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (key, label) in zip(panels, shown.items(), strict=True):
         arms: dict[str, list[dict[int, float]]] = {}
         for run, log in curves.items():
             points = {entry["step"]: entry[key] for entry in log if entry.get(key) is not None}
@@ -36,7 +47,8 @@ def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> 
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path, 110)
+    return True
 
 
 def _arm(axes: Axes, arm: str, runs: list[dict[int, float]]) -> None:

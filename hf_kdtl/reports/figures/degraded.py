@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from hf_kdtl.evaluation.records import EvaluatedModel
-from hf_kdtl.reports.figures.style import model_colors, new_figure
-from hf_kdtl.utils.text import figure_label
+from hf_kdtl.reports.figures.style import figure_label, model_colors, new_figure, save
 
 
 def degradations_figure(models: dict[str, EvaluatedModel], severities: Sequence[int], path: str | Path) -> None:
@@ -41,4 +40,4 @@ def degradations_figure(models: dict[str, EvaluatedModel], severities: Sequence[
     figure.supxlabel("severity (0: the image as it is)", fontsize=10)
     figure.supylabel("accuracy (%)", fontsize=10)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(models), frameon=False)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import new_figure, save
 
 GRADIENT_RULE = "gradient_rule.png"
 
@@ -57,7 +57,7 @@ def gradient_rule_figure(history: Sequence[dict[str, Any]], path: str | Path) ->
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(9, len(steps)))})
     below.set_xticks(shown, [str(steps[i]) for i in shown])
     below.set_xlabel("optimizer step")
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
 
 
 def _number(value: float | None) -> float:

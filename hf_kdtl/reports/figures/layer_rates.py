@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def layer_rates_figure(history: Sequence[dict[str, Any]], path: str | Path, boun
     falls = LogNorm(positive.min(), positive.max()) if spread else None
     _map(figure, below, found, "discrepancy (nats)", steps, cmap="viridis", norm=falls)
     below.set_xlabel("optimizer step of the measurement")
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
 
 
 def _map(figure: Figure, axes: Axes, values: np.ndarray, label: str, steps: Sequence[int], **colours: Any) -> None:

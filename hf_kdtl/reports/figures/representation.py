@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_kdtl.evaluation.representation import DIRECTIONS
 from hf_kdtl.functional.bregman import Representation
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def representation_figure(
         _sheets(under.subplots(shown, 1, squeeze=False)[:, 0], sheets)
     else:
         _loadings(under.subplots(1, shown, squeeze=False)[0], fit, names)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
 
 
 def _curves(axes: Any, fit: Representation, shares: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Images with the attention or saliency maps of teacher and student next to them."""
+"""Attention and saliency maps of teacher and student, drawn over the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_kdtl.reports.figures.style import new_figure
+from hf_kdtl.reports.figures.style import new_figure, save
 
 ATTENTION_SHEET, GRADIENT_SHEET = "attention.png", "gradients.png"
 
@@ -18,7 +18,9 @@ ATTENTION_SHEET, GRADIENT_SHEET = "attention.png", "gradients.png"
 def saliency_figure(
     path: str | Path, images: Sequence[np.ndarray], maps: dict[str, tuple[Tensor, str]], about: str
 ) -> str:
-    """A row for each image: the pixels the student saw, then one map for each model; returns the caption.
+    """A row for each image: the pixels the student saw, then each model's map over them; returns the caption.
+
+    All maps are on one scale, in multiples of the map's own mean: 1 is a model that looks everywhere alike.
 
     Args:
         images: (h, w, 3) in [0, 1].
@@ -26,23 +28,46 @@ def saliency_figure(
         about: the caption's first words.
     """
     rows, columns = len(images), 1 + len(maps)
-    figure = new_figure(1.9 * columns, 1.75 * rows + 0.5)
+    relative = {who: [_relative(one) for one in values] for who, (values, _) in maps.items()}
+    everything = np.concatenate([one.ravel() for found in relative.values() for one in found])
+    top = max(2.0, float(np.quantile(everything, 0.995)))
+    figure = new_figure(1.75 * columns + 0.9, 1.7 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False)
+    shown = None
     for row, image in enumerate(images):
-        axes[row, 0].imshow(np.clip(image, 0, 1), interpolation="nearest")
-        for column, (values, _) in enumerate(maps.values(), start=1):
-            values_here = values[row].float().cpu().numpy()
-            axes[row, column].imshow(values_here, cmap="magma", vmin=0, interpolation="nearest")
+        clipped = np.clip(image, 0, 1)
+        axes[row, 0].imshow(clipped, interpolation="nearest")
+        gray = 0.35 + 0.65 * clipped.mean(-1)
+        for column, found in enumerate(relative.values(), start=1):
+            shown = _over(axes[row, column], gray, found[row], top)
     for column, title in enumerate(["image", *(f"{who}\n{what}" for who, (_, what) in maps.items())]):
-        axes[0, column].set_title(title, fontsize=8)
+        axes[0, column].set_title(title, fontsize=10)
     for one in axes.flat:
         one.set_axis_off()
-    figure.savefig(path, dpi=130)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes, shrink=0.6, aspect=30, extend="max")
+        bar.set_label("times the mean of the map", fontsize=10)
+    save(figure, path, 110)
     return (
         f"{about}: "
         + "; ".join(f"{who}: {what}" for who, (_, what) in maps.items())
-        + ". Each map is scaled to its own largest value. The pixels are those the student saw."
+        + ". All maps are on one scale, as multiples of their own mean: a map of 1 everywhere has no preference. The "
+        "images are those the student saw, one of each class in turn."
     )
+
+
+def _relative(values: Tensor) -> np.ndarray:
+    found = values.float().cpu().numpy()
+    return found / max(float(found.mean()), 1e-12)
+
+
+def _over(axes: Any, gray: np.ndarray, values: np.ndarray, top: float) -> Any:
+    """The map over the gray image, more opaque where it is larger."""
+    height, width = gray.shape
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axes.imshow(gray, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    alpha = np.clip(values / top, 0, 1) * 0.55 + 0.3
+    return axes.imshow(values, cmap="inferno", vmin=0, vmax=top, alpha=alpha, extent=extent, interpolation="nearest")
 
 
 def unnormalized(pixel_values: Tensor, processor: Any) -> list[np.ndarray]:

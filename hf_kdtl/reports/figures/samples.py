@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_kdtl.evaluation.scoring import largest_disagreements
-from hf_kdtl.reports.figures.style import COLORS, new_figure
-from hf_kdtl.utils.text import figure_label
+from hf_kdtl.reports.figures.style import COLORS, figure_label, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,9 +66,9 @@ def sample_figure(
     """
     from matplotlib.patches import Patch
 
-    columns = min(3, len(images))
+    columns = min(2, len(images))
     rows = -(-len(images) // columns)
-    figure = new_figure(4.1 * columns, 1.75 * rows + 0.5)
+    figure = new_figure(4.2 * columns, 1.75 * rows + 0.5)
     grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.15] * columns)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
@@ -77,10 +76,10 @@ def sample_figure(
         bars = figure.add_subplot(grid[row, 2 * column + 1])
         _bars(bars, names, teacher[i], student[i], labels[i])
         if i + columns >= len(images):
-            bars.set_xlabel("probability", fontsize=8)
+            bars.set_xlabel("probability", fontsize=9.5)
     handles = [Patch(color=COLORS[who]) for who in ("teacher", "distilled")]
     figure.legend(handles, ["teacher", "student"], loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    save(figure, path, 130)
     return (
         "Images with the probabilities of the three classes that teacher and student together find likeliest (the "
         f"true class in bold). {which}"
@@ -89,7 +88,7 @@ def sample_figure(
 
 def _image(axes: Axes, image: Any, title: str) -> None:
     axes.imshow(image, interpolation="nearest", cmap="gray" if getattr(image, "mode", "") == "L" else None)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=10)
     axes.set_axis_off()
 
 
@@ -99,11 +98,11 @@ def _bars(axes: Axes, names: Sequence[str], teacher: np.ndarray, student: np.nda
     for who, values, shift in (("teacher", teacher, -0.2), ("distilled", student, 0.2)):
         axes.barh(places + shift, values[top], height=0.38, color=COLORS[who])
         for place, value in zip(places, values[top], strict=True):
-            axes.text(value + 0.03, place + shift, f"{value:.2f}", va="center", fontsize=6.5)
-    axes.set_yticks(places, [figure_label(names[index]) for index in top], fontsize=8)
+            axes.text(value + 0.03, place + shift, f"{value:.2f}", va="center", fontsize=8.5)
+    axes.set_yticks(places, [figure_label(names[index]) for index in top], fontsize=9.5)
     for tick, index in zip(axes.get_yticklabels(), top, strict=True):
         tick.set_fontweight("bold" if index == label else "normal")
     axes.set_ylim(len(top) - 0.5, -0.5)
     axes.set_xlim(0, 1.25)
-    axes.set_xticks([0, 0.5, 1], ["0", "", "1"], fontsize=7)
+    axes.set_xticks([0, 0.5, 1], ["0", "", "1"], fontsize=8.5)
     axes.spines[["top", "right"]].set_visible(False)
