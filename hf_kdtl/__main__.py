@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from hf_kdtl.utils.options import suggestion
 
-Main = Callable[[Sequence[str] | None], None]
+Main = Callable[[Sequence[str] | None], int | None]
 
 
 def _init() -> Main:

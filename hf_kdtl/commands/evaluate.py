@@ -150,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section, found in (sections | {"pairing": summaries | {"notes": notes}}).items():
             update_results(folder, section, found)
         report = write_report(folder)
-        found = load_results(folder).evaluation
-        answers = verdicts(found)
-        say(config, f"\n{verdict_table(found)}", *(f"\n{line.replace('**', '')}" for line in answers.values()))
+        shown = load_results(folder).evaluation
+        answers = verdicts(shown)
+        say(config, f"\n{verdict_table(shown)}", *(f"\n{line.replace('**', '')}" for line in answers.values()))
         say(config, f"\nThe report is {report}. In a browser: {report.with_suffix('.html')}.")
         return 0 if all(map(passed, answers.values())) else 1
     return 0

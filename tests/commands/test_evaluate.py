@@ -108,7 +108,9 @@ def test_student_teacher_and_baseline_to_the_end(evaluate):
     assert code == 2 and Path("out/results.json").read_text() == before
     code, told = evaluate(*arguments("--overwrite_output_dir", "true", "--degradations", "none"))
     assert code == 0 and set(read_results("out")["evaluation"]["models"]) == {"student"}
-    assert {path.name for path in Path("out").iterdir()} == {"results.json", "report.md", "reliability.png"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        "results.json", "report.md", "report.html", "reliability.png"
+    }
 
 
 def test_the_order_of_classes_makes_no_difference(evaluate, command):

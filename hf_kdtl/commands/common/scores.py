@@ -146,7 +146,9 @@ def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]
 
 def spread(labels: Sequence[int], count: int, seed: int = 0) -> list[int]:
     """Images of as many classes as possible: drawn by seed, one of each class, then a second of each, ..."""
-    order, seen, turns = np.random.default_rng(seed).permutation(len(labels)).tolist(), Counter(), []
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    seen: Counter[int] = Counter()
+    turns = []
     for place, row in enumerate(order):
         turns.append((seen[labels[row]], place, row))
         seen[labels[row]] += 1
