@@ -109,7 +109,10 @@ def test_student_teacher_and_baseline_to_the_end(evaluate):
     code, told = evaluate(*arguments("--overwrite_output_dir", "true", "--degradations", "none"))
     assert code == 0 and set(read_results("out")["evaluation"]["models"]) == {"student"}
     assert {path.name for path in Path("out").iterdir()} == {
-        "results.json", "report.md", "report.html", "reliability.png"
+        "results.json",
+        "report.md",
+        "report.html",
+        "reliability.png",
     }
 
 

@@ -199,7 +199,7 @@ def test_a_student_alone():
         assert said in first
     for absent in ("against the", "worst degradation", "same prediction", " x)", "Replacing"):
         assert absent not in first, absent
-    assert {path.name for path in Path("run").iterdir()} == {FILE, "report.md", "reliability.png"}
+    assert {path.name for path in Path("run").iterdir()} == {FILE, "report.md", "report.html", "reliability.png"}
 
 
 def test_a_class_without_images():
