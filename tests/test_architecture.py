@@ -27,7 +27,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # What still breaks a rule, with the reason. These lists only shrink: what breaks no rule any more is taken out.
 UPWARD: dict[str, str] = {}
-LONG_MODULES: dict[str, str] = {"trainer/trainer.py": "overrides of Trainer: to be split"}
+LONG_MODULES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 MODULE_LINES, FUNCTION_LINES = 300, 40
 

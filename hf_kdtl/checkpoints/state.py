@@ -58,7 +58,7 @@ def load_parts(folder: str | Path, parts: Mapping[str, CheckpointPart]) -> None:
     Raises:
         ValueError: when the folder holds none, or they do not match this run.
     """
-    data = _read_json(folder)
+    data = _read_json(folder) if parts else {}
     for name, part in parts.items():
         tensors = Path(folder, f"{name}.safetensors")
         try:

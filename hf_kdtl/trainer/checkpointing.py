@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from hf_kdtl.checkpoints.manifest import UNLISTED, changed_since, fsync_tree, read_manifest, verify, write_manifest
+from hf_kdtl.checkpoints.plain import accept_plain, plain_trainer_lacks
 from hf_kdtl.checkpoints.rotation import (
     back_up,
     checkpoints,
@@ -49,21 +50,10 @@ class CheckpointingTrainer(Trainer):
     _run = ""  # its name, kept when it is resumed
 
     def __init__(
-        self,
-        model=None,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        model_init=None,
-        compute_loss_func=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        optimizer_cls_and_kwargs=None,
-        preprocess_logits_for_metrics=None,
-    ):
+        self, model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
+        model_init=None, compute_loss_func=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
+        optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None,
+    ):  # fmt: skip
         folder = Path("." if args is None else str(args.output_dir)).absolute()
         if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
             raise ValueError(f"output_dir is {args.output_dir} and {file} is a file; name a folder, new or not.")
@@ -118,6 +108,8 @@ class CheckpointingTrainer(Trainer):
             return uuid.uuid4().hex, None, frozenset()
         if asked is not True and (asked == "" or not isinstance(asked, str | Path)):
             raise ValueError(f"resume_from_checkpoint is {asked!r}; expected True, or the path of a checkpoint.")
+        if asked is not True and (lost := plain_trainer_lacks(asked)) is not None:
+            return uuid.uuid4().hex, accept_plain(str(asked), lost), frozenset()
         path, damaged = resolve_checkpoint(asked, folder)
         for skipped, wrong in damaged.items():
             logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
@@ -160,7 +152,9 @@ class CheckpointingTrainer(Trainer):
         return num_train_epochs, 0  # no epoch is left: else the rest of its last one would begin
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        before = read_manifest(checkpoint)["written_with"].get("optimizer") if checkpoint is not None else None
+        before = None
+        if checkpoint is not None and plain_trainer_lacks(checkpoint) is None:
+            before = read_manifest(checkpoint)["written_with"].get("optimizer")
         if before not in (None, self._optimizer_name()):
             raise ValueError(
                 f"{checkpoint} was trained with the optimizer {before} and this run has {self._optimizer_name()}: set "
@@ -287,7 +281,7 @@ class CheckpointingTrainer(Trainer):
         """
         best = self.state.best_model_checkpoint
         assert best is not None
-        if not (wrong := self._on_rank_zero(lambda: verify(best))):
+        if not (wrong := self._on_rank_zero(lambda: [] if plain_trainer_lacks(best) == [] else verify(best))):
             return best
         last = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         if self._on_rank_zero(lambda: verify(last)):

@@ -136,6 +136,11 @@ def _too_few(trainer: Trainer) -> list[str]:
 def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
     """Training arguments that are not supported with this student, each with what to type instead."""
     found = [*_argument_problems(args), *_objective_problems(args), *_rule_problems(args), *adapter_problems(student)]
+    if getattr(getattr(student, "config", None), "num_labels", None) == 1 and (reading := _class_readers(args)):
+        found.append(
+            f"the student has one class, of which every answer is right, so {', '.join(reading)} would be 0 and train "
+            "nothing. Expected two classes or more: num_labels=2, with labels 0 and 1."
+        )
     problem = getattr(getattr(student, "config", None), "problem_type", None)
     if problem not in (None, "single_label_classification"):
         found.append(
@@ -143,6 +148,10 @@ def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
             "'single_label_classification': set model.config.problem_type, or use plain Trainer."
         )
     return found
+
+
+def _class_readers(args: DistillationConfig) -> list[str]:
+    return [key for key, o in args.build_objectives().items() if o.compares_classes or o.needs_labels]
 
 
 def _argument_problems(args: DistillationConfig) -> list[str]:

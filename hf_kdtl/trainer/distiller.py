@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_kdtl.data.indexed import INDEX
-from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
@@ -25,12 +24,10 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.trainer.batch import Counts, micro_batch_counts, whole_outputs
 from hf_kdtl.trainer.labels import LabelCheck
 from hf_kdtl.trainer.sample import CapturedSample
 
-Counts = dict[str, Tensor]
-"""{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
-wait for the CPU to read them."""
 Value = tuple[Tensor, list[Tensor]]
 """An objective's value, and that of each of its pairs of layers where a gradient rule reads them."""
 Values = dict[str, Value]
@@ -105,8 +102,18 @@ class Distiller(nn.Module):
 
     # Each model is compiled as a graph of its own under torch_compile; what happens around them is bookkeeping.
     @torch.compiler.disable(recursive=False)
-    def forward(self, inputs: dict[str, Any], draws: Draws, counts: Counts, world_size: int = 1) -> dict[str, Any]:
-        """The micro-batch's part of the loss.
+    def forward(
+        self,
+        inputs: dict[str, Any] | None = None,
+        draws: Draws | None = None,
+        counts: Counts | None = None,
+        world_size: int = 1,
+        with_outputs: bool = False,
+        **of_student: Any,
+    ) -> Any:
+        """The micro-batch's part of the loss; for the student's own keyword arguments alone, the student's outputs.
+
+        The latter is what a `compute_loss` of a user's calls.
 
         Each term is summed over its images and divided by how many it counts in the optimizer step on all ranks, so
         that micro-batches and ranks may be added; times `world_size`, because DDP averages. A batch statistic counts
@@ -115,10 +122,13 @@ class Distiller(nn.Module):
         Returns:
             loss (scalar); `terms` {key: its part of the loss, or a list of the pairs' where these are wanted}; and
             detached, for the log: `sums` {key: sum over this micro-batch's images} and `counted` {key: their number}.
+            `with_outputs`, also the student's `outputs`.
 
         Raises:
             ValueError: when an objective needs labels and the batch has none.
         """
+        if inputs is None or draws is None or counts is None:
+            return self.student(**{name: value for name, value in of_student.items() if name != INDEX})
         self.check_labels.present(inputs)
         student, values = self._values(inputs, draws, measuring=self.rates is not None and self.rates.measuring)
         here, sums, counted = micro_batch_counts(inputs), {}, {}
@@ -137,7 +147,8 @@ class Distiller(nn.Module):
         if not self.student_needs.logits:
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
             loss = loss + 0.0 * student.logits.sum()
-        return {"loss": loss * world_size, "terms": terms, "sums": sums, "counted": counted}
+        result = {"loss": loss * world_size, "terms": terms, "sums": sums, "counted": counted}
+        return result | {"outputs": whole_outputs(student)} if with_outputs else result
 
     def terms(self, inputs: dict[str, Any], draws: Draws) -> tuple[Capture, dict[str, Tensor]]:
         """The student's capture, and {key: unweighted value}: (B,) per image, or a scalar for a batch statistic.
@@ -146,7 +157,10 @@ class Distiller(nn.Module):
         need labels are left out where the data has none.
         """
         student, values = self._values(inputs, draws)
-        return student, {key: _over_pairs(value) for key, (value, _) in values.items()}
+        terms = {key: _over_pairs(value) for key, (value, _) in values.items()}
+        if self.task_loss is not None and "task" in terms:
+            terms["task"] = self._own_loss(student, inputs, micro_batch_counts(inputs)["labelled"])
+        return student, terms
 
     def observe(self, sample: Iterable[dict[str, Any]]) -> None:
         """Let the objectives that learn from training images read them, before training.
@@ -248,14 +262,13 @@ class Distiller(nn.Module):
         """The sum of a term over the micro-batch's images."""
         if key != "task" or self.task_loss is None:
             return value * here["images"] if self.objective(key).reduction == "batch" else value.sum()
-        if student.outputs is None:
-            raise ValueError(
-                "compute_loss_func reads the model's outputs, and those of a part of the batch cannot be joined to "
-                "the rest: the model gives no ModelOutput. Use fraction=1."
-            )
         # Its contract: already divided by the items of the window.
-        items = counts["labelled"].clamp(min=1)
-        return self.task_loss(student.outputs, inputs["labels"], num_items_in_batch=items) * items
+        return self._own_loss(student, inputs, counts["labelled"]) * counts["labelled"].clamp(min=1)
+
+    def _own_loss(self, student: Capture, inputs: dict[str, Any], items: Tensor) -> Tensor:
+        """The user's loss. The number of items is a float, as Trainer gives it."""
+        assert self.task_loss is not None
+        return self.task_loss(whole_outputs(student), inputs["labels"], num_items_in_batch=items.clamp(min=1) / 1)
 
     def _add(self, objective: Objective, context: RunContext) -> list[str]:
         """Prepare and build an objective, and collect what it needs; its notes."""
@@ -285,14 +298,3 @@ class Distiller(nn.Module):
 def _over_pairs(value: Tensor) -> Tensor:
     """The mean over pairs of layers, where there are any."""
     return value.mean(1) if value.ndim == 2 else value
-
-
-def micro_batch_counts(inputs: dict[str, Any]) -> Counts:
-    """How many images a micro-batch holds, and how many of them have a label.
-
-    Not `labels != -100` alone, as transformers counts: soft labels (B, K) would count K times, and an objective
-    without labels counts images.
-    """
-    pixels, labels = inputs["pixel_values"], inputs.get("labels")
-    images = torch.tensor(pixels.shape[0], device=pixels.device)
-    return {"images": images, "labelled": torch.zeros_like(images) if labels is None else labelled(labels).sum()}

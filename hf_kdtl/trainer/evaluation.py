@@ -11,6 +11,7 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
+from hf_kdtl.models.forward.attention_hooks import class_outputs
 from hf_kdtl.objectives import Objective
 from hf_kdtl.trainer.distiller import Counts
 from hf_kdtl.trainer.publishing import PublishingTrainer
@@ -22,6 +23,9 @@ class EvaluatingTrainer(PublishingTrainer):
     _eval_terms: EvaluationTerms | None = None
     _eval_loss: LabelledMean | None = None
     _micro_step = 0
+    _computed = True
+    _counted: tuple[Tensor | None, Counts]
+    """The labelled images of the last window as Trainer got them, and all that was counted in it."""
 
     def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -47,6 +51,8 @@ class EvaluatingTrainer(PublishingTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._eval_loss is not None and result[0] is not None:
+            self._eval_loss.add(result[0], self._counted[1])
         if self._eval_terms is not None:
             for key, value in self.objective_terms(inputs).items():
                 value = per_image(self.distiller.objective(key), value.detach(), inputs)
@@ -58,9 +64,9 @@ class EvaluatingTrainer(PublishingTrainer):
         """`eval_loss`: the task loss whatever the objectives, so that runs compare. As Trainer's, batch by batch."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs = convert_to_fp32(model(**inputs))
+        outputs = convert_to_fp32(class_outputs(model(**inputs)))
         if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=counts["labelled"])
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=counts["labelled"] / 1)
         else:
             smoothed = [getattr(o, "label_smoothing", None) for o in self.distiller.objectives.values()]
             smoothing = next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
@@ -68,8 +74,6 @@ class EvaluatingTrainer(PublishingTrainer):
             values = cross_entropy(outputs["logits"], labels, smoothing)
             loss = values.sum() / counts["labelled"].clamp(min=1)
         loss = loss * self.accelerator.num_processes
-        if self._eval_loss is not None:
-            self._eval_loss.add(loss.detach(), counts)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_kdtl.checkpoints.plain import plain_trainer_lacks
 from hf_kdtl.checkpoints.state import (
     START,
     TENSORS,
@@ -29,30 +28,27 @@ from hf_kdtl.checkpoints.state import (
 )
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.data.indexed import IndexCollator, IndexedDataset
-from hf_kdtl.functional.derivatives import math_attention
-from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
 from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
-from hf_kdtl.trainer import checks
+from hf_kdtl.trainer import checks, contracts
 from hf_kdtl.trainer.build import build_distiller
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.data_errors import explain_data_errors
-from hf_kdtl.trainer.distiller import Counts, Distiller, micro_batch_counts
-from hf_kdtl.trainer.evaluation import EvaluatingTrainer
-from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator, separate_backward
+from hf_kdtl.trainer.distiller import Counts, Distiller
+from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator
+from hf_kdtl.trainer.learning import check_learning
+from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
-from hf_kdtl.trainer.non_finite import check_finite, non_finite_gradient_error
 from hf_kdtl.trainer.process_checks import check_ranks
 from hf_kdtl.trainer.sample import training_sample, without_unused_columns
-from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(EvaluatingTrainer):
+class DistillationTrainer(LossTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; only the student is saved,
@@ -84,8 +80,6 @@ class DistillationTrainer(EvaluatingTrainer):
         >>> DistillationTrainer(student, config, teacher=teacher, train_dataset=images).train()  # doctest: +SKIP
     """
 
-    # The loss is divided by all images of the accumulated batch, so Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
     args: DistillationConfig
     model: Any
 
@@ -101,11 +95,13 @@ class DistillationTrainer(EvaluatingTrainer):
                 f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
                 "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
             )
+        contracts.without_jit_checkpoint(args)
         checks.check_teacher_usage(teacher, args)
         self.teacher = None if teacher is None else as_source(teacher)
         self._distiller: Distiller | None = None
         self._built_from: tuple[Any, ...] = ()
         self._gradients: GradientAccumulator | None = None
+        self._counted: tuple[Tensor | None, Counts] = None, {}
         self._term_losses: Parts = {}
         self._meter = TermMeter()
         self._stop = StopOnSignal()
@@ -113,9 +109,12 @@ class DistillationTrainer(EvaluatingTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
         )  # fmt: skip
+        self._given_optimizer = self.optimizer is not None
         checks.check_setting(self)
+        contracts.check(self, type(self).compute_loss is not DistillationTrainer.compute_loss)
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
+        self._trainers_rule = self.model_accepts_loss_kwargs or compute_loss_func is not None
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, before transformers 5.19
         self.add_callback(SetDatasetEpoch())
         self.add_callback(self._stop)
@@ -165,19 +164,24 @@ class DistillationTrainer(EvaluatingTrainer):
         return self._gradients
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, of the student under its own names; the objectives' parameters are added as a group."""
         ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if ours.rates is not None and not foreign:
             self.optimizer = create_layerwise_optimizer(ours.student, self.args, ours.objectives, ours.rates)
-        return super().create_optimizer(ours if model is None else model)
+        optimizer = super().create_optimizer(ours.student if model is None else model)
+        if not self._given_optimizer:
+            contracts.add_objectives(optimizer, ours.objectives, self.args)
+        return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # Trainer prepares, clips, zeroes and accumulates self.model: within this call that is the container.
         self._meter = TermMeter()
         student = self.model
+        with explain_data_errors(self):
+            check_learning(self)
         if self.sharded:
             self._shard()  # before the optimizer is made; Trainer leaves alone what is wrapped
         else:
-            self.model = self.model_wrapped = self.distiller
+            self.model_wrapped = self.distiller
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
@@ -185,6 +189,15 @@ class DistillationTrainer(EvaluatingTrainer):
         self.callback_handler.model = student
         checks.check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
         return prepared
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        if training and model is self._distiller:
+            # Trainer prepares, clips, zeroes and accumulates self.model: from here to the end of
+            # _prepare_for_training that is the container. Not before: an optimizer is made of the student.
+            self.model = model
+            if not self._given_optimizer:  # create_optimizer may be the user's
+                contracts.add_objectives(self.optimizer, self.distiller.objectives, self.args)
+        return super()._wrap_model(model, training, dataloader)
 
     # ---- The data ----
 
@@ -210,85 +223,7 @@ class DistillationTrainer(EvaluatingTrainer):
         """Whether training batches carry the row of each image."""
         return self.teacher is not None and self.teacher.needs_index
 
-    # ---- The loss ----
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._micro_step = 0
-        if self._gradients is not None:
-            self._gradients.clear()  # of an interrupted window
-        if self.layer_rates is not None:
-            self.layer_rates.begin(self.state.global_step)
-        with explain_data_errors(self):
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _get_num_items_in_batch(  # type: ignore[override]
-        self, batch_samples: list, device: torch.device
-    ) -> Counts | None:
-        """Images and labelled images of the window, over all ranks."""
-        if not batch_samples:
-            return None
-        here = [torch.stack([*micro_batch_counts(batch).values()]) for batch in batch_samples]
-        both = torch.stack(here).sum(0).to(device)
-        if self.args.world_size > 1:
-            both = self.accelerator.gather(both).view(-1, 2).sum(0)
-        return {"images": both[0], "labelled": both[1]}
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        # Blocks that are recomputed in the backward pass must use the kernel that their forward pass used.
-        recomputed = getattr(self.model, f"is_{CHECKPOINTING}", False)
-        math = recomputed and self.distiller.student_needs.order >= 2
-        with explain_data_errors(self), math_attention() if math else nullcontext():
-            if self._gradients is None:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            else:
-                loss = separate_backward(self, model, inputs, num_items_in_batch, self._gradients)
-        if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
-            self.layer_rates.end(self.optimizer, self.accelerator.gather)
-        return loss
-
-    def compute_loss(  # type: ignore[override]
-        self, model, inputs, return_outputs=False, num_items_in_batch: Counts | None = None
-    ):
-        """The training loss of a micro-batch where `model` is the container; the task loss where it is the student."""
-        counts = num_items_in_batch or micro_batch_counts(inputs)
-        if self.accelerator.unwrap_model(model, keep_torch_compile=False) is not self._distiller:
-            return self._task_loss(model, inputs, return_outputs, counts)
-        if self._gradients is not None and isinstance(model, DistributedDataParallel):
-            model = model.module  # it must not synchronize here, and would tie all terms together
-        result = model(inputs, self._draws(inputs), counts, self.accelerator.num_processes)
-        self._micro_step += 1
-        self._term_losses = result.pop("terms")
-        check_finite(self, result)
-        self._meter.add(result["sums"], result["counted"])
-        return (result["loss"], result) if return_outputs else result["loss"]
-
-    def _draws(self, inputs: dict[str, Any]) -> Draws:
-        """Randomness by the image's position in the accumulated batch (in evaluation: in the dataset), so that
-        micro-batches and ranks change nothing. In evaluation every image is included."""
-        evaluating = not self.model.training
-        first = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        first *= self.args.eval_batch_size if evaluating else self._train_batch_size
-        images = inputs["pixel_values"].shape[0]
-        return Draws(self.args.seed, self.state.global_step, tuple(range(first, first + images)), evaluating)
-
-    def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """{key: unweighted value} of a batch: (B,) per image, or a scalar for a batch statistic.
-
-        What the training loss is made of, with its gradient, in the student's present mode (train or eval).
-        Objectives that need labels are left out where the batch has none.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with self.accelerator.autocast():
-            return self.distiller.terms(inputs, self._draws(inputs))[1]
-
     # ---- Checks ----
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16 the scaler expects infinite gradients, and skips the step.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
-        return norm
 
     def _match_teacher(self) -> None:
         assert self.teacher is not None
@@ -343,15 +278,19 @@ class DistillationTrainer(EvaluatingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         parts, trainers_own = self._checkpoint_parts(Path(resume_from_checkpoint)), super()._load_from_checkpoint
-        first = {name: parts.pop(name) for name in ("objectives", "start")}  # while the student has its first weights
-        load_parts(resume_from_checkpoint, first)
+        if plain_trainer_lacks(resume_from_checkpoint) is not None:
+            contracts.check_plain_checkpoint(self.distiller, resume_from_checkpoint)
+            parts = {}
+        # While the student has its first weights.
+        load_parts(resume_from_checkpoint, {name: parts.pop(name) for name in ("objectives", "start") if parts})
         self._load_weights(resume_from_checkpoint, lambda: trainers_own(resume_from_checkpoint, model))
         load_parts(resume_from_checkpoint, parts)
 
     def _load_best_model(self) -> None:
         best = self._best()
         self._load_weights(best, super()._load_best_model)
-        load_parts(best, {TENSORS: ObjectiveTensors(self)})
+        if plain_trainer_lacks(best) is None:
+            load_parts(best, {TENSORS: ObjectiveTensors(self)})
 
     def _load_weights(self, folder: str, otherwise: Callable[[], None]) -> None:
         if isinstance(self.model, PreTrainedModel):

@@ -266,8 +266,14 @@ def test_projectors_are_trained_saved_and_resumed_and_stay_out_of_the_student(tm
 
 def test_an_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
     objectives = [{"name": "task"}, {"name": "hidden_states"}]
-    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=objectives, **RUN)
-    runner.optimizer = torch.optim.SGD(runner.model.parameters(), lr=0.1)
+    student = build("vit")
+    runner = DistillationTrainer(
+        student,
+        config(tmp_path, objectives, **RUN),
+        teacher=build("vit", seed=5),
+        train_dataset=Images(),
+        optimizers=(torch.optim.SGD(student.parameters(), lr=0.1), None),
+    )
     with pytest.raises(ValueError, match=r"does not hold the objectives' parameters .*trainer.distiller.parameters"):
         runner.train()
 

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments, __version__
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from hf_kdtl.trainer.evaluation import EvaluatingTrainer
+from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.publishing import PublishingTrainer
 from hf_kdtl.trainer.sharding import ShardingTrainer
 
@@ -19,10 +20,15 @@ RELIED_ON = {
         ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
         [
             "self.accelerator.prepare(self.model",
-            "self.create_optimizer()",
+            "self.create_optimizer()\n\n",
+            "model = self._wrap_model(self.model_wrapped)\n",
             "self.model_wrapped = model",
             "use_accelerator_prepare = model is self.model",
         ],
+    ),
+    "_wrap_model": (  # the first that is called after the optimizer was made, before self.model is prepared
+        ["self", "model", "training", "dataloader"],
+        ["keep_torch_compile=False) is not model:\n            return model"],
     ),
     "_get_num_items_in_batch": (["self", "batch_samples", "device"], ["num_items_in_batch"]),
     "get_batch_samples": (
@@ -144,7 +150,9 @@ def test_trainer_still_has_the_hook(name):
 
 
 def test_every_override_is_listed():
-    kinds = (CheckpointingTrainer, PublishingTrainer, ShardingTrainer, EvaluatingTrainer, DistillationTrainer)
+    kinds = (
+        CheckpointingTrainer, PublishingTrainer, ShardingTrainer, EvaluatingTrainer, LossTrainer, DistillationTrainer,
+    )  # fmt: skip
     members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {n for n, v in members.items() if inspect.isfunction(v) and hasattr(Trainer, n)}
     assert ours - {"__init__", "train"} <= RELIED_ON.keys()
@@ -168,8 +176,8 @@ def test_a_checkpoint_has_every_step_of_trainers():
 
 def test_inheritance_is_one_line():
     names = [kind.__name__ for kind in DistillationTrainer.__mro__]
-    above = ["EvaluatingTrainer", "PublishingTrainer", "ShardingTrainer", "CheckpointingTrainer", "Trainer", "object"]
-    assert names == ["DistillationTrainer", *above]
+    above = ["LossTrainer", "EvaluatingTrainer", "PublishingTrainer", "ShardingTrainer", "CheckpointingTrainer"]
+    assert names == ["DistillationTrainer", *above, "Trainer", "object"]
     assert all(len(kind.__bases__) == 1 for kind in DistillationTrainer.__mro__[:-1])
 
 

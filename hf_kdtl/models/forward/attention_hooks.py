@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_kdtl.models.blocks import find_blocks
 
@@ -167,6 +168,7 @@ def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = 
         if explained := _other_size(error, model, pixel_values) or _other_inputs(error, model, pixel_values, inputs):
             raise ValueError(explained) from error
         raise
+    outputs = class_outputs(outputs)
     if getattr(outputs, "logits", None) is None:
         given = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
         raise ValueError(
@@ -174,6 +176,16 @@ def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = 
             "them. Load it with AutoModelForImageClassification.from_pretrained; a few architectures (PP-LCNet) give "
             "none even so: choose another."
         )
+    return outputs
+
+
+def class_outputs(outputs: Any) -> Any:
+    """A model's outputs as an object with `.logits`: also of one that gives a dict, or a tuple of (loss,) logits."""
+    if type(outputs) is dict and "logits" in outputs:
+        return ImageClassifierOutput(**{k: v for k, v in outputs.items() if k in ("loss", "logits")})
+    if type(outputs) is tuple and outputs:
+        first = next((x for x in outputs if isinstance(x, Tensor) and x.ndim == 2), None)
+        return outputs if first is None else ImageClassifierOutput(logits=first)
     return outputs
 
 

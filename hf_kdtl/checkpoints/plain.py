@@ -1,0 +1,45 @@
+"""A checkpoint that transformers' own Trainer wrote: without a manifest, and without what objectives keep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from hf_kdtl.checkpoints.manifest import FILES
+
+logger = logging.get_logger(__name__)
+
+
+def plain_trainer_lacks(folder: str | Path) -> list[str] | None:
+    """What a checkpoint of a plain Trainer's lacks to be continued from; None where it is not one."""
+    folder = Path(folder)
+    ours = [FILES, *(path.name for path in folder.glob("distillation_state*"))]
+    if not (folder / TRAINER_STATE_NAME).is_file() or any((folder / name).exists() for name in ours):
+        return None
+    lost = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    single = [name for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if (folder / name).is_file()]
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() and not single else set()
+    lost += [name for name in sorted(shards) if not (folder / name).is_file()]
+    return lost if single or shards else [SAFE_WEIGHTS_NAME, *lost]
+
+
+def accept_plain(asked: str, lost: list[str]) -> str:
+    """The path of a plain Trainer's checkpoint, with a note.
+
+    Raises:
+        ValueError: when it lacks files.
+    """
+    if lost:
+        raise ValueError(
+            f"{asked} was written by a plain Trainer and lacks {', '.join(lost)}, so it cannot be continued from. "
+            "Start a new run from its weights: from_pretrained."
+        )
+    logger.warning(
+        f"{asked} was written by a plain Trainer: weights, optimizer and scheduler are continued. It lists no "
+        "checksums, so damage to its files would not be found."
+    )
+    return asked

@@ -1,0 +1,36 @@
+"""What a batch holds, and what the student gave for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kdtl.functional.divergences import labelled
+from hf_kdtl.models.forward.capture import Capture
+
+Counts = dict[str, Tensor]
+"""{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
+wait for the CPU to read them."""
+
+
+def whole_outputs(student: Capture) -> Any:
+    """The student's outputs, for what a user reads them with."""
+    if student.outputs is None:
+        raise ValueError(
+            "compute_loss and compute_loss_func read the model's outputs, and those of a part of the batch cannot be "
+            "joined to the rest: the model gives no ModelOutput. Use fraction=1."
+        )
+    return student.outputs
+
+
+def micro_batch_counts(inputs: dict[str, Any]) -> Counts:
+    """How many images a micro-batch holds, and how many of them have a label.
+
+    Not `labels != -100` alone, as transformers counts: soft labels (B, K) would count K times, and an objective
+    without labels counts images.
+    """
+    pixels, labels = inputs["pixel_values"], inputs.get("labels")
+    images = torch.tensor(pixels.shape[0], device=pixels.device)
+    return {"images": images, "labelled": torch.zeros_like(images) if labels is None else labelled(labels).sum()}
