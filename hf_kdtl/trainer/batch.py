@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_kdtl.data.indexed import INDEX
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.models.forward.capture import Capture
 
 Counts = dict[str, Tensor]
 """{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
 wait for the CPU to read them."""
+
+
+def of_student_alone(inputs: dict[str, Any], sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Further keyword arguments of the student's forward.
+
+    Raises:
+        ValueError: for one that the sources would need too.
+    """
+    rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values", INDEX)}
+    if sources and rest.get("interpolate_pos_encoding"):
+        raise ValueError(
+            f"the batch has 'interpolate_pos_encoding', which would reach the student and not the "
+            f"{' or the '.join(sources)}. Leave it out, and resize the images to the student's image_size with "
+            "its image processor; the teacher's size may be another, where its processor is known."
+        )
+    return rest
 
 
 def whole_outputs(student: Capture) -> Any:

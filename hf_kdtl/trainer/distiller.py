@@ -24,7 +24,7 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.trainer.batch import Counts, micro_batch_counts, whole_outputs
+from hf_kdtl.trainer.batch import Counts, micro_batch_counts, of_student_alone, whole_outputs
 from hf_kdtl.trainer.labels import LabelCheck
 from hf_kdtl.trainer.sample import CapturedSample
 
@@ -181,7 +181,7 @@ class Distiller(nn.Module):
     ) -> tuple[Capture, dict[str, Value]]:
         """The student's capture, and of each objective its value, (B,), (B, pairs), or a scalar for a batch statistic,
         with each pair's where a gradient rule reads them."""
-        pixels = inputs["pixel_values"]
+        pixels, further = inputs["pixel_values"], of_student_alone(inputs, self.sources)
         fraction = max(one.fraction for one in [self.student_needs, *self.source_needs.values()])
         batch = self._batch(inputs, draws, fraction)
         rates = self.rates if measuring else None
@@ -191,7 +191,7 @@ class Distiller(nn.Module):
         captures = self._capture_sources(pixels, batch, rates.needs[1] if rates else Needs())
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
-            student = self._capture_student(inputs, batch, rates.needs[0] if rates else Needs())
+            student = self._capture_student(pixels, further, batch, rates.needs[0] if rates else Needs())
             if self.check_labels.needing:
                 self.check_labels(batch.get("labels"), student.logits.shape[-1])
             self.chance.add(captures.get("teacher"), batch.get("labels"))
@@ -234,12 +234,11 @@ class Distiller(nn.Module):
                     found[name].weights = self.start.weights(self.student)
         return found
 
-    def _capture_student(self, inputs: dict[str, Any], batch: Batch, extra: Needs) -> Capture:
-        rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values", INDEX)}
+    def _capture_student(self, pixels: Tensor, further: dict[str, Any], batch: Batch, extra: Needs) -> Capture:
         geometry = next((plan.student for plan in self.plans.values()), None)
         run = partial(capture, self.student, geometry=geometry)
-        rows, pixels = batch["differentiated_rows"], inputs["pixel_values"]
-        return capture_subset(run, self.student, pixels, self.student_needs | extra, rows, **rest)
+        rows = batch["differentiated_rows"]
+        return capture_subset(run, self.student, pixels, self.student_needs | extra, rows, **further)
 
     def _value(self, objective: Objective, student: Capture, source: Capture, batch: Batch) -> Value:
         """An objective's value, with the layer rates' weights of pairs where mode is loss_weight."""

@@ -313,6 +313,32 @@ def test_an_input_of_another_name_is_refused_at_once(tmp_path):
         DistillationTrainer(Other(), config(tmp_path, TASK))
 
 
+class Larger(Images):
+    def __init__(self):
+        super().__init__(size=48)
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"interpolate_pos_encoding": True}
+
+
+def collate(rows):
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("pixel_values", "labels")} | {
+        "interpolate_pos_encoding": True
+    }
+
+
+def test_interpolated_positions_are_the_students_alone(tmp_path):
+    def made(objectives, **models):
+        arguments = config(tmp_path, objectives, **RUN, remove_unused_columns=False)
+        return DistillationTrainer(
+            build("vit"), arguments, train_dataset=Larger(), data_collator=collate, **models
+        ).train()
+
+    made(TASK)
+    with pytest.raises(ValueError, match=r"'interpolate_pos_encoding', which would reach the student and not the te"):
+        made(KD, teacher=build("vit", seed=5))
+
+
 # ---- SIGTERM ----
 
 
