@@ -52,12 +52,14 @@ class DistillationTrainer(LossTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; only the student is saved,
-    evaluated and used for predictions. With `objectives=[{"name": "task"}]` and no teacher it is the plain Trainer.
+    evaluated and used for predictions. With `objectives=[{"name": "task"}]` and no teacher it is the plain Trainer,
+    bit for bit; under gradient accumulation so for models that pass `num_items_in_batch` on to their loss (ViT, DeiT,
+    DINOv2, MSN, I-JEPA, Swin, SegFormer) and ConvNeXt. Of others (ResNet, BEiT, LeViT, MobileNetV2, CLIP) Trainer 5.23
+    takes the loss and gradient as many times too large as there are steps to accumulate; here they are right.
 
     Where it differs on purpose:
 
-    - the loss is averaged over all images of an optimizer step (all micro-batches and ranks), so splitting the batch
-      changes nothing;
+    - the loss is averaged over all images of an optimizer step (all micro-batches and ranks);
     - float labels (B, K) are class distributions, not multi-label targets;
     - resuming and `load_best_model_at_end` load every tensor of the student, or fail (Trainer 5.23 leaves the blocks
       of a ViT untrained there);
@@ -191,12 +193,12 @@ class DistillationTrainer(LossTrainer):
         return prepared
 
     def _wrap_model(self, model, training=True, dataloader=None):
-        if training and model is self._distiller:
+        if training and not self._given_optimizer:  # create_optimizer may be the user's
+            contracts.add_objectives(self.optimizer, self.distiller.objectives, self.args)
+        if training and not self.sharded:
             # Trainer prepares, clips, zeroes and accumulates self.model: from here to the end of
             # _prepare_for_training that is the container. Not before: an optimizer is made of the student.
             self.model = model
-            if not self._given_optimizer:  # create_optimizer may be the user's
-                contracts.add_objectives(self.optimizer, self.distiller.objectives, self.args)
         return super()._wrap_model(model, training, dataloader)
 
     # ---- The data ----

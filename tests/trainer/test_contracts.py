@@ -1,6 +1,7 @@
 """What Trainer promises to those who subclass it, or give it functions, an optimizer and models of their own."""
 
 import copy
+import json
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
-from tests.support.helpers import KD, Images, config, largest_difference, weights
+from tests.support.helpers import KD, Images, config, forked, largest_difference, leave, weights
 from tests.support.tiny import build
 
 TASK = [{"name": "task"}]
@@ -252,6 +253,34 @@ def test_the_task_among_the_terms_is_what_is_trained(tmp_path):
     with torch.no_grad():
         expected = 3 * cross_entropy(made.model.eval()(batch["pixel_values"]).logits, batch["labels"])
         assert made.objective_terms(batch)["task"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- Evaluation of images without labels ----
+
+
+class Unlabelled(Images):
+    """The first 8 of 24 images have no label."""
+
+    def __init__(self):
+        super().__init__(24)
+        self.labels[:8] = -100
+
+
+def _evaluated(folder):
+    torch.set_num_threads(1)
+    arguments = config(folder, TASK, per_device_eval_batch_size=4)
+    made = DistillationTrainer(build("vit"), arguments, eval_dataset=Unlabelled())
+    (folder / f"{arguments.process_index}.json").write_text(json.dumps(made.evaluate()["eval_loss"]))
+    leave()
+
+
+def test_batches_without_labels_do_not_lower_eval_loss_on_two_processes(tmp_path):
+    forked(_evaluated, 2, tmp_path)
+    data = Unlabelled()
+    with torch.no_grad():
+        expected = cross_entropy(build("vit").eval()(data.pixels[8:]).logits, data.labels[8:]).item()
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == pytest.approx([expected] * 2, rel=1e-6)
 
 
 # ---- Models of other kinds ----
