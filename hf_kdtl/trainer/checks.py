@@ -176,7 +176,7 @@ def _objective_problems(args: DistillationConfig) -> list[str]:
     found, objectives, options = [], args.build_objectives(), args.rate_options
     derived = [key for key, objective in objectives.items() if isinstance(objective, DerivativeObjective)]
     disturbed = [key for key, objective in objectives.items() if objective.needs_plan or key in derived]
-    if disturbed and _reentrant(args):
+    if disturbed and reentrant(args):
         found.append(
             f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
             f'silently; use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
@@ -202,7 +202,7 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
     found = []
     if args.fp16:
         found.append("gradient_rule compares two gradients, and fp16 would scale them. Use bf16=True, or float32.")
-    if _reentrant(args):
+    if reentrant(args):
         found.append(
             "gradient_rule runs two backward passes, which reentrant checkpointing does not support; use "
             f'{CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
@@ -215,7 +215,7 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
     return found
 
 
-def _reentrant(args: DistillationConfig) -> bool:
+def reentrant(args: DistillationConfig) -> bool:
     kwargs: Any = getattr(args, f"{CHECKPOINTING}_kwargs")
     return bool(getattr(args, CHECKPOINTING) and kwargs and kwargs.get("use_reentrant"))
 

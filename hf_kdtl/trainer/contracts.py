@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 def without_jit_checkpoint(args: DistillationConfig) -> None:
     """Turn off Trainer's own saving on SIGTERM: two handlers would each put back the other's."""
-    if args.enable_jit_checkpoint:
+    if getattr(args, "enable_jit_checkpoint", False):  # not in every version
         args.enable_jit_checkpoint = False
         logger.info("enable_jit_checkpoint: DistillationTrainer saves on SIGTERM in any case, after the step.")
 

@@ -15,8 +15,10 @@ from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.teachers.chance import ChanceCheck
+from hf_kdtl.trainer.checks import reentrant
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.trainer.sample import training_sample
+from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
 HEADS = ("classifier", "head", "fc")
@@ -161,7 +163,7 @@ def _get(outputs: Any, name: str) -> Tensor | None:
 def _by_gradient(trainer: Any, inputs: dict[str, Any]) -> list[str]:
     """What of the trainable tensors no objective reaches, by group and cause."""
     distiller = trainer.distiller
-    recomputed = getattr(trainer.model, "is_activation_checkpointing", False)
+    recomputed = getattr(trainer.model, f"is_{CHECKPOINTING}", False)
     distiller.train()
     try:
         with math_attention() if recomputed and distiller.student_needs.order >= 2 else nullcontext():
@@ -173,11 +175,10 @@ def _by_gradient(trainer: Any, inputs: dict[str, Any]) -> list[str]:
     for name, gradient in found.items():
         groups.setdefault(_group(name), []).append(gradient)
     lost = [group for group, gradients in groups.items() if all(g is None for g in gradients)]
-    reentrant = recomputed and (trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
-    if reentrant and lost:
+    if reentrant(trainer.args) and lost:
         raise ValueError(
             f"{_few(lost)} get no gradient: under reentrant checkpointing a block whose input needs none gives none "
-            'to its own weights. Set activation_checkpointing_kwargs={"use_reentrant": False}.'
+            f'to its own weights. Set {CHECKPOINTING}_kwargs={{"use_reentrant": False}}.'
         )
     if len(lost) == len(groups):
         raise ValueError(

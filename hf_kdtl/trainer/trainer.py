@@ -196,9 +196,7 @@ class DistillationTrainer(LossTrainer):
         if training and not self._given_optimizer:  # create_optimizer may be the user's
             contracts.add_objectives(self.optimizer, self.distiller.objectives, self.args)
         if training and not self.sharded:
-            # Trainer prepares, clips, zeroes and accumulates self.model: from here to the end of
-            # _prepare_for_training that is the container. Not before: an optimizer is made of the student.
-            self.model = model
+            self.model = model  # the container is prepared, clipped and zeroed; the optimizer is made of the student
         return super()._wrap_model(model, training, dataloader)
 
     # ---- The data ----
