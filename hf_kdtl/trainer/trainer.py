@@ -199,8 +199,6 @@ class DistillationTrainer(LossTrainer):
             self.model = model  # the container is prepared, clipped and zeroed; the optimizer is made of the student
         return super()._wrap_model(model, training, dataloader)
 
-    # ---- The data ----
-
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
