@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from hf_kdtl.data.bit_depth import CHOICES, check_bit_depths
@@ -176,6 +175,8 @@ def readable(split: Dataset, name: str, notes: list[str]) -> Dataset:
 
 def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) -> dict[str, Dataset]:
     """{"train": what is left, and a split for each share}: stratified, disjoint, unlabelled images stay in train."""
+    from sklearn.model_selection import train_test_split  # here: importing the trainer imports this module
+
     labels = np.array(train["label"][:])
     rest = np.flatnonzero(labels != UNLABELLED)
     counts = Counter(labels[rest].tolist())
