@@ -120,7 +120,7 @@ def test_a_bare_name_is_a_shipped_file_and_a_path_is_a_file():
     Path("x.yaml").rename("digits.yaml")
     assert cli.parse(DistillationConfig, argv=["--config", "digits.yaml"])[0].seed == 7
     assert cli.parse(DistillationConfig, argv=["--config", "./digits.yaml"])[0].seed == 7
-    assert find_config("digits").parent.name == "configs" and "make demo" in find_config("digits").read_text()
+    assert find_config("digits").parent.name == "configs" and "The demo" in find_config("digits").read_text()
     for name, said in (
         ("digit", "Did you mean digits?"),
         ("ddp", "hf-kdtl configs copy ddp"),

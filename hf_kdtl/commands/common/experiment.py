@@ -28,10 +28,7 @@ class DistillOptions(UnlabelledOptions):
 
     teacher: str | None = field(
         default=None,
-        metadata={
-            "help": "A folder or Hub name of an image classifier; 'self': the student with its adapters off; none "
-            "where no objective needs it."
-        },
+        metadata={"help": "An image classifier: a folder or Hub name; 'self': the student without its adapters."},
     )
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
     student_config: dict | str | None = field(
@@ -47,9 +44,9 @@ class DistillOptions(UnlabelledOptions):
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
     baseline: bool = field(
         default=False,
-        metadata={"help": "Also train the student alone; with unlabelled images also distilled on the labelled ones."},
+        metadata={"help": "Also train the student alone, and where some images have no label on the labelled ones."},
     )
-    time_budget: str | None = field(default=None, metadata={"help": "As many steps as fit, all runs together: 20min."})
+    time_budget: str | None = field(default=None, metadata={"help": "Steps that fit, all runs: 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
 

@@ -27,7 +27,7 @@ MOST_USED = {
     "bf16": "Forward passes in bfloat16.",
     "eval_strategy": "When validation is scored.",
     "save_strategy": "When a checkpoint is written.",
-    "seed": "Of weights, order and augmentation.",
+    "seed": "Of weights, order, augmentation.",
     "resume_from_checkpoint": "true: continue from the last complete checkpoint.",
     "use_cpu": "Leave GPUs alone.",
 }
@@ -87,7 +87,8 @@ def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, e
         formatter.end_section()
     parts = [doc.strip(), formatter.format_help().strip()]
     if _trains(types):
-        parts.append(objective_lines(width))
+        if "student_layers" in actions:  # others have no student to choose objectives for
+            parts.append(objective_lines(width))
         if not everything:
             chosen = "(chosen): by model and images, see hf-kdtl init. " if "time_budget" in actions else ""
             parts.append(f"{chosen}--help-all adds every setting of transformers' TrainingArguments.")
@@ -122,4 +123,4 @@ def objective_lines(width: int) -> str:
         f"  {name}".ljust(column) + textwrap.shorten(text, width - column, placeholder=" ...")
         for name, text in what.items()
     ]
-    return "\n".join(["Names for --objectives (their options: README.md, or help() of the class):", *lines])
+    return "\n".join(["Names for --objectives (options: help() of the class, or the docs):", *lines])

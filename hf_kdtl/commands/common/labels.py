@@ -24,16 +24,12 @@ class UnlabelledOptions:
     unlabelled: str | None = field(
         default=None,
         metadata={
-            "help": "More images, without labels: a folder, parquet files, ...; or rest: what --labels_per_class "
-            "left out."
+            "help": "Images without labels: a folder, parquet; or rest: those that --labels_per_class left out."
         },
     )
     labelled_share: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of labelled images in every batch, if some have no label; by default their share of all, "
-            f"at least {SHARE}."
-        },
+        metadata={"help": f"Of each batch, with unlabelled images; by default their share of all, at least {SHARE}."},
     )
 
 
