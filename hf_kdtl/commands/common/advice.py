@@ -52,25 +52,25 @@ def warnings(
         guessing: `chance` of validation.
         steps: of a run.
     """
-    told = []
+    found = []
     if teacher is not None and teacher <= guessing:
-        told.append(
+        found.append(
             f"The teacher is at chance: {teacher:.1%} on validation, and always answering the largest class may give "
             f"{guessing:.1%}. A student cannot learn from it. Look at its classes and its image processor, or train "
             "one: hf-kdtl train-teacher."
         )
     if early := [name for name, log in curves.items() if still_learning(log)]:
-        told.append(
-            f"The loss still falls, and accuracy still rises ({', '.join(early)}): train longer. Type --max_steps "
+        found.append(
+            f"The loss still falls at the end ({', '.join(early)}): train longer. Type --max_steps "
             f"{2 * steps} --overwrite_output_dir true."
         )
     if teacher is not None and student is not None and teacher > guessing and teacher - student > FAR:
-        told.append(
+        found.append(
             f"The student is far below its teacher: {student:.1%} and {teacher:.1%} on validation. "
             + ("Train longer first." if early else "Type --student_layers with more blocks, --student with "
                "pre-trained weights, or more steps (--max_steps).")
         )  # fmt: skip
-    return told
+    return found
 
 
 def of_run(results: Results, labels: Sequence[int], steps: int) -> list[str]:
