@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from packaging.version import Version
+from transformers import AutoModelForImageClassification, ViTImageProcessor, __version__
 
 from hf_kdtl import make_student
 from hf_kdtl.models import Needs, Teacher
@@ -75,6 +76,8 @@ def test_another_image_size_is_an_error_although_sizes_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "resnet", "poolformer", "cvt", "levit"])
 def test_a_backbone_alone_has_no_head(tmp_path, name):
+    if name in ("vit", "beit") and Version(__version__) < Version("5.20"):
+        pytest.skip("transformers does not find the names of these backbones there, and the file is refused")
     model = TINY[name]()
     getattr(model, model.base_model_prefix).save_pretrained(tmp_path)
     opened = open_classifier(tmp_path, keep_head=False)
