@@ -6,6 +6,7 @@ import torch
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.trainer import learning
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import KD, Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
 
@@ -31,7 +32,7 @@ def frozen_backbone():
 
 
 def reentrant():
-    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    checkpointing = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
     return lora(modules_to_save=["classifier"]), [{"name": "task"}], checkpointing
 
 
@@ -66,7 +67,7 @@ def test_what_cannot_learn_is_refused(tmp_path, case, says):
 
 def test_the_cure_of_reentrant_checkpointing_moves_every_adapter(tmp_path):
     student, objectives, settings = reentrant()
-    settings["activation_checkpointing_kwargs"] = {"use_reentrant": False}
+    settings[f"{CHECKPOINTING}_kwargs"] = {"use_reentrant": False}
     trained = DistillationTrainer(student, config(tmp_path, objectives, **RUN | settings), train_dataset=Images())
     before = {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
     trained.train()
@@ -121,7 +122,7 @@ class Randomly(Images):
         ("resnet", KD, {}),
         ("vit", [{"name": "task"}, {"name": "hidden_states"}], {"gradient_rule": {"name": "pcgrad"}}),
         ("vit", KD, {"layer_rates": {"mode": "discrepancy", "source": "attention", "every": 1}}),
-        ("vit", [{"name": "task"}, {"name": "jacobian"}], {"activation_checkpointing": True}),
+        ("vit", [{"name": "task"}, {"name": "jacobian"}], {CHECKPOINTING: True}),
     ],
     ids=["dropout", "batch norm", "rule", "rates", "derivatives"],
 )
