@@ -71,15 +71,15 @@ class Found:
 
     def sentences(self) -> list[str]:
         """For the terminal, and for the head of the file."""
-        told = [
+        notes = [
             f"{self.images:,} training images of {self.classes} classes, {self.smallest} to {self.largest} of each.",
             f"Images of about {self.width} x {self.height} pixels, {'in color' if self.color else 'without color'}.",
         ]
         if self.smallest < FEW:
-            told.append(f"A class has {self.smallest} images: expect little of it, or add some.")
+            notes.append(f"A class has {self.smallest} images: expect little of it, or add some.")
         if self.largest > 10 * self.smallest:
-            told.append("The classes differ much in size: look at mean_class_accuracy, not at accuracy alone.")
-        return told
+            notes.append("The classes differ much in size: look at mean_class_accuracy, not at accuracy alone.")
+        return notes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, name = Found.of(data), Path(data_options.dataset.rstrip("/")).name.split(".")[0].replace("*", "images")
     files = settings_files(name, found, options.teacher, data, data_options)
     if there := [file for file in files if Path(file).exists()]:
-        raise FileExistsError(f"{' and '.join(there)} exists here and is left as it is; move it away to have it anew.")
+        raise FileExistsError(f"{' and '.join(there)} exists here and is left as it is; move it away for a new one.")
     for file, text in files.items():
         Path(file).write_text(text, encoding="utf-8")
-    told = [*builders.describe_data(data), *(f"- {sentence}" for sentence in found.sentences())]
-    print(cli.printable("\n".join([*told, "", f"Wrote {' and '.join(files)}. Type next:", *next_commands(files)])))
+    lines = [*builders.describe_data(data), *(f"- {sentence}" for sentence in found.sentences())]
+    print(cli.printable("\n".join([*lines, "", f"Wrote {' and '.join(files)}. Type next:", *next_commands(files)])))
 
 
 def next_commands(files: Mapping[str, str]) -> list[str]:
