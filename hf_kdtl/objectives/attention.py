@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_kdtl.functional import attention as fa
 from hf_kdtl.functional.resample import align_tokens
 from hf_kdtl.models.forward.attention_hooks import Attention
-from hf_kdtl.models.forward.capture import Capture
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import check_option
 from hf_kdtl.objectives.paired import PairedObjective, check_attention, check_grids, class_columns
@@ -93,13 +93,22 @@ class AttentionMap(PairedObjective):
         fa.check_relation_heads(heads, *widths)
         return heads
 
+    def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
+        student, teacher = super().needs(plan)
+        if self.rows == "cls" and self.heads == "mean":  # of the teacher the row alone: it can be stored
+            teacher = Needs(attention_rows=teacher.attention)
+        return student, teacher
+
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
         keep_s, keep_t = class_columns(pair)
         grid_s, grid_t = pair.student.grid, pair.teacher.grid
         assert grid_s is not None and grid_t is not None
         log_s = self._rows(student.attention[pair.student_layer], pair)
         log_s = fa.align_columns(log_s, keep_s, len(pair.student.prefix), grid_s, grid_s)
-        log_t = self._rows(detached(teacher.attention[pair.teacher_layer]), pair)
+        if self.rows == "cls" and self.heads == "mean":
+            log_t = teacher.attention_rows[pair.teacher_layer].detach()[:, None, None]
+        else:
+            log_t = self._rows(detached(teacher.attention[pair.teacher_layer]), pair)
         log_t = fa.align_columns(log_t, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
         if self.rows == "all":
             log_s = fa.align_rows(log_s, keep_s, len(pair.student.prefix), grid_s, grid_s)

@@ -109,7 +109,7 @@ def test_every_objective_obeys_on_every_pair(case):
 @pytest.mark.parametrize("case", ATTENTION)
 def test_every_row_sums_to_one_after_alignment(case):
     student, teacher = _pair(*ATTENTION[case])
-    distiller = _distiller(student, teacher, "attention_map", {})
+    distiller = _distiller(student, teacher, "attention_map", {"rows": "all"})
     captured = distiller.teacher.capture(INPUTS["pixel_values"], distiller.source_needs["teacher"])
     for pair in distiller.plans["teacher"].pairs:
         a = captured.attention[pair.teacher_layer]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_kdtl.functional.attention import attention_rows, mean_heads
 from hf_kdtl.models.blocks import find_blocks
 
 NAME = "hf_kdtl_tap"
@@ -33,6 +34,16 @@ class Attention(NamedTuple):
     scale: float
     bias: Tensor | None  # additive, broadcastable to (B, H, Nq, Nk): masks, relative position biases
     weights: Tensor | None = None  # (B, H, Nq, Nk), softmax already taken
+
+
+def first_row(attention: Attention) -> Tensor:
+    """log A of the first token, mean over the heads, (B, N) in at least float32."""
+    if attention.query is None or attention.key is None:
+        assert attention.weights is not None
+        rows = attention.weights[:, :, :1].float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    else:
+        rows = attention_rows(attention.query, attention.key, attention.scale, attention.bias)
+    return mean_heads(rows)[:, 0, 0]
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,66 +13,13 @@ from torch import Tensor, nn
 
 from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
+from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, first_row, recording, run
 from hf_kdtl.models.forward.block_calls import BlockCall, block_calls
 from hf_kdtl.models.forward.classifier import pooled_features
 from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
-from hf_kdtl.models.forward.perturbations import Direction, RNGState, input_leaf
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What an objective must have captured of one model. `a | b` is what serves both.
-
-    Args:
-        logits: the class outputs.
-        pooled: what the classifier reads.
-        hidden_states: blocks whose output is needed, counted from 0.
-        attention: blocks whose query, key and value are needed.
-        block_calls: blocks that are called again, with the inputs that this forward gave them.
-        input_gradient: the gradient of outputs by the pixels is taken.
-        order: the highest derivative taken of this forward, by pixels and parameters together. From 2, attention runs
-            its math kernel (so does a pass in forward mode, which must see the same dropout masks); from 3, layer
-            norms are composed.
-        directions: further forwards at shifted pixels. Those that several objectives ask for are run once.
-        fraction: the largest share of the images that the last three are needed for. `capture` itself serves all the
-            images it is given.
-        weights: of the start model: the student's tensors paired with its own (`Capture.weights`). Alone it costs no
-            forward.
-    """
-
-    logits: bool = False
-    pooled: bool = False
-    hidden_states: frozenset[int] = frozenset()
-    attention: frozenset[int] = frozenset()
-    block_calls: frozenset[int] = frozenset()
-    input_gradient: bool = False
-    order: int = 0
-    directions: frozenset[Direction] = frozenset()
-    fraction: float = 0.0
-    weights: bool = False
-
-    def __or__(self, other: Needs) -> Needs:
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Needs(**{k: max(a, b) if k in ("order", "fraction") else a | b for k, (a, b) in pairs.items()})
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, f.name) for f in fields(self))
-
-    @property
-    def derivative(self) -> bool:
-        """Whether the pixels are differentiated or shifted."""
-        return self.input_gradient or bool(self.directions)
-
-    @property
-    def reads_blocks(self) -> bool:
-        """Whether anything is read off single blocks, which must then be known."""
-        return bool(self.hidden_states or self.attention or self.block_calls)
-
-    def plain(self) -> Needs:
-        """What one ordinary forward serves."""
-        return replace(self, input_gradient=False, order=0, directions=frozenset(), fraction=0.0)
+from hf_kdtl.models.forward.needs import Needs
+from hf_kdtl.models.forward.perturbations import Direction, RNGState, Sketch, input_leaf
 
 
 @dataclass(frozen=True)
@@ -104,6 +51,8 @@ class Capture:
         pooled: (B, D) what the classifier reads, if needed.
         hidden_states: {layer: (B, N, D) tokens, or (B, D, gh, gw) maps}, the outputs of blocks.
         attention: {layer: query, key, value (B, H, N, d), scale, bias}.
+        attention_rows: {layer: (B, N) log-probabilities}, the first token's attention, mean over the heads.
+        sketches: {sketch: (B, r)} of a teacher; of the images `differentiated_rows` alone where there are any.
         geometry: prefix tokens and grid of each block.
         x: the student's pixels, by which is differentiated; its leaf of the graph where a gradient is needed.
         differentiated: the capture that serves derivatives, of the images `differentiated_rows` alone; None where it
@@ -119,6 +68,8 @@ class Capture:
     pooled: Tensor | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
+    attention_rows: dict[int, Tensor] = field(default_factory=dict)
+    sketches: dict[Sketch, Tensor] = field(default_factory=dict)
     geometry: ModelGeometry | None = None
     x: Tensor | None = None
     differentiated: Capture | None = None
@@ -245,17 +196,17 @@ def capture(
 def _forward(
     model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None, inputs: dict[str, Any]
 ) -> Capture:
-    layers = needs.attention | needs.hidden_states | needs.block_calls
+    layers = needs.tapped | needs.hidden_states | needs.block_calls
     if layers and geometry is None:
         geometry = describe(model, pixel_values)
     if geometry is not None and layers and not layers <= set(range(len(geometry.layers))):
         raise ValueError(
             f"{geometry.name} has the blocks 0 to {len(geometry.layers) - 1}; asked for {sorted(layers)}."
         )
-    by_weights = bool(needs.attention) and geometry is not None and geometry.weights_only
+    by_weights = bool(needs.tapped) and geometry is not None and geometry.weights_only
     with ExitStack() as stack:
         stack.enter_context(contiguous_gradients(model, pixel_values))
-        tapped = frozenset() if by_weights else needs.attention
+        tapped = frozenset() if by_weights else needs.tapped
         # First: it may need a forward of its own.
         pooled = stack.enter_context(pooled_features(model, pixel_values)) if needs.pooled else []
         recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
@@ -267,19 +218,23 @@ def _forward(
     attention = recorder.attention
     if by_weights:
         weights = flat_attentions(outputs)
-        attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.attention}
+        attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.tapped}
     _check_complete(model, needs, attention, recorder.hidden_states, pooled)
     first = pooled[0] if pooled else None
     hidden_states = recorder.hidden_states
     if geometry is not None:
         geometry = at_size(geometry, pixel_values, hidden_states, attention)
-    return Capture(outputs.logits, pixel_values, outputs, first, hidden_states, attention, geometry, block_calls=calls)
+    rows = {i: first_row(attention[i]) for i in needs.attention_rows}
+    kept = {i: attention[i] for i in needs.attention}
+    return Capture(
+        outputs.logits, pixel_values, outputs, first, hidden_states, kept, rows, geometry=geometry, block_calls=calls
+    )
 
 
 def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, pooled: list) -> None:
     """Nothing that was asked for may be missing: a sum over an empty capture would be 0.0 and look learned."""
     name = type(model).__name__
-    if missing := sorted(needs.attention - attention.keys()):
+    if missing := sorted(needs.tapped - attention.keys()):
         raise ValueError(
             f"{name} gave no attention for the blocks {missing}: it does not call transformers' attention interface "
             "there. Use an objective on hidden states instead: attention_transfer or hidden_states."

@@ -58,6 +58,6 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
 
     values = {
         name: tree_map(join, getattr(part, name), getattr(rest, name))
-        for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention")
+        for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention", "attention_rows")
     }
     return Capture(**values, geometry=part.geometry, differentiated=part, differentiated_rows=rows)

@@ -30,6 +30,19 @@ class Direction(NamedTuple):
         return draws.rademacher(shape, f"probe-{self.probe}", like)
 
 
+class Sketch(NamedTuple):
+    """A random projection of an input gradient: of the class output that is the teacher's largest, in `rows` numbers.
+
+    p = R (sigma * g) / sqrt(rows), see `hf_kdtl.functional.sketch`.
+    """
+
+    rows: int
+    of: str = "logit"
+
+    def __str__(self) -> str:
+        return f"{self.of}-{self.rows}"
+
+
 class RNGState:
     """The random state a forward began with, so that another pass sees the same dropout and drop-path masks.
 
