@@ -1,0 +1,165 @@
+"""Images and the teacher's answers to fixed views of them, held in memory: a run then costs the student's step alone.
+
+The views are made once and shared by all arms and seeds, so that arms differ in what they learn from and in nothing
+else. The files lie under --work and are made on first use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_kdtl.data import ImageDataset, load_images
+from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.labelled_share import LabelledShareSampler
+from hf_kdtl.models import Capture, Teacher
+from hf_kdtl.models.teachers.source import SignalSource, SourceInfo
+
+VIEWS = 20
+
+
+class Plain:
+    """Pixels in [0, 1] at one size, as ImageDataset asks an image processor for them."""
+
+    do_normalize, image_mean, image_std = False, None, None
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, images: list[Any], **_: Any) -> dict[str, list[np.ndarray]]:
+        size = (self.size, self.size)
+        return {"pixel_values": [np.asarray(i.resize(size), np.float32).transpose(2, 0, 1) / 255 for i in images]}
+
+
+class Views(torch.utils.data.Dataset):
+    """Fixed views of images, normalised to [-1, 1]; each batch takes the next view of its images.
+
+    Args:
+        pixels: (n, V, 3, h, w) uint8.
+        labels: (n,), -100 for an image without one.
+        rows: of these images in the table of the teacher's answers.
+        share: of labelled images in a batch; None: as they come.
+        seed: of the order.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray, share: float | None, seed: int):
+        self.pixels, self.labels, self.rows, self.share, self.seed = pixels, labels, rows, share, seed
+        self.epoch, self.batches = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def train_sampler(self, batch_size: int) -> LabelledShareSampler | None:
+        """Where both kinds are there, so many of each in a batch."""
+        if self.share is None:
+            return None
+        return LabelledShareSampler(self.labels >= 0, batch_size, self.share, self.seed, lambda: self.epoch)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+        self.batches += 1
+        return [
+            {"pixel_values": normalised(self.pixels[self.rows[i], self._view(i)]), "labels": int(self.labels[i])}
+            for i in places
+        ]
+
+    def _view(self, i: int) -> int:
+        return int(self.batches + self.rows[i]) % self.pixels.shape[1]
+
+    def source_index(self, i: int) -> int:
+        """The row of the answer to the view that the last batch showed."""
+        return int(self.rows[i]) * self.pixels.shape[1] + self._view(i)
+
+
+class Answers(SignalSource):
+    """The teacher's logits, one row a view."""
+
+    needs_index = True
+
+    def __init__(self, logits: Tensor):
+        self.logits, self.notes = logits, []
+
+    def match(self, student: Any, processing_class: Any, compare_classes: bool) -> None:
+        """Classes are in the data's order on both sides."""
+
+    def unserved(self, needs: Any) -> str:
+        only = type(needs)(logits=True)
+        return "" if needs | only == only else f"only logits are held, and this reads {needs}."
+
+    def capture(self, pixel_values: Tensor, needs: Any, batch: Any = None) -> Capture:
+        return Capture(logits=self.logits[batch["image_index"]])
+
+    def provenance(self) -> SourceInfo:
+        return SourceInfo("stored logits", num_labels=self.logits.shape[1])
+
+    fingerprint = "stored logits"
+
+
+def normalised(pixels: np.ndarray) -> Tensor:
+    """uint8 to floats in [-1, 1]."""
+    return torch.from_numpy(pixels).float() / 127.5 - 1
+
+
+def plain_split(split: Any, size: int) -> Views:
+    """All images of a split without augmentation."""
+    data = ImageDataset(split, Plain(size))
+    pixels = np.concatenate([_bytes(data.__getitems__(part.tolist())) for part in _parts(len(data))])
+    return Views(pixels[:, None], np.array(split["label"][:]), np.arange(len(pixels)), None, 0)
+
+
+def pool(dataset: str, teacher: str, work: Path, images: int, size: int = 32) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """(n, V, 3, h, w) uint8 views of a balanced pool of training images, labels, the teacher's logits (n V, K)."""
+    file = work / f"{Path(dataset).name}_{images}.npz"
+    if not file.exists():
+        _make_pool(dataset, teacher, file, images, size)
+    held = np.load(file)
+    return held["pixels"], held["labels"], torch.from_numpy(held["logits"])
+
+
+def _make_pool(dataset: str, teacher: str, file: Path, images: int, size: int) -> None:
+    train = load_images(dataset).train
+    labels = np.array(train["label"][:])
+    draw, classes = np.random.default_rng(0), train.features["label"].num_classes
+    each = images // classes
+    rows = np.sort(np.concatenate([draw.permutation(np.flatnonzero(labels == k))[:each] for k in range(classes)]))
+    data = ImageDataset(
+        train.select(rows), Plain(size), augmentation=Augmentation({"crop": size // 8, "flip": True}), seed=0
+    )
+    pixels = np.empty((len(rows), VIEWS, 3, size, size), np.uint8)
+    for view in tqdm(range(VIEWS), "views"):
+        data.set_epoch(view)
+        for part in _parts(len(rows)):
+            pixels[part, view] = _bytes(data.__getitems__(part.tolist()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    logits = answers(Teacher.from_pretrained(teacher), pixels.reshape(-1, 3, size, size))
+    np.savez(file, pixels=pixels, labels=labels[rows], logits=logits)
+
+
+@torch.inference_mode()
+def answers(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
+    """The teacher's logits for (n, 3, h, w) uint8 pixels, through its own processor's size, mean and std."""
+    processor, model = teacher.processing_class, teacher.classifier()
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    size, found = (processor.size["height"], processor.size["width"]), []
+    for part in tqdm(_parts(len(pixels)), "teacher"):
+        shown = torch.nn.functional.interpolate(torch.from_numpy(pixels[part]) / 255, size, mode="bilinear")
+        found.append(model((shown - mean) / std).logits.numpy())
+    return np.concatenate(found)
+
+
+def _parts(number: int, size: int = 250) -> list[np.ndarray]:
+    return np.array_split(np.arange(number), max(1, number // size))
+
+
+def _bytes(items: list[dict[str, Any]]) -> np.ndarray:
+    return np.rint(255 * np.stack([item["pixel_values"].numpy() for item in items])).astype(np.uint8)
