@@ -72,11 +72,11 @@ def trained(model, accumulation):
 
 def resumed(cls, model):
     folder = Path(tempfile.mkdtemp())
-    whole = runner(cls, folder, model, **RUN)
-    whole.train()
+    full = runner(cls, folder, model, **RUN)
+    full.train()
     again = runner(cls, folder, model, **RUN)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    return largest_difference(weights(whole.model), weights(again.model))
+    return largest_difference(weights(full.model), weights(again.model))
 
 
 def best(cls, model):

@@ -119,7 +119,7 @@ class Steps:
         return step
 
     def every_class(self) -> Step:
-        """KD and the whole Jacobian as public code takes it: for each class a backward of each model."""
+        """KD and the full Jacobian as public code takes it: for each class a backward of each model."""
         student, teacher = copy.deepcopy(self.student).train(), copy.deepcopy(self.teacher)
 
         def jacobian(logits, x):

@@ -7,8 +7,8 @@
 
 Error: || g - g64 || / || g64 || of the gradient of an objective by all of the student's parameters, where g64 is by
 double backward in float64: same weights, images and draws. A finite difference along random directions is compared
-with the exact derivatives along the same directions; what one direction deviates from all of them is told apart, and
-is no error: it has mean 0. bfloat16 is autocast over float32 weights.
+with the exact derivatives along the same directions; what one direction deviates from all of them is reported apart,
+and is no error: it has mean 0. bfloat16 is autocast over float32 weights.
 
 Without `--student` the pair is that of step_cost.py, its weights scaled until the logits spread as a trained net's do.
 With it, the teacher is the student with every weight times 1 + 0.1 N(0, 1). Prints a table; draws --plot.

@@ -28,7 +28,7 @@ def _one_heap() -> None:
 
 
 class _Driven:
-    """A loop in a thread of its own that moves by one step when told to."""
+    """A loop in its own thread that advances one step on request."""
 
     def __init__(self, loop: Loop):
         self.seconds: list[float] = []

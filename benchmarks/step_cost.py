@@ -168,17 +168,17 @@ def mean_ratios(times: dict[str, list[float]], to: str) -> None:
     """Ratios of mean step times over a whole number of cadences, and of the means of steps that do not measure."""
     print("| steps compared | ratio of mean times | share of it in measuring steps |\n| --- | --- | --- |")
     rounds = len(times[to])
-    whole = rounds - rounds % 200 or rounds
-    if whole % 200:
-        print(f"(only {whole} steps: not whole cadences; a multiple of 200 after 5 to warm up is)")
+    full = rounds - rounds % 200 or rounds
+    if full % 200:
+        print(f"(only {full} steps: not complete cadences; a multiple of 200 after 5 to warm up is)")
     for name, seconds in times.items():
         if name == to:
             continue
         every = RateOptions.of(RATES[name]).interval if name in RATES else None
-        due = [i for i in range(whole) if every and (i + WARM_UP) % every == 0]
-        base = statistics.mean(times[to][:whole])
-        extra = sum(seconds[i] - times[to][i] for i in due) / (whole * base)
-        mean = statistics.mean(seconds[:whole]) / base
+        due = [i for i in range(full) if every and (i + WARM_UP) % every == 0]
+        base = statistics.mean(times[to][:full])
+        extra = sum(seconds[i] - times[to][i] for i in due) / (full * base)
+        mean = statistics.mean(seconds[:full]) / base
         print(f"| logit_kd + {name} / logit_kd | {mean:.3f} | {extra:.3f} |", flush=True)
 
 

@@ -1,7 +1,7 @@
 """A study: arms compared on equal terms, as a resumable list of runs.
 
-Each run is one JSON line. The list is in whole seeds: first each arm's weights are tried with the first seed and the
-best on the validation split is taken, then every arm is run with the next seed, and so on; a study that was stopped
+Each run is one JSON line. The list is in complete seeds: first each arm's weights are tried with the first seed and
+the best on the validation split is taken, then every arm is run with the next seed, and so on; a study that stopped
 goes on where it was, and the same command with more seeds or arms enlarges it. The test split is read once a run and
 never chosen by.
 """

@@ -60,7 +60,7 @@ def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(
             f"torch {torch.__version__} cannot export {type(model).__name__} for any batch size; export another "
-            f"architecture, or try a newer torch. It said: {error}"
+            f"architecture, or try a newer torch. Its message: {error}"
         ) from error
     finally:
         model.set_attn_implementation(attention)

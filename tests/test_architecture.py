@@ -91,7 +91,7 @@ def test_imports_go_down_only():
 
 
 def test_no_circle_within_a_package():
-    """Modules of the whole package as a graph: an order exists in which each is imported after what it imports."""
+    """Modules of the package as a graph: an order exists in which each is imported after what it imports."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
     needs = {
         name: {module for module in _top_imports(path) if module in modules and module != name}

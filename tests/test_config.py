@@ -105,10 +105,10 @@ def test_dotted_names_of_a_search_reach_into_a_setting(tmp_path):
     for name in ("objectives.nothing.temperature", "learning.rate.now", "objectives.logit_kd", "layer_rates.a.b"):
         with pytest.raises(ValueError, match=rf"'{name}' names no setting; expected objectives"):
             config.with_dotted({name: 1.0})
-    for name, value, said in (
+    for name, value, message in (
         ("objectives.logit_kd.temperature", -1, "expected a number greater than 0"),
         ("layer_rates.momentum", 2, "momentum is 2"),
         ("objectives.logit_kd.temperatur", 2, "Did you mean 'temperature'"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             config.with_dotted({name: value})

@@ -91,7 +91,7 @@ def test_a_checkpoint_with_a_pickle_that_acts_does_not_act():
     trainer("out", build("vit"), max_steps=1, save_strategy="steps", save_steps=1).train()
     folder = Path("out/checkpoint-1")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
-        whole = (folder / name).read_bytes()
+        full = (folder / name).read_bytes()
         torch.save(Evil(), folder / name)
         write_manifest(folder, 1, [])  # whoever altered it, altered the checksums too
         again = trainer("out", build("vit"), max_steps=2)
@@ -104,7 +104,7 @@ def test_a_checkpoint_with_a_pickle_that_acts_does_not_act():
         assert not Path("ran").exists(), name
         assert torch.load(folder / name, weights_only=False) == 0 and Path("ran").exists()  # it would have acted
         Path("ran").unlink()
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(full)
 
 
 # ---- Settings ----
@@ -139,7 +139,7 @@ def test_no_setting_reaches_trust_remote_code(command, images):  # noqa: F811
     assert not Path("out").exists()
 
 
-def test_code_beside_a_model_is_not_run():
+def test_code_next_to_a_model_is_not_run():
     folder = Path("evil")
     folder.mkdir()
     code = "import pathlib\npathlib.Path('ran').touch()\n"
@@ -240,9 +240,9 @@ def test_names_of_files_cannot_write_to_the_terminal(command, capsys):  # noqa: 
 
     assert cli.run(fail) == 2
     command("common.runs").say(type("Config", (), {"process_index": 0}), f"the class {NAMES[1]}", "| a |\n| b |")
-    told = capsys.readouterr()
-    assert "\x1b" not in told.out + told.err
-    assert "the class c d[31m is wrong" in told.err and told.out.endswith("| a |\n| b |\n")
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "the class c d[31m is wrong" in printed.err and printed.out.endswith("| a |\n| b |\n")
 
 
 @pytest.mark.slow
@@ -258,8 +258,8 @@ def test_names_of_classes_cannot_break_report_pictures_or_folders(command, capsy
     command("distill").main([*flags, "--teacher", "taught/model", "--student_layers", "1", "--output_dir", "out"])
     models = ["--models", "out/student", "--teacher", "taught/model", "--degradations", "none"]
     command("evaluate").main([*flags, *models, "--output_dir", "judged"])
-    told = capsys.readouterr()
-    assert "\x1b" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
     assert {path.name for path in work.iterdir()} == {"named", "taught", "out", "judged"}
     assert [path.name for path in tmp_path.iterdir()] == ["one"] and len(list((tmp_path / "one").iterdir())) == 1
     known = re.compile(r"[\w.-]+")

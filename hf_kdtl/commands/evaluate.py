@@ -4,7 +4,7 @@
       --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
   hf-kdtl evaluate --models runs/a/student runs/b/student --dataset my_images --degradations jpeg gaussian_blur
 
-With --max_drop 2 it passes, or fails with exit code 1 (for scripts and CI): a student passes where the whole 95%
+With --max_drop 2 it passes, or fails with exit code 1 (for scripts and CI): a student passes where all of the 95%
 interval of its accuracy, compared on the same images, is at most 2 points below the teacher's.
 
 Nothing is trained and nothing is chosen: evaluate on the test split once, when everything else is decided.

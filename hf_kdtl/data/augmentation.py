@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_kdtl.utils.options import check_known, is_number, is_whole
+from hf_kdtl.utils.options import check_known, is_integer, is_number
 
 UNLABELLED = -100
 
@@ -53,7 +53,7 @@ class Augmentation:
         if "crop" in self.config and "resized_crop" in self.config:
             raise ValueError("augmentation has both 'crop' and 'resized_crop', expected one; set the other to null.")
         self._sizes: dict[tuple[int, int], nn.Module] = {}
-        # The whole range of lambda is drawn by kornia; mixup's alpha is put in by _mixup.
+        # kornia draws all of lambda's range; _mixup applies mixup's alpha.
         self._mixup = K.RandomMixUpV2(data_keys=["input", "class"])
         self._cutmix = K.RandomCutMixV2(
             data_keys=["input", "class"], beta=self.config.get("cutmix"), use_correct_lambda=True
@@ -148,7 +148,7 @@ def _is_area_range(value: Any) -> bool:
 
 
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "crop": (is_whole, "a whole number of pixels, such as 4"),
+    "crop": (is_integer, "a whole number of pixels, such as 4"),
     "resized_crop": (_is_area_range, "[smallest, largest] part of the area in (0, 1], such as [0.6, 1.0]"),
     "flip": (lambda value: value is True, "true or false"),
     "color_jitter": (_number(0, 1), "a number in [0, 1]"),

@@ -78,10 +78,10 @@ class ImageData:
             feature = type(split.features["label"])(names=names)
             return split.remove_columns("label").add_column("label", labels, feature=feature)
 
-        said = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
+        message = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
         splits = {name: reordered(getattr(self, name)) for name in ("train", "validation", "test")}
         splits |= {} if self.rest is None else {"rest": reordered(self.rest)}
-        return replace(self, **splits, label_names=names, notes=[*self.notes, said])
+        return replace(self, **splits, label_names=names, notes=[*self.notes, message])
 
 
 def load_images(

@@ -98,7 +98,8 @@ def check_comparable(arms: Sequence[Arm], split: str) -> None:
         for what, its in _facts(arm, split).items():
             if its != mine[what]:
                 found = [
-                    f"{of.name} has {_told(x, y)}" for of, x, y in ((first, mine[what], its), (arm, its, mine[what]))
+                    f"{of.name} has {_in_words(x, y)}"
+                    for of, x, y in ((first, mine[what], its), (arm, its, mine[what]))
                 ]
                 raise ValueError(f"{what}: {' and '.join(found)}; {_ADVICE.get(what, _ADVICE['data'])}.")
 
@@ -120,7 +121,7 @@ def _facts(arm: Arm, split: str) -> dict[str, Any]:
     }
 
 
-def _told(fact: Any, other: Any) -> str:
+def _in_words(fact: Any, other: Any) -> str:
     """A fact in words; of classes, which may be a thousand, those that the other has not."""
     if isinstance(fact, set):
         own = sorted(fact - other)

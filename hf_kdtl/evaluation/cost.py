@@ -54,7 +54,7 @@ def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
         if not len(pixel_values):
             raise ValueError(f"{name} has pixel_values {tuple(pixel_values.shape)}; expected one image or more.")
     single = latency({name: (model, pixels[:1]) for name, (model, pixels) in models.items()}, repeats)
-    whole = latency(models, repeats)
+    full = latency(models, repeats)
     found = {}
     for name, (model, pixels) in models.items():
         found[name] = {
@@ -63,8 +63,8 @@ def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
             "dtype": str(pixels.dtype).removeprefix("torch."),
             "parameters": parameters(model),
             "flops": flops(model, pixels),
-            "images_per_second": 1000 * len(pixels) / whole[name]["median"],
-            "latency_ms": {"1": single[name], str(len(pixels)): whole[name]},
+            "images_per_second": 1000 * len(pixels) / full[name]["median"],
+            "latency_ms": {"1": single[name], str(len(pixels)): full[name]},
             "peak_memory_bytes": peak_memory(model, pixels),
             "file_bytes": file_size(model),
         }

@@ -156,8 +156,8 @@ def _why(license: str) -> str:
     terms = _terms(license)
     if terms is None:
         return "it is not on our list of permissive ones, so it is kept as it is"
-    said = {"nc": "non-commercial", "sa": "share-alike"}
-    return " and ".join(said[term] for term in ("nc", "sa") if term in terms) or "its terms go on"
+    words = {"nc": "non-commercial", "sa": "share-alike"}
+    return " and ".join(words[term] for term in ("nc", "sa") if term in terms) or "its terms go on"
 
 
 def _word(license: Any) -> str | None:

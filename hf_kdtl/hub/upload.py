@@ -173,8 +173,8 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
 def _explain(error: Exception, repo_id: str) -> str:
     """What went wrong, and what to type."""
     if not isinstance(error, HfHubHTTPError):
-        said = " ".join(str(error).split()) or "the connection was cut"
-        return f"the Hub could not be reached ({type(error).__name__}: {said})."
+        reason = " ".join(str(error).split()) or "the connection was cut"
+        return f"the Hub could not be reached ({type(error).__name__}: {reason})."
     status = error.response.status_code
     wait = error.response.headers.get("Retry-After")
     meaning = {

@@ -14,7 +14,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import check_option
 from hf_kdtl.objectives.paired import PairedObjective, check_attention, check_grids, class_columns
-from hf_kdtl.utils.options import is_whole
+from hf_kdtl.utils.options import is_integer
 
 
 class AttentionMap(PairedObjective):
@@ -67,7 +67,7 @@ class AttentionMap(PairedObjective):
         check_option(name, "rows", rows, rows in ("cls", "all"), "'cls' or 'all'")
         check_option(name, "distance", distance, distance in ("kl", "mse"), "'kl' or 'mse'")
         check_option(name, "heads", heads, heads in ("mean", "relation"), "'mean' or 'relation'")
-        positive = relation_heads is None or is_whole(relation_heads)
+        positive = relation_heads is None or is_integer(relation_heads)
         check_option(name, "relation_heads", relation_heads, positive, "a whole number above 0")
         if heads == "mean" and relation_heads is not None:
             raise ValueError(f"objective {name!r}: relation_heads is for heads='relation'; set that, or leave it out.")
@@ -160,7 +160,7 @@ class Relation(PairedObjective):
 
     def __init__(self, *, layers: Layers = "last", heads: int | None = None):
         super().__init__(layers)
-        positive = heads is None or is_whole(heads)
+        positive = heads is None or is_integer(heads)
         check_option("relation", "heads", heads, positive, "a whole number above 0")
         self.heads = heads
 

@@ -19,7 +19,7 @@ from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.objectives.estimators import Estimator, EstimatorChoice, check_estimator, choices_of, wanted_choices
 from hf_kdtl.objectives.jacobian import CITATION
 from hf_kdtl.objectives.paired import check_grids, patches
-from hf_kdtl.utils.options import is_whole
+from hf_kdtl.utils.options import is_integer
 
 
 class AttentionJacobian(DerivativeObjective):
@@ -62,7 +62,7 @@ class AttentionJacobian(DerivativeObjective):
         fraction: float = 1.0,
     ):
         super().__init__(fraction=fraction, probes=1, estimator=estimator, central=central, step=step)
-        check_option(self.name, "pool", pool, is_whole(pool), "a whole number of at least 1")
+        check_option(self.name, "pool", pool, is_integer(pool), "a whole number of at least 1")
         check_estimator(self.name, estimator, central, step, ("vjp", "split"))
         self.layers, self.pool = layers, pool
         self.pairs: list[Pair] = []

@@ -17,7 +17,7 @@ from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, check_option
 from hf_kdtl.objectives.estimators import EstimatorChoice, choose_estimator
-from hf_kdtl.utils.options import is_number, is_whole
+from hf_kdtl.utils.options import is_integer, is_number
 
 Output = Literal["teacher_top1", "label", "projection", "all"]
 
@@ -39,7 +39,7 @@ class DerivativeObjective(Objective):
     def __init__(self, *, fraction: float, probes: int, estimator: str, central: bool, step: float | None):
         super().__init__()
         check_option(self.name, "fraction", fraction, is_number(fraction) and 0 < fraction <= 1, "a number in (0, 1]")
-        check_option(self.name, "probes", probes, is_whole(probes), "a whole number of at least 1")
+        check_option(self.name, "probes", probes, is_integer(probes), "a whole number of at least 1")
         check_option(self.name, "central", central, isinstance(central, bool), "true or false")
         positive = step is None or (is_number(step) and step > 0)
         check_option(self.name, "step", step, positive, "a number greater than 0, or nothing")

@@ -15,7 +15,7 @@ from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, Sample, check_option
 from hf_kdtl.objectives.paired import PairedObjective, as_tokens
-from hf_kdtl.utils.options import is_number, is_whole
+from hf_kdtl.utils.options import is_integer, is_number
 
 # Of 0.001 to 1 the one at which a probe on 128 and 256 of CIFAR-10's training images ranks the channels of a trained
 # ViT most like the ViT's own head does; from 0.1 on it fits so small a sample too well.
@@ -131,7 +131,7 @@ class Delta(PairedObjective):
         listed = isinstance(layers, list) and layers and all(type(i) is int for i in layers)
         expected = "'all', 'last', or block indices such as [2, 5]"
         check_option("delta", "layers", layers, layers in ("all", "last") or bool(listed), expected)
-        check_option("delta", "sample", sample, is_whole(sample, 4), "a whole number of at least 4")
+        check_option("delta", "sample", sample, is_integer(sample, 4), "a whole number of at least 4")
         self.blocks, self.sample = layers, sample
         self.measured = False
 
@@ -224,7 +224,7 @@ class BSS(Objective):
 
     def __init__(self, *, k: int = 1):
         super().__init__()
-        check_option("bss", "k", k, is_whole(k), "a whole number of at least 1")
+        check_option("bss", "k", k, is_integer(k), "a whole number of at least 1")
         self.k, self.least_images = k, k + 1
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:

@@ -30,7 +30,7 @@ class Rates:
     Where modes differ: "llrd" has s_l = decay^(L - 1 - l), scaled to the same mean 1 and not bounded; with `normalize`
     false it is BEiT's own schedule: decay^(L - l), embeddings decay^(L + 1), head and final norm 1.
     "frozen" takes s = q at its one measurement. "permuted" gives each block the s of another, the same one for the
-    whole run. "loss_weight" leaves every rate at 1: its multipliers are in `loss_weights`.
+    entire run. "loss_weight" leaves every rate at 1: its multipliers are in `loss_weights`.
 
     A discrepancy that is nan or infinite leaves that pair's s as it is; it is warned of once and counted.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_kdtl.models.pairing import Layers
-from hf_kdtl.utils.options import check_known, check_option, is_number, is_whole
+from hf_kdtl.utils.options import check_known, check_option, is_integer, is_number
 
 MODES = ("discrepancy", "llrd", "uniform", "permuted", "frozen", "loss_weight")
 SOURCES = ("attention", "jacobian", "hessian")
@@ -114,8 +114,8 @@ class RateOptions:
         momentum = is_number(self.momentum) and 0 <= self.momentum < 1
         decay = is_number(self.decay) and 0 < self.decay <= 1
         for option, value, valid, expected in (
-            ("every", self.every, self.every is None or is_whole(self.every), "a whole number of at least 1"),
-            ("probes", self.probes, is_whole(self.probes), "a whole number of at least 1"),
+            ("every", self.every, self.every is None or is_integer(self.every), "a whole number of at least 1"),
+            ("probes", self.probes, is_integer(self.probes), "a whole number of at least 1"),
             ("momentum", self.momentum, momentum, "a number in [0, 1)"),
             ("eps", self.eps, is_number(self.eps) and self.eps > 0, "a number above 0, in nats"),
             ("decay", self.decay, decay, "a number in (0, 1]"),

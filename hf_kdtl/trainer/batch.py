@@ -33,7 +33,7 @@ def of_student_alone(inputs: dict[str, Any], sources: Mapping[str, Any]) -> dict
     return rest
 
 
-def whole_outputs(student: Capture) -> Any:
+def full_outputs(student: Capture) -> Any:
     """The student's outputs, for what a user reads them with."""
     if student.outputs is None:
         raise ValueError(

@@ -24,7 +24,7 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.trainer.batch import Counts, micro_batch_counts, of_student_alone, whole_outputs
+from hf_kdtl.trainer.batch import Counts, full_outputs, micro_batch_counts, of_student_alone
 from hf_kdtl.trainer.labels import LabelCheck
 from hf_kdtl.trainer.sample import CapturedSample
 
@@ -148,7 +148,7 @@ class Distiller(nn.Module):
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
             loss = loss + 0.0 * student.logits.sum()
         result = {"loss": loss * world_size, "terms": terms, "sums": sums, "counted": counted}
-        return result | {"outputs": whole_outputs(student)} if with_outputs else result
+        return result | {"outputs": full_outputs(student)} if with_outputs else result
 
     def terms(self, inputs: dict[str, Any], draws: Draws) -> tuple[Capture, dict[str, Tensor]]:
         """The student's capture, and {key: unweighted value}: (B,) per image, or a scalar for a batch statistic.
@@ -267,7 +267,7 @@ class Distiller(nn.Module):
     def _own_loss(self, student: Capture, inputs: dict[str, Any], items: Tensor) -> Tensor:
         """The user's loss. The number of items is a float, as Trainer gives it."""
         assert self.task_loss is not None
-        return self.task_loss(whole_outputs(student), inputs["labels"], num_items_in_batch=items.clamp(min=1) / 1)
+        return self.task_loss(full_outputs(student), inputs["labels"], num_items_in_batch=items.clamp(min=1) / 1)
 
     def _add(self, objective: Objective, context: RunContext) -> list[str]:
         """Prepare and build an objective, and collect what it needs; its notes."""

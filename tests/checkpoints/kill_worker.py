@@ -99,8 +99,8 @@ def instrument(kind, when, fraction, report):
 
 def child(folder, kind, when, fraction, report):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    said = logging.FileHandler(folder / "said.txt")
-    logging.getLogger("hf_kdtl.trainer.checkpointing").addHandler(said)
+    text = logging.FileHandler(folder / "log.txt")
+    logging.getLogger("hf_kdtl.trainer.checkpointing").addHandler(text)
     instrument(kind, when, fraction, report)
     os.write(report, b".")
     model = train(folder / "run").model
@@ -176,11 +176,11 @@ def same(a, b):
 
 
 def lose_a_block(run, draw):
-    """What a disk does to a checkpoint that was whole: zeros in one of its files. Not to the only whole one."""
-    whole = [checkpoint for checkpoint in checkpoints(run) if not verify(checkpoint)]
-    if len(whole) < 2:
+    """What a disk does to a checkpoint that was complete: zeros in one of its files. Not to the only complete one."""
+    complete = [checkpoint for checkpoint in checkpoints(run) if not verify(checkpoint)]
+    if len(complete) < 2:
         return False
-    path = draw.choice([path for path in sorted(whole[-1].iterdir()) if path.is_file()])
+    path = draw.choice([path for path in sorted(complete[-1].iterdir()) if path.is_file()])
     content = bytearray(path.read_bytes())
     at = draw.randrange(len(content))
     content[at : at + 4096] = bytes(len(content[at : at + 4096]))
@@ -224,8 +224,8 @@ def main(folder, kills, seed):
         done += chain(here, 6, draw, seconds)
         found = ended(here)
         different += [f"{here.name}: {key}" for key in expected if not same(expected[key], found[key])]
-        said = (here / "said.txt").read_text()
-        skipped, finished = skipped + said.count("is skipped"), finished + said.count("training is already complete")
+        text = (here / "log.txt").read_text()
+        skipped, finished = skipped + text.count("is skipped"), finished + text.count("training is already complete")
         chains += 1
     count = {kind: sum(k == kind for k, _, _ in done) for kind in (*KINDS, LATE)}
     report = {"kills": sum(count[kind] for kind in KINDS), "by_kind": count, "chains": chains}

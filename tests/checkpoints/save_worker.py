@@ -1,7 +1,7 @@
 """A run of several processes that saves; started by torchrun. What each process met is in OUT.<rank>.json.
 
 python -m tests.checkpoints.save_worker OUT FOLDER [SETTINGS as JSON]
-    resume        true: continue from the last whole checkpoint; a list: what each rank is asked
+    resume        true: continue from the last complete checkpoint; a list: what each rank is asked
     breaks        true: the list of files cannot even be looked at
     fails         [rank, step]: the random state of that rank cannot be written in the save of that step
     killed        [rank, count]: that rank is killed at its count-th file
@@ -70,10 +70,10 @@ def main(out, folder, resume=False, fails=None, killed=None, breaks=False):
     resume = resume[runner.args.process_index] if isinstance(resume, list) else resume
     try:
         runner.train(resume_from_checkpoint=resume)
-        said = ""
+        message = ""
     except (OSError, ValueError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {error}"
-    met = {"said": said, "step": runner.state.global_step, "world": runner.args.world_size}
+        message = f"{type(error).__name__}: {error}"
+    met = {"message": message, "step": runner.state.global_step, "world": runner.args.world_size}
     Path(f"{out}.{runner.args.process_index}.json").write_text(json.dumps(met))
     leave()
 

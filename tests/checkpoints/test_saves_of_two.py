@@ -29,7 +29,7 @@ def steps(folder):
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     met = start(folder / "out", folder / "run")
-    assert [m["said"] for m in met] == ["", ""] and met[0]["step"] == 8
+    assert [m["message"] for m in met] == ["", ""] and met[0]["step"] == 8
     last = folder / "run" / "checkpoint-8"
     assert verify(last) == [] and (last / "rng_state_0.pth").is_file() and (last / "rng_state_1.pth").is_file()
     return folder
@@ -39,10 +39,10 @@ def undisturbed(tmp_path_factory):
 def test_where_one_cannot_write_all_end_with_the_same_sentence_and_resume(tmp_path, undisturbed, rank):
     met = start(tmp_path / "out", tmp_path / "run", fails=[rank, 4])
     for one in met:
-        assert "checkpoint-4 could not be written and was removed: [Errno 28] No space" in one["said"], met
-        assert "checkpoint-2: free some space" in one["said"]
+        assert "checkpoint-4 could not be written and was removed: [Errno 28] No space" in one["message"], met
+        assert "checkpoint-2: free some space" in one["message"]
     assert steps(tmp_path / "run") == [2]
-    assert [one["said"] for one in start(tmp_path / "out", tmp_path / "run", resume=True)] == ["", ""]
+    assert [one["message"] for one in start(tmp_path / "out", tmp_path / "run", resume=True)] == ["", ""]
     found, expected = outcome(tmp_path, 8), outcome(undisturbed, 8)
     assert [key for key in expected if not same(expected[key], found[key])] == []
 
@@ -50,7 +50,7 @@ def test_where_one_cannot_write_all_end_with_the_same_sentence_and_resume(tmp_pa
 def test_a_lost_random_state_of_one_process_makes_all_use_the_one_before(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-8" / "rng_state_1.pth").unlink()
-    assert [one["said"] for one in start(tmp_path / "out", tmp_path / "run", resume=True)] == ["", ""]
+    assert [one["message"] for one in start(tmp_path / "out", tmp_path / "run", resume=True)] == ["", ""]
     found, expected = outcome(tmp_path, 8), outcome(undisturbed, 8)
     assert [key for key in expected if not same(expected[key], found[key])] == []
 
@@ -70,12 +70,13 @@ def test_two_processes_that_are_killed_end_as_if_they_never_were(tmp_path, undis
 def test_two_processes_that_are_not_asked_the_same_or_meet_a_fault_end_together(tmp_path, undisturbed):
     checkpoint = str(undisturbed / "run" / "checkpoint-8")
     for met in start(tmp_path / "out", undisturbed / "run", resume=[checkpoint, None]):
-        assert met["said"].startswith("ValueError: resume_from_checkpoint is '/") and "'None' on 1." in met["said"]
-    said = [met["said"] for met in start(tmp_path / "out", undisturbed / "run", resume=True, breaks=True)]
-    assert said == ["RuntimeError: TypeError: 'NoneType' object is not callable"] * 2
+        assert met["message"].startswith("ValueError: resume_from_checkpoint is '/")
+        assert "'None' on 1." in met["message"]
+    found = [met["message"] for met in start(tmp_path / "out", undisturbed / "run", resume=True, breaks=True)]
+    assert found == ["RuntimeError: TypeError: 'NoneType' object is not callable"] * 2
 
 
 def test_two_processes_whose_run_is_finished_make_no_further_step(tmp_path, undisturbed):
     shutil.copytree(undisturbed / "run", tmp_path / "run")
     met = start(tmp_path / "out", tmp_path / "run", resume=True)
-    assert [(one["said"], one["step"]) for one in met] == [("", 8)] * 2 and steps(tmp_path / "run") == [6, 8]
+    assert [(one["message"], one["step"]) for one in met] == [("", 8)] * 2 and steps(tmp_path / "run") == [6, 8]

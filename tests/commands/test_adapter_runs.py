@@ -39,12 +39,12 @@ def test_a_run_to_the_end(command, trained, tmp_path, capsys):
     ]
     arguments += ["--max_steps", "3", "--learning_rate", "0.01", "--use_cpu", "true", "--disable_tqdm", "true"]
     command("distill").main([*arguments, "--save_strategy", "no", "--report_to", "none"])
-    run, said = tmp_path / "run", capsys.readouterr().out
+    run, message = tmp_path / "run", capsys.readouterr().out
     results = read_results(run)
     assert {"teacher", "distilled"} <= results["evaluation"]["models"].keys(), "what it was is scored too"
     assert results["models"]["student"]["adapters"] == {"default": "LORA"}
     assert json.loads(results["run"]["settings"]["adapter"]) == LORA
-    assert "adapters off" in said
+    assert "adapters off" in message
     merged = AutoModelForImageClassification.from_pretrained(run / "student")
     start = AutoModelForImageClassification.from_pretrained(trained)
     alone = PeftModel.from_pretrained(start, run / "distilled-seed42" / "adapter").eval()
@@ -57,15 +57,15 @@ def test_a_run_to_the_end(command, trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"peft_type": "LORRA"}, "Did you mean 'LORA'"),
         ({"peft_type": "LORA", "rank": 8}, "unknown option of adapter LORA"),
         ({"peft_type": "LORA", "target_modules": ["query"]}, '"q_proj", "v_proj"'),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused(adapting, settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_adapters_that_do_not_fit_are_refused(adapting, settings, message):
+    with pytest.raises(ValueError, match=message):
         adapting.with_adapter(build("vit"), settings)
 
 
@@ -76,7 +76,7 @@ def test_a_second_adapter_is_refused(adapting):
         adapting.with_adapter(model, LORA)
 
 
-def test_the_head_is_trained_beside_it(adapting):
+def test_the_head_is_trained_with_it(adapting):
     for family, target in (("vit", ["q_proj"]), ("resnet", ["convolution"])):
         model = adapting.with_adapter(build(family), {"target_modules": target})
         trained = [n for n, p in model.named_parameters() if p.requires_grad]

@@ -34,7 +34,7 @@ def test_chance_is_the_largest_class_and_two_standard_errors():
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student", "curves", "said"),
+    ("teacher", "student", "curves", "message"),
     [
         (0.9, 0.85, FLAT, []),
         (0.9, 0.79, FLAT, ["The student is far below"]),
@@ -46,9 +46,9 @@ def test_chance_is_the_largest_class_and_two_standard_errors():
         (0.2, None, FLAT, ["The teacher is at chance"]),
     ],
 )
-def test_each_warning_when_it_should_and_what_to_type(teacher, student, curves, said):
-    told = warnings({"distilled-seed1": log(curves, UP)}, teacher, student, guessing=0.3, steps=100)
-    assert [text for text, start in zip(told, said, strict=True) if not text.startswith(start)] == []
-    assert all("--" in text or "hf-kdtl" in text or "Train longer first" in text for text in told)
-    if "The loss still falls" in said:
-        assert "--max_steps 200" in told[0]
+def test_each_warning_when_it_should_and_what_to_type(teacher, student, curves, message):
+    printed = warnings({"distilled-seed1": log(curves, UP)}, teacher, student, guessing=0.3, steps=100)
+    assert [text for text, start in zip(printed, message, strict=True) if not text.startswith(start)] == []
+    assert all("--" in text or "hf-kdtl" in text or "Train longer first" in text for text in printed)
+    if "The loss still falls" in message:
+        assert "--max_steps 200" in printed[0]

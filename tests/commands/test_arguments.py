@@ -1,4 +1,4 @@
-"""Settings from YAML and flags: who wins, and what is said when one is wrong."""
+"""Settings from YAML and flags: who wins, and the error when one is wrong."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_lists_and_mappings_reach_their_field():
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "said"),
+    ("text", "flags", "message"),
     [
         ("teacherr: a\n", [], r"x.yaml, line 1: unknown setting: 'teacherr'. Did you mean 'teacher'\?"),
         ("teacher: a\n", ["--baselin", "true"], r"unknown flag: '--baselin'. Did you mean '--baseline'\?"),
@@ -80,8 +80,8 @@ def test_lists_and_mappings_reach_their_field():
         ("teacher: [\n", [], "x.yaml is not valid YAML, line 2: "),
     ],
 )
-def test_what_is_wrong_is_a_sentence(text, flags, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_wrong_is_a_sentence(text, flags, message):
+    with pytest.raises(ValueError, match=message):
         options(*write(text), *flags)
 
 
@@ -101,7 +101,7 @@ def test_objectives_by_name(flags, text, names):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("objectives:\n- {name: task}\n- {name: logitkd}\n", "x.yaml, line 3: unknown objective: 'logitkd'"),
         ("objectives:\n- name: logit_kd\n  temprature: 2\n", "x.yaml, line 3: unknown option of objective"),
@@ -109,10 +109,10 @@ def test_objectives_by_name(flags, text, names):
         ("a: &a {b: *a}\nobjectives: [x]\n", "x.yaml, line 1: unknown setting: 'a'"),
     ],
 )
-def test_a_mistake_inside_a_setting_names_its_line(text, said):
+def test_a_mistake_inside_a_setting_names_its_line(text, message):
     with pytest.raises(ValueError) as error:
         cli.parse(DistillationConfig, argv=write(text))
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 def test_a_bare_name_is_a_shipped_file_and_a_path_is_a_file():
@@ -121,14 +121,14 @@ def test_a_bare_name_is_a_shipped_file_and_a_path_is_a_file():
     assert cli.parse(DistillationConfig, argv=["--config", "digits.yaml"])[0].seed == 7
     assert cli.parse(DistillationConfig, argv=["--config", "./digits.yaml"])[0].seed == 7
     assert find_config("digits").parent.name == "configs" and "The demo" in find_config("digits").read_text()
-    for name, said in (
+    for name, message in (
         ("digit", "Did you mean digits?"),
         ("ddp", "hf-kdtl configs copy ddp"),
         ("no/digits.yaml", "Did you mean digits?"),
     ):
         with pytest.raises(FileNotFoundError) as error:
             find_config(name)
-        assert said in str(error.value)
+        assert message in str(error.value)
     Path("mine").write_text("seed: 8\n")
     assert find_config("mine") == Path("mine")
 
@@ -166,8 +166,8 @@ def test_exit_codes(capsys, monkeypatch):
     assert cli.run(failing(ValueError("found a\n  expected b."))) == 2
     assert cli.run(failing(FileNotFoundError(2, "No such file", "x"))) == 2
     assert cli.run(failing(KeyboardInterrupt("saved."))) == 130
-    told = capsys.readouterr().err
-    assert "error: found a expected b." in told and "Traceback" not in told and told.endswith("saved.\n")
+    printed = capsys.readouterr().err
+    assert "error: found a expected b." in printed and "Traceback" not in printed and printed.endswith("saved.\n")
     for bug in (TypeError("a"), KeyError("b"), AssertionError(), RuntimeError("c")):
         with pytest.raises(type(bug)):
             cli.run(failing(bug))

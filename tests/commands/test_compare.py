@@ -42,8 +42,8 @@ def compare_runs(command, capsys):
 
     def call(*arguments):
         code = cli.run(lambda: command("compare").main([*arguments]))
-        told = capsys.readouterr()
-        return code, told.out + told.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return call
 
@@ -56,16 +56,16 @@ def cells(text, name):
 def test_two_folders_side_by_side(compare_runs):
     run("a", {"alone": ALONE, "distilled": DISTILLED})
     run("b", {"alone": [0.84, 0.84, 0.84], "distilled": [0.5, 0.8, 0.6]}, data={"classes": CLASSES[::-1]})
-    code, told = compare_runs("--runs", "a", "b", "--output_dir", "out")
-    assert code == 0 and "# 4 models on the test images of pets" in told
-    assert "Each is compared with a/alone, paired by seed (8, 9, 10)." in told
-    assert cells(told, "a/alone") == ["81.00 ± 1.00", "-", "-", "-", "-"]
+    code, printed = compare_runs("--runs", "a", "b", "--output_dir", "out")
+    assert code == 0 and "# 4 models on the test images of pets" in printed
+    assert "Each is compared with a/alone, paired by seed (8, 9, 10)." in printed
+    assert cells(printed, "a/alone") == ["81.00 ± 1.00", "-", "-", "-", "-"]
     # d = 5, 7, 6 points: mean 6, sd 1, half width 2.484; t = 6 sqrt(3), p = 1 - t / sqrt(2 + t^2) = 0.009, times 3
-    assert cells(told, "a/distilled") == ["87.00 ± 2.00", "+6.00", "+3.52 to +8.48", "0.009", "0.027"]
-    assert cells(told, "b/alone")[-2:] == ["0.035", "0.070"], "alone it would have been shown"
-    assert "3 differences were tested" in told and "Shown: a/distilled (accuracy)." in told
+    assert cells(printed, "a/distilled") == ["87.00 ± 2.00", "+6.00", "+3.52 to +8.48", "0.009", "0.027"]
+    assert cells(printed, "b/alone")[-2:] == ["0.035", "0.070"], "alone it would have been shown"
+    assert "3 differences were tested" in printed and "Shown: a/distilled (accuracy)." in printed
     text = Path("out/comparison.md").read_text()
-    assert told.startswith(text.split("![")[0]) and "](comparison.png)" in text
+    assert printed.startswith(text.split("![")[0]) and "](comparison.png)" in text
     pixels = np.array(Image.open("out/comparison.png"))
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
 
@@ -74,24 +74,24 @@ def test_one_model_of_a_folder_and_several_metrics(compare_runs):
     run("runs/a", {"alone": ALONE, "distilled": DISTILLED}, nll=0.5)
     run("runs/b", {"alone": [0.75, 0.7901, 0.7699], "distilled": DISTILLED}, nll=0.25)
     flags = ["--runs", "runs/a/distilled", "runs/b/alone", "--metrics", "accuracy", "nll", "--split", "validation"]
-    code, told = compare_runs(*flags)
-    assert code == 0 and "2 models on the validation images" in told and "runs/a/alone" not in told
-    assert "## accuracy (%)" in told and "## nll (nats, lower is better)\n" in told
-    # The same in every seed: told, and not tested.
-    assert "-0.2500 | the same difference in all 3 seeds, no spread: no interval |" in " ".join(told.split())
-    assert cells(told.split("## nll")[0], "runs/b/alone")[-2:] == ["< 0.001", "< 0.001"]
-    assert "One difference was tested" in told and Path("runs/comparison/comparison.png").is_file()
+    code, printed = compare_runs(*flags)
+    assert code == 0 and "2 models on the validation images" in printed and "runs/a/alone" not in printed
+    assert "## accuracy (%)" in printed and "## nll (nats, lower is better)\n" in printed
+    # The same in every seed: reported, and not tested.
+    assert "-0.2500 | the same difference in all 3 seeds, no spread: no interval |" in " ".join(printed.split())
+    assert cells(printed.split("## nll")[0], "runs/b/alone")[-2:] == ["< 0.001", "< 0.001"]
+    assert "One difference was tested" in printed and Path("runs/comparison/comparison.png").is_file()
 
 
 def test_one_seed_has_no_interval(compare_runs):
     run("a", {"alone": ALONE[:1], "distilled": DISTILLED[:1]})
-    code, told = compare_runs("--runs", "a")
-    assert code == 0 and cells(told, "a/distilled") == ["85.00", "+5.00", "one seed: no interval", "-", "-"]
-    assert "No difference can be tested" in told and Path("runs/comparison/comparison.png").is_file()
+    code, printed = compare_runs("--runs", "a")
+    assert code == 0 and cells(printed, "a/distilled") == ["85.00", "+5.00", "one seed: no interval", "-", "-"]
+    assert "No difference can be tested" in printed and Path("runs/comparison/comparison.png").is_file()
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ({"source": "zoo"}, "data set: a/alone has 'pets' and b/alone has 'zoo'; only runs on the same data"),
         (
@@ -102,17 +102,17 @@ def test_one_seed_has_no_interval(compare_runs):
         ({"sizes": DATA["sizes"] | {"test": 31}}, "test images: a/alone has 30 and b/alone has 31"),
     ],
 )
-def test_runs_on_other_data_are_refused(compare_runs, data, said):
+def test_runs_on_other_data_are_refused(compare_runs, data, message):
     run("a", {"alone": ALONE})
     run("b", {"alone": ALONE}, data=data)
-    code, told = compare_runs("--runs", "a", "b")
-    assert code == 2 and said in told and not Path("runs").exists()
+    code, printed = compare_runs("--runs", "a", "b")
+    assert code == 2 and message in printed and not Path("runs").exists()
 
 
 def test_names_cannot_break_the_report(compare_runs):
     run("a|b", {"alone": ALONE, "distilled": DISTILLED}, data={"source": "<b>$pets"})
-    code, told = compare_runs("--runs", "a|b")
-    assert code == 0 and r"images of \<b\>\$pets" in told and "| a\\|b/distilled |" in told
+    code, printed = compare_runs("--runs", "a|b")
+    assert code == 0 and r"images of \<b\>\$pets" in printed and "| a\\|b/distilled |" in printed
 
 
 def test_other_numbers_of_training_images_are_no_obstacle(compare_runs):
@@ -127,7 +127,7 @@ def test_what_else_is_refused(compare_runs):
     update_results("begun", "data", DATA)
     Path("old").mkdir()
     Path("old/results.json").write_text(json.dumps({"schema": 0}))
-    for runs, said in (
+    for runs, message in (
         (["a/alone", "b"], "seeds: a/alone has 8, 9, 10 and b/alone has 8, 9; add the missing --seeds"),
         (["a/alone"], "found a/alone; expected two different ones or more"),
         (["a", "a/alone"], "found a/alone, a/distilled, a/alone; expected two different ones"),
@@ -137,8 +137,8 @@ def test_what_else_is_refused(compare_runs):
         (["a", "nowhere"], "nowhere has no results.json"),
         (["a", "--metrics", "ece"], "a/distilled, seed 8, has no 'ece' on test; it has accuracy"),
     ):
-        code, told = compare_runs("--runs", *runs)
-        assert code == 2 and said in told, told
+        code, printed = compare_runs("--runs", *runs)
+        assert code == 2 and message in printed, printed
         assert not Path("runs").exists()
 
 
@@ -162,12 +162,12 @@ def test_images_of_each_seed(compare_runs):
     for seed in (8, 9):
         keep(f"a/alone-seed{seed}", right, labels)
         keep(f"a/distilled-seed{seed}", right | (np.arange(200) % 6 == seed - 8), labels)
-    code, told = compare_runs("--runs", "a", "b")
-    assert code == 0 and "Not every run kept its predictions (predictions_test.safetensors)" in told
+    code, printed = compare_runs("--runs", "a", "b")
+    assert code == 0 and "Not every run kept its predictions (predictions_test.safetensors)" in printed
     for seed in (8, 9):  # of the same images, with the classes in another order
         keep(f"b/alone-seed{seed}", right, labels, CLASSES[::-1])
-    code, told = compare_runs("--runs", "a", "b")
-    section = told.split("## The images of each seed")[1]
+    code, printed = compare_runs("--runs", "a", "b")
+    section = printed.split("## The images of each seed")[1]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     gained = [int((~right & (np.arange(200) % 6 == seed - 8)).sum()) for seed in (8, 9)]
     assert [row.split("|")[2].strip() for row in rows] == ["8", "9", "8", "9"]
@@ -182,8 +182,8 @@ def test_images_of_each_seed(compare_runs):
         file.unlink()
     Path("b/alone-seed9").rmdir()
     keep("b/alone-seed9", right, labels[::-1])
-    code, told = compare_runs("--runs", "a", "b")
-    assert code == 2 and "the test images of a/alone and b/alone, seed 9, have other labels" in told
+    code, printed = compare_runs("--runs", "a", "b")
+    assert code == 2 and "the test images of a/alone and b/alone, seed 9, have other labels" in printed
 
 
 def test_unlabelled_images_are_left_out():

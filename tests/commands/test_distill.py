@@ -29,7 +29,7 @@ BOTH = ["--baseline", "true", "--seeds", "1", "2"]
 def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsys):
     distill = command("distill").main
     distill(arguments(*BOTH))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for expected in (
         "1 process",
         "labels match by name in another order",
@@ -37,7 +37,7 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
         "out/student",
         "paired",
     ):
-        assert expected in told, expected
+        assert expected in printed, expected
     names = {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert {path.name for path in Path("out/student").iterdir()} == names
     for name in ("report.md", "curves.png", "sheet.png", "example.png"):
@@ -57,7 +57,7 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     seed = results["evaluation"]["student_seed"]
     assert seed == best_seed(results["evaluation"]["models"]["distilled"]["runs"])
     kept, its = (Path(folder, "model.safetensors") for folder in ("out/student", f"out/distilled-seed{seed}/model"))
-    assert kept.read_bytes() == its.read_bytes() and f"out/alone-seed{seed}/model" in told
+    assert kept.read_bytes() == its.read_bytes() and f"out/alone-seed{seed}/model" in printed
     assert f"that of seed {seed}, the best on validation" in Path("out/report.md").read_text()
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
 
@@ -128,7 +128,7 @@ def test_a_student_cut_out_of_the_teacher(command, images, teacher):
 
 
 @pytest.mark.parametrize(
-    ("extra", "student", "said"),
+    ("extra", "student", "message"),
     [
         ([], [], "found no student; expected one of --student"),
         ([], ["--student", "teacher", "--student_layers", "1"], "found student and student_layers"),
@@ -140,11 +140,11 @@ def test_a_student_cut_out_of_the_teacher(command, images, teacher):
         (["--resume_from_checkpoint", "out/x"], ["--student_layers", "1"], "--resume_from_checkpoint true"),
     ],
 )
-def test_bad_input_is_a_sentence_and_writes_nothing(command, images, teacher, capsys, extra, student, said):
+def test_bad_input_is_a_sentence_and_writes_nothing(command, images, teacher, capsys, extra, student, message):
     main = command("distill").main
     assert cli.run(lambda: main(arguments(*extra, student=student))) == 2
     *before, error = capsys.readouterr().err.splitlines()
-    assert said in error and "Traceback" not in "".join(before)
+    assert message in error and "Traceback" not in "".join(before)
     assert not Path("out/results.json").exists()
 
 
@@ -158,7 +158,7 @@ def test_classes_of_another_world(command, images, teacher, capsys):
         assert "Only the student: 'green'. Only the teacher: 'yellow'." in error
 
 
-def test_a_teacher_of_other_splits_is_said(command, images, teacher, capsys):
+def test_a_teacher_of_other_splits_is_reported(command, images, teacher, capsys):
     flags = ["--dataset", "images", "--model", teacher, "--output_dir", "taught", *QUICK]
     command("train_teacher").main(flags)
     student = ("--student_layers", "1", "--teacher", "taught/model")

@@ -36,8 +36,8 @@ def test_fine_tuning_towards_the_start_needs_no_teacher(command, images, source,
     held = [TASK, {"name": "l2_sp", "weight": 0.1}]
     flags = ["--student", source, "--gradient_rule", json.dumps({"name": "never_hurt"}), "--baseline", "true"]
     distill(arguments(held, *flags))
-    told = capsys.readouterr().out
-    assert "student alone" in told and "teacher  " not in told
+    printed = capsys.readouterr().out
+    assert "student alone" in printed and "teacher  " not in printed
     results = read_results("out")
     assert set(results["evaluation"]["models"]) == {"alone", "distilled"}
     assert Path("out/distilled-seed42/start/model.safetensors").is_file()

@@ -39,29 +39,29 @@ def evaluate(command, images, student, capsys):
 
     def call(*given):
         code = cli.run(lambda: command("evaluate").main(list(given)))
-        told = capsys.readouterr()
-        return code, told.out + told.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return call
 
 
 def test_it_passes_or_fails_and_says_what_it_will_take(evaluate, student):
     flags = ["--degradations", "none", "--teacher", "teacher", "--overwrite_output_dir", "true", "--max_drop"]
-    code, told = evaluate(*arguments(*flags, "0"))  # the student is its teacher
-    assert code == 0 and "Verdict: pass" in told and "This takes about 20 s." in told
+    code, printed = evaluate(*arguments(*flags, "0"))  # the student is its teacher
+    assert code == 0 and "Verdict: pass" in printed and "This takes about 20 s." in printed
     value = read_results("out")["evaluation"]
     assert value["max_drop"] == 0 and set(value["speed"]["latency_ms"]["student"]["eager"]) == {"1", "4"}
     assert "<h1>Evaluation on images</h1>" in Path("out/report.html").read_text()
     with_labels("student", "turned", ["red", "blue", "green"])  # its classes are other ones now
-    code, told = evaluate(*arguments(*flags, "0", models=["turned"]))
-    assert code == 1 and "Verdict: fail" in told
-    for given, said in (
+    code, printed = evaluate(*arguments(*flags, "0", models=["turned"]))
+    assert code == 1 and "Verdict: fail" in printed
+    for given, message in (
         (["--max_drop", "1"], "max_drop needs a model to compare with"),
         (["--max_drop", "-1", "--teacher", "teacher"], "expected 0 or more points"),
         (["--speed", "egaer"], "egaer"),
     ):
-        code, told = evaluate(*arguments("--overwrite_output_dir", "true", *given))
-        assert code == 2 and said in told
+        code, printed = evaluate(*arguments("--overwrite_output_dir", "true", *given))
+        assert code == 2 and message in printed
 
 
 def test_quick_full_and_single_degradations(command):
@@ -74,10 +74,10 @@ def test_quick_full_and_single_degradations(command):
 
 
 def test_student_teacher_and_baseline_to_the_end(evaluate):
-    code, told = evaluate(*arguments(*FEW, "--teacher", "teacher", "--baseline", "teacher"))
-    assert code == 0, told
-    assert "student lists its classes in another order: its answers are re-ordered, by name." in told
-    assert "| accuracy [95% interval]" in told and "The report is out/report.md." in told
+    code, printed = evaluate(*arguments(*FEW, "--teacher", "teacher", "--baseline", "teacher"))
+    assert code == 0, printed
+    assert "student lists its classes in another order: its answers are re-ordered, by name." in printed
+    assert "| accuracy [95% interval]" in printed and "The report is out/report.md." in printed
     results = read_results("out")
     value = results["evaluation"]
     assert list(value["models"]) == ["student", "teacher", "baseline"]
@@ -102,11 +102,11 @@ def test_student_teacher_and_baseline_to_the_end(evaluate):
 
     # An evaluation is replaced only where that is asked for, and not before the models are known to fit.
     before = Path("out/results.json").read_text()
-    code, told = evaluate(*arguments())
-    assert code == 2 and "--overwrite_output_dir true" in told
-    code, told = evaluate(*arguments("--overwrite_output_dir", "true", models=["nowhere/at/all"]))
+    code, printed = evaluate(*arguments())
+    assert code == 2 and "--overwrite_output_dir true" in printed
+    code, printed = evaluate(*arguments("--overwrite_output_dir", "true", models=["nowhere/at/all"]))
     assert code == 2 and Path("out/results.json").read_text() == before
-    code, told = evaluate(*arguments("--overwrite_output_dir", "true", "--degradations", "none"))
+    code, printed = evaluate(*arguments("--overwrite_output_dir", "true", "--degradations", "none"))
     assert code == 0 and set(read_results("out")["evaluation"]["models"]) == {"student"}
     assert {path.name for path in Path("out").iterdir()} == {
         "results.json",
@@ -127,13 +127,13 @@ def test_the_order_of_classes_makes_no_difference(evaluate, command):
     model.save_pretrained("turned")
     shutil.copy("student/preprocessor_config.json", "turned")
     with_labels("turned", "other", [names[i] for i in order])
-    code, told = evaluate(*arguments("--degradations", "none", "--teacher", "other"))
-    assert code == 0, told
+    code, printed = evaluate(*arguments("--degradations", "none", "--teacher", "other"))
+    assert code == 0, printed
     models = read_results("out")["evaluation"]["models"]
     assert models["student"]["confusion"] == models["teacher"]["confusion"]
     assert models["student"]["runs"]["student"]["test"]["agreement"] == 1
     # Named wrongly, it is another model.
-    code, told = evaluate(
+    code, printed = evaluate(
         *arguments("--degradations", "none", "--teacher", "turned", "--overwrite_output_dir", "true")
     )
     assert (
@@ -145,21 +145,21 @@ def test_the_order_of_classes_makes_no_difference(evaluate, command):
 def test_several_students(evaluate):
     shutil.copytree("student", "a/student")
     shutil.copytree("student", "b/student")
-    code, told = evaluate(
+    code, printed = evaluate(
         *arguments("--degradations", "none", "--split", "validation", models=["a/student", "b/student"])
     )
-    assert code == 0, told
+    assert code == 0, printed
     value = read_results("out")["evaluation"]
     assert list(value["models"]) == ["student a/student", "student b/student"] and value["split"] == "validation"
     assert "No --teacher was given" in Path("out/report.md").read_text()
-    code, told = evaluate(*arguments("--output_dir", "again", models=["student", "student"]))
-    assert code == 2 and "models are student, student; expected different ones" in told
+    code, printed = evaluate(*arguments("--output_dir", "again", models=["student", "student"]))
+    assert code == 2 and "models are student, student; expected different ones" in printed
 
 
 def test_a_model_without_names_takes_those_of_the_data(evaluate):
     with_labels("student", "unnamed", ["LABEL_0", "LABEL_1", "LABEL_2"])
-    code, told = evaluate(*arguments("--degradations", "none", models=["unnamed"]))
-    assert code == 0 and "student does not name its classes: they are taken to be those of the data" in told
+    code, printed = evaluate(*arguments("--degradations", "none", models=["unnamed"]))
+    assert code == 0 and "student does not name its classes: they are taken to be those of the data" in printed
 
 
 def test_what_is_refused(evaluate):
@@ -167,7 +167,7 @@ def test_what_is_refused(evaluate):
     Path("run").mkdir()
     shutil.copytree("student", "run/model")
     update_results("trained", "run", {"recipe": "distill"})
-    for given, said in (
+    for given, message in (
         (arguments(models=["others"]), "student (others): the data has the classes"),
         (arguments("--teacher", "others"), "teacher (others): the data has the classes"),
         (arguments(models=["run"]), "Did you mean run/model?"),
@@ -182,8 +182,8 @@ def test_what_is_refused(evaluate):
             "trained holds a run of distill",
         ),
     ):
-        code, told = evaluate(*given)
-        assert code == 2 and said in told, told
+        code, printed = evaluate(*given)
+        assert code == 2 and message in printed, printed
         assert not Path("out/results.json").exists()
     assert read_results("trained")["run"] == {"recipe": "distill"}
 

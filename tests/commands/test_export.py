@@ -39,13 +39,13 @@ def test_a_family_is_exported_for_any_batch(name, tmp_path):
 def test_the_recipe_writes_compares_and_times(command, teacher, capsys):
     module = command("export")
     module.main(arguments())
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert [p.name for p in Path("out/deep").iterdir()] == ["student.onnx"]
     session = onnxruntime.InferenceSession("out/deep/student.onnx", providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.shape[1:], given.name) == ("pixel_values", [3, 16, 16], "logits")
-    assert "pixels (3, 16, 16) and any batch" in told and "largest difference of a logit" in told
-    assert [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("|")][2:] == ["1", "3"]
+    assert "pixels (3, 16, 16) and any batch" in printed and "largest difference of a logit" in printed
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == ["1", "3"]
     before = Path("out/deep/student.onnx").read_bytes()
     assert cli.run(lambda: module.main(arguments())) == 2
     assert "exists. Give another --output, or replace it: --overwrite true" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_the_pixels_are_those_of_the_processor_or_as_asked(copied, teacher, caps
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--student", "nowhere/at/all"], "'nowhere/at/all' does not exist"),
         (["--output", "teacher"], "teacher is a folder; expected a file: --output teacher/student.onnx"),
@@ -119,19 +119,19 @@ def test_the_pixels_are_those_of_the_processor_or_as_asked(copied, teacher, caps
         (["--image_size", "-1"], "image_size is -1, expected 1 or more"),
     ],
 )
-def test_bad_input_is_a_sentence(command, teacher, capsys, extra, said):
+def test_bad_input_is_a_sentence(command, teacher, capsys, extra, message):
     assert cli.run(lambda: command("export").main(arguments(*extra))) == 2
-    assert said in capsys.readouterr().err and not Path("out").exists()
+    assert message in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_without_the_extra_it_says_what_to_type(command, teacher, capsys, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name != "onnx" else object())
     assert cli.run(lambda: command("export").main(arguments())) == 2
-    said = capsys.readouterr().err
-    assert "onnxruntime, onnxscript not found" in said and "pip install 'hf_kdtl[export]'" in said
+    message = capsys.readouterr().err
+    assert "onnxruntime, onnxscript not found" in message and "pip install 'hf_kdtl[export]'" in message
 
 
-def test_a_model_that_torch_cannot_export_is_told(monkeypatch, tmp_path):
+def test_a_model_that_torch_cannot_export_is_reported(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise torch.onnx.OnnxExporterError("no such operator")
 

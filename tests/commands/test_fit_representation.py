@@ -50,8 +50,8 @@ def test_every_kind_of_output(command, images, teacher, capsys, of, layer, width
     section = results["representation"]
     assert section["explained_by_first"][-1] == pytest.approx(section["explained"], abs=1e-6)
     assert results["run"]["settings"]["of"] == of and str(Path.cwd()) not in Path("out/results.json").read_text()
-    told = capsys.readouterr().out
-    assert "2 coefficients explain" in told and '"representation": "out"' in told
+    printed = capsys.readouterr().out
+    assert "2 coefficients explain" in printed and '"representation": "out"' in printed
     assert Bregman(representation="out").layer.k == 2
 
 
@@ -91,16 +91,16 @@ def test_a_share_instead_of_a_number(command, images, teacher):
 def test_it_goes_on_where_it_was_stopped(command, images, teacher, capsys):
     module = command("fit_representation")
     module.main(arguments("--of", "attention", "--layer", "1"))
-    whole = BregmanLayer.load("out")
+    full = BregmanLayer.load("out")
     calls, fitting = [], module.fit
 
     def stopped(y, k, link, callback, **kw):
-        def told(step, now):
+        def printed(step, now):
             callback(step, now)
             if step == 0:
                 raise KeyboardInterrupt
 
-        return fitting(y, k, link, callback=told, **kw)
+        return fitting(y, k, link, callback=printed, **kw)
 
     again = ["--of", "attention", "--layer", "1", "--overwrite_output_dir", "true"]
     module.fit = stopped
@@ -121,16 +121,16 @@ def test_it_goes_on_where_it_was_stopped(command, images, teacher, capsys):
         module.main(arguments("--of", "attention", "--layer", "1", "--resume", "true"))
     finally:
         module.fit, module.write_rows = fitting, writing
-    told = capsys.readouterr().out
-    assert "outputs are there from before" in told and "resumes from its saved directions" in told
+    printed = capsys.readouterr().out
+    assert "outputs are there from before" in printed and "resumes from its saved directions" in printed
     assert calls[0].shape == (5, 2) and {p.name for p in Path("out").iterdir()} == FILES
-    one, other = whole.representation, BregmanLayer.load("out").representation
+    one, other = full.representation, BregmanLayer.load("out").representation
     assert other.divergence == pytest.approx(one.divergence, rel=1e-3)
-    assert BregmanLayer.load("out").provenance == whole.provenance
+    assert BregmanLayer.load("out").provenance == full.provenance
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--of", "logits"], "of is 'logits'; expected 'probabilities'"),
         (["--of", "attention"], "layer is None; attention are of one block"),
@@ -142,11 +142,11 @@ def test_it_goes_on_where_it_was_stopped(command, images, teacher, capsys):
         (["--k", "3"], "k is 3"),
     ],
 )
-def test_bad_input_is_a_sentence(command, images, teacher, capsys, extra, said):
+def test_bad_input_is_a_sentence(command, images, teacher, capsys, extra, message):
     main = command("fit_representation").main
     assert cli.run(lambda: main(arguments(*extra))) == 2
     *before, error = capsys.readouterr().err.splitlines()
-    assert said in error and "Traceback" not in "".join(before)
+    assert message in error and "Traceback" not in "".join(before)
     assert not Path("out/representation.json").exists()
 
 
@@ -154,7 +154,7 @@ def test_a_folder_in_use_is_kept(command, images, teacher, capsys):
     main = command("fit_representation").main
     main(arguments())
     before = Path("out/representation.safetensors").read_bytes()
-    for extra, said in (
+    for extra, message in (
         ([], "out holds another fit. Continue it with --resume true"),
         (["--resume", "true"], "out is finished"),
         (
@@ -164,7 +164,7 @@ def test_a_folder_in_use_is_kept(command, images, teacher, capsys):
         (["--overwrite_output_dir", "true", "--teacher", "nowhere/at/all"], "does not exist"),
     ):
         assert cli.run(lambda extra=extra: main(arguments(*extra))) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert Path("out/representation.safetensors").read_bytes() == before
 
 

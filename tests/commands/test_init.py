@@ -13,10 +13,10 @@ from tests.commands.conftest import QUICK
 
 def test_the_files_run_as_they_are_printed(command, images, capsys):
     command("init").main(["images"])
-    told = capsys.readouterr().out
-    assert "16 x 16 pixels, in color" in told and "of 3 classes, 8 to 9 of each" in told
-    assert "A class has 8 images" in told
-    *_, first, second = told.strip().splitlines()
+    printed = capsys.readouterr().out
+    assert "16 x 16 pixels, in color" in printed and "of 3 classes, 8 to 9 of each" in printed
+    assert "A class has 8 images" in printed
+    *_, first, second = printed.strip().splitlines()
     assert first.endswith("train-teacher --config images_teacher.yaml")
     assert second.endswith("distill --config images.yaml")
     for file in ("images_teacher.yaml", "images.yaml"):
@@ -61,8 +61,8 @@ def test_the_teacher_fits_the_images(images, width, height, expected, monkeypatc
     assert student == {"student_layers": 3 if isinstance(expected, int) else 6}
 
 
-def test_what_is_said_of_unequal_classes():
-    told = " ".join(Found(2_000, 3, 5, 900, 10, 10, False).sentences())
-    assert "without color" in told and "A class has 5 images" in told and "mean_class_accuracy" in told
-    told = Found(2_000, 3, 500, 900, 10, 10, True).sentences()
-    assert len(told) == 2
+def test_what_is_reported_of_unequal_classes():
+    printed = " ".join(Found(2_000, 3, 5, 900, 10, 10, False).sentences())
+    assert "without color" in printed and "A class has 5 images" in printed and "mean_class_accuracy" in printed
+    printed = Found(2_000, 3, 500, 900, 10, 10, True).sentences()
+    assert len(printed) == 2

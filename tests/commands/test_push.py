@@ -30,28 +30,28 @@ def test_distill_looks_before_it_trains_and_pushes_at_its_end(hub, command, imag
         code = cli.run(lambda: command("distill").main([*flags, *extra]))
         return code, capsys.readouterr()
 
-    for extra, said in [
+    for extra, message in [
         ([], "license is not known (the model card"),
         (["--license", "mit", "--hub_token", "hf_wrong"], "(401): the token is wrong"),
         (["--license", "mit", "--hub_model_id", "other/x"], "(403): this token may not write to other/x"),
         (["--hub_strategy", "checkpoint"], "would publish the training state"),
     ]:
-        code, told = distill(*extra)
-        assert code == 2 and said in told.err and not Path("out").exists()
+        code, printed = distill(*extra)
+        assert code == 2 and message in printed.err and not Path("out").exists()
     assert cli.run(lambda: command("train_teacher").main([*QUICK, "--output_dir", "t", "--push_to_hub", "true"])) == 2
     assert "train-teacher publishes nothing" in capsys.readouterr().err
 
     # The connection is cut at the end: everything is there, and the command that pushes it.
     hub.fail(Fault("POST", "/commit/", cut="request"))
-    code, told = distill("--license", "mit")
+    code, printed = distill("--license", "mit")
     again = "--run out --hub_model_id tester/small --license mit"
-    assert code == 2 and "student distilled" in told.out
-    assert f"complete in out/student. Push it later: hf-kdtl push {again}" in told.err
+    assert code == 2 and "student distilled" in printed.out
+    assert f"complete in out/student. Push it later: hf-kdtl push {again}" in printed.err
     assert hub.messages("tester/small") == ["initial commit"]
     before = kept("out")
     command("push").main(again.split())
-    told = capsys.readouterr().out
-    assert "Published: http" in told and "pipeline('image-classification', 'tester/small')" in told
+    printed = capsys.readouterr().out
+    assert "Published: http" in printed and "pipeline('image-classification', 'tester/small')" in printed
     assert hub.messages("tester/small")[1:] == ["Publish the student"] and kept("out") == before
     assert set(hub.files("tester/small")) == ALLOWED | {".gitattributes"}
     card = ModelCard.load("tester/small")
@@ -66,29 +66,30 @@ def _the_rest_of_push_student(hub, main, capsys):  # noqa: F811
 
     def push(*extra):
         code = cli.run(lambda: main(["--run", "out", "--hub_model_id", "tester/small", *extra]))
-        told = capsys.readouterr()
-        return code, told.out + told.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
-    told = push()[1]  # also what is no trouble of the Hub says where the student is
-    assert "license is not known" in told and "The student is complete in out/student. Push it later: hf-kdtl" in told
+    printed = push()[1]  # also what is no trouble of the Hub says where the student is
+    assert "license is not known" in printed
+    assert "The student is complete in out/student. Push it later: hf-kdtl" in printed
     assert "Nothing to propose" in push("--license", "mit", "--create_pr", "true")[1]
     assert "Proposed: http" in push("--license", "cc0-1.0", "--create_pr", "true")[1]
     assert "exists and is public" in push("--license", "mit", "--private", "true")[1]
     assert "revision='v2'" in push("--license", "mit", "--revision", "v2")[1]
     results = json.loads(Path("out/results.json").read_text())
-    for wrong, said in [
+    for wrong, message in [
         (results | {"schema": 99}, "schema 99 and this version reads"),
         (results | {"run": {"recipe": "train_teacher"}}, "results are of 'train_teacher'"),
         (results, "its figures would be of another model"),
         (results, "out holds no student; let the run finish"),
     ]:
-        if "another model" in said:
+        if "another model" in message:
             build("vit", image_size=16, layers=3, seed=5).save_pretrained("out/student")
-        if "holds no student" in said:
+        if "holds no student" in message:
             shutil.rmtree("out/student")
         Path("out/results.json").write_text(json.dumps(wrong))
-        code, told = push("--license", "mit")
-        assert code == 2 and said in told
+        code, printed = push("--license", "mit")
+        assert code == 2 and message in printed
     Path("out/results.json").unlink()
     assert "out has no results.json" in push()[1]
 

@@ -47,7 +47,7 @@ def test_steps_and_evaluations_fit_into_the_budget():
     assert fitting_steps(1, [Pace(10, 10)], 5) == 1
 
 
-def test_a_budget_beside_steps_is_refused(command, images, capsys):
+def test_a_budget_together_with_steps_is_refused(command, images, capsys):
     main = command("train_teacher").main
     flags = [*TRAIN, "--output_dir", "out", "--time_budget", "1min"]
     assert cli.run(lambda: main([*flags, "--num_train_epochs", "3"])) == 2
@@ -62,11 +62,11 @@ def test_measuring_leaves_no_trace(command, images, teacher, monkeypatch, capsys
     main = command(name).main
     monkeypatch.setattr(timing, "fitting_steps", lambda *args: 3)
     main([*flags, "--output_dir", "budget", "--time_budget", "1min"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     runs = 2 if name == "distill" else 1
-    assert f"Training will take about 1 s: {runs} x 3 steps, measured on {MEASURED}." in told
-    assert told.count("'eval_loss'") == runs  # of the run itself, at its end; measuring prints nothing
-    assert "max_steps: 3  " in told and read_results("budget")["run"]["settings"]["max_steps"] == 3
+    assert f"Training will take about 1 s: {runs} x 3 steps, measured on {MEASURED}." in printed
+    assert printed.count("'eval_loss'") == runs  # of the run itself, at its end; measuring prints nothing
+    assert "max_steps: 3  " in printed and read_results("budget")["run"]["settings"]["max_steps"] == 3
     main([*flags, "--output_dir", "plain", "--max_steps", "3"])
     one, two = (AutoModelForImageClassification.from_pretrained(f"{run}/{model}") for run in ("budget", "plain"))
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))

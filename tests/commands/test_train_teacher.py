@@ -30,10 +30,10 @@ def test_from_a_config_to_a_folder_that_transformers_opens(command, images, caps
     assert results["data"]["augmentation"] == {"flip": True} and len(results["curves"]["teacher"]) == 4
     assert set(results["evaluation"]["models"]["teacher"]["runs"]["42"]) == {"validation", "test"}
     assert results["run"]["settings"]["learning_rate"] == 1e-3 and results["run"]["settings"]["max_steps"] == 2
-    told = capsys.readouterr().out
-    assert "learning_rate: 0.001  " in told and "random weights, a transformer" in told
+    printed = capsys.readouterr().out
+    assert "learning_rate: 0.001  " in printed and "random weights, a transformer" in printed
     assert "max_steps" not in {entry["name"] for entry in results["defaults"]}
-    assert "1 process" in told and "out/model" in told and "--student_layers 1" in told
+    assert "1 process" in printed and "out/model" in printed and "--student_layers 1" in printed
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
     # Continuing a finished run keeps it.
     train(arguments("--augmentation", '{"flip": true}', "--resume_from_checkpoint", "true"))
@@ -43,12 +43,12 @@ def test_from_a_config_to_a_folder_that_transformers_opens(command, images, caps
 def test_resumed_is_what_was_not_interrupted(command, images):
     train = command("train_teacher").main
     train(arguments())
-    whole = AutoModelForImageClassification.from_pretrained("out/model").state_dict()
+    full = AutoModelForImageClassification.from_pretrained("out/model").state_dict()
     for name in ("model", "checkpoint-2"):  # as if it had been stopped after its first step
         Path("out", name).rename(f"gone-{name}")
     train(arguments("--resume_from_checkpoint", "true"))
     again = AutoModelForImageClassification.from_pretrained("out/model").state_dict()
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert all(torch.equal(full[name], again[name]) for name in full)
 
 
 def test_fine_tuning_keeps_the_classes_that_a_model_knows(command, images, teacher):
@@ -67,7 +67,7 @@ def test_a_new_head_for_other_classes(command, images, teacher):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--model", "nowhere/at/all"], "path 'nowhere/at/all' does not exist"),
         (
@@ -83,11 +83,11 @@ def test_a_new_head_for_other_classes(command, images, teacher):
         (["--model", "a", "--model_config", "{}"], "expected one of --model"),
     ],
 )
-def test_bad_input_is_a_sentence_and_writes_nothing(command, images, capsys, extra, said):
+def test_bad_input_is_a_sentence_and_writes_nothing(command, images, capsys, extra, message):
     main = command("train_teacher").main
     assert cli.run(lambda: main(arguments(*extra))) == 2
     *before, error = capsys.readouterr().err.splitlines()
-    assert said in error and "Traceback" not in "".join(before)
+    assert message in error and "Traceback" not in "".join(before)
     assert not Path("out/results.json").exists()
 
 

@@ -29,8 +29,8 @@ def test_three_arms_of_equal_steps_and_their_comparison(command, images, teacher
         "source": "more", "labelled_images": 6, "unlabelled_images": 9, "labelled_per_batch": 2,
         "unlabelled_per_batch": 2,
     }  # fmt: skip
-    said = "every batch of 4 has 2 labelled and 2 unlabelled ones"
-    assert said in capsys.readouterr().out and any(said in note for note in found["pairing"]["notes"])
+    message = "every batch of 4 has 2 labelled and 2 unlabelled ones"
+    assert message in capsys.readouterr().out and any(message in note for note in found["pairing"]["notes"])
     assert list(found["evaluation"]["models"]) == ["teacher", "alone", "labelled", "distilled"]
     steps = {name: curve[-1]["step"] for name, curve in found["curves"].items()}
     assert len(steps) == 6 and set(steps.values()) == {5}  # 9 unlabelled images, 2 a batch
@@ -76,7 +76,7 @@ def test_labels_are_kept_by_class_and_seed_and_the_rest_has_none(images):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"unlabelled": "rest"}, "no training image is left out"),
         ({"labelled_share": 0.5}, "every training image has a label"),
@@ -84,9 +84,9 @@ def test_labels_are_kept_by_class_and_seed_and_the_rest_has_none(images):
         ({"unlabelled": "./nowhere"}, "does not exist"),
     ],
 )
-def test_what_cannot_be_done_is_refused(command, images, settings, said):
+def test_what_cannot_be_done_is_refused(command, images, settings, message):
     data, options = load_images("images"), command("common.builders").DataOptions()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         training_images(data, UnlabelledOptions(**settings), options, [])
     with pytest.raises(ValueError, match="expected one of them"):
         fewer_labels(data, 10, 2, 0)

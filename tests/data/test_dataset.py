@@ -173,12 +173,12 @@ def test_plain_trainer_sees_the_same_pixels_with_workers(tmp_path):
 
 def test_a_resumed_epoch_sees_the_pixels_of_that_epoch(tmp_path):
     # Step 4 is in epoch 1: there accelerate no longer tells the dataset about the epoch.
-    whole = recorder(tmp_path, save_strategy="steps", save_steps=4)
-    whole.train()
+    full = recorder(tmp_path, save_strategy="steps", save_steps=4)
+    full.train()
     resumed = recorder(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert len(resumed.seen) == 2
-    assert all(torch.equal(a, b) for a, b in zip(whole.seen[4:], resumed.seen, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full.seen[4:], resumed.seen, strict=True))
 
 
 def test_processors_that_augmentation_cannot_work_with_are_refused():

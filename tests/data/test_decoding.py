@@ -125,10 +125,10 @@ def noise(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
 def test_a_truncated_image_is_named(kind):
-    whole = noise(kind)
-    decode(whole, "whole")
+    full = noise(kind)
+    decode(full, "full")
     with pytest.raises(ValueError, match=r"photos/cat\.jpg could not be read.*on_bad_image"):
-        decode(whole[: len(whole) // 2], "photos/cat.jpg")
+        decode(full[: len(full) // 2], "photos/cat.jpg")
 
 
 @pytest.mark.parametrize("junk", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])

@@ -78,10 +78,10 @@ def test_any_size(name, size):
 @every
 def test_an_image_does_not_depend_on_its_batch(name):
     pixels, change = images(), d.DEGRADATIONS[name]
-    whole = change(pixels, 3, (7, 2, 11))
-    torch.testing.assert_close(change(pixels[[2, 0]], 3, (11, 7)), whole[[2, 0]], rtol=0, atol=1e-6)
-    torch.testing.assert_close(change(pixels[1:2], 3, np.array([2])), whole[1:2], rtol=0, atol=1e-6)
-    assert torch.equal(change(pixels, 3, (7, 2, 11)), whole)
+    entire = change(pixels, 3, (7, 2, 11))
+    torch.testing.assert_close(change(pixels[[2, 0]], 3, (11, 7)), entire[[2, 0]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(change(pixels[1:2], 3, np.array([2])), entire[1:2], rtol=0, atol=1e-6)
+    assert torch.equal(change(pixels, 3, (7, 2, 11)), entire)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -313,11 +313,11 @@ def test_two_processors_see_the_same_image():
 
 def test_the_order_of_reading_does_not_matter():
     data = degraded(files(), processor(), "gaussian_noise", 2, 32)
-    whole = [row["pixel_values"] for row in data.__getitems__([0, 1, 2, 3, 4, 5])]
-    assert all(torch.equal(data[i]["pixel_values"], whole[i]) for i in (5, 0, 3))
+    entire = [row["pixel_values"] for row in data.__getitems__([0, 1, 2, 3, 4, 5])]
+    assert all(torch.equal(data[i]["pixel_values"], entire[i]) for i in (5, 0, 3))
     loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=1)
-    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), torch.stack(whole))
-    assert not torch.equal(whole[0], whole[3])  # the same file in another row
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), torch.stack(entire))
+    assert not torch.equal(entire[0], entire[3])  # the same file in another row
 
 
 def test_large_images_are_scaled_down_first():

@@ -174,7 +174,7 @@ def test_a_split_of_one_class_keeps_its_name(tmp_path):
         ({"train/a": 9, "train/b": 9, "val": 9}, r"val' holds 9 images and no class folders.*file_name and label"),
     ],
 )
-def test_splits_that_cannot_be_told_are_refused(tmp_path, tree, message):
+def test_splits_that_cannot_be_distinguished_are_refused(tmp_path, tree, message):
     with pytest.raises(ValueError, match=message):
         load_images(str(folder(tmp_path, tree)))
 

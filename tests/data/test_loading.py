@@ -122,7 +122,7 @@ def test_classes_with_the_names_of_splits_stay_classes(tmp_path):
     assert len(data.train) + len(data.validation) + len(data.test) == 30
 
 
-def test_other_folders_beside_splits_are_said(tmp_path):
+def test_other_folders_beside_splits_are_reported(tmp_path):
     source = folder(tmp_path / "images", {"train/cat": 10, "train/dog": 10, "raw/cat": 3})
     assert "raw" in load_images(str(source)).notes[0]
 
@@ -223,7 +223,7 @@ def test_a_path_that_does_not_exist_lists_close_matches(tmp_path, monkeypatch):
             load_images(name)
 
 
-def test_a_hub_name_that_cannot_be_reached_is_said(monkeypatch):
+def test_a_hub_name_that_cannot_be_reached_is_reported(monkeypatch):
     def refuse(name):
         raise ConnectionError("no network")
 

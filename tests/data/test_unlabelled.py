@@ -40,7 +40,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert first != list(sampler(epoch=1)) and first != list(sampler(seed=1))
 
 
-def test_two_processes_get_whole_batches():
+def test_two_processes_get_full_batches():
     batches = torch.utils.data.BatchSampler(sampler(), 4, drop_last=False)
     shares = [BatchSamplerShard(batches, num_processes=2, process_index=index) for index in (0, 1)]
     for mine in shares:

@@ -69,6 +69,6 @@ if __name__ == "__main__":
     logits = runner.predict(Images(8, seed=1)).predictions
     runner.save_model(str(folder / "final"))
     if runner.is_world_process_zero():
-        said = {"world": runner.args.world_size, "log": log, "metrics": metrics}
-        (folder / "said.json").write_text(json.dumps(said | {"logits": logits.tolist()}))
+        message = {"world": runner.args.world_size, "log": log, "metrics": metrics}
+        (folder / "reported.json").write_text(json.dumps(message | {"logits": logits.tolist()}))
     leave()

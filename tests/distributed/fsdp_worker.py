@@ -1,4 +1,4 @@
-"""One gradient of objectives, of whole models or of sharded ones; started by `launch` with two processes.
+"""One gradient of objectives, of unsharded models or of sharded ones; started by `launch` with two processes.
 
 python -m tests.distributed.fsdp_worker OUT
 """
@@ -65,9 +65,9 @@ def gradient(way, rows, mesh=None):
 
 
 def refusals(mesh):
-    """What is said where FSDP2 would be wrong."""
+    """What is reported where FSDP2 would be wrong."""
 
-    def said(make):
+    def message(make):
         try:
             make()
         except ValueError as error:
@@ -80,10 +80,10 @@ def refusals(mesh):
         Distiller(build("vit"), {"a": OBJECTIVES["hessian"]()}, {"a": 1.0}, {"teacher": Teacher(teacher)})
 
     return {
-        "vjp": said(lambda: container([("jacobian", {"estimator": "vjp"})], True)),
-        "hessian, by the teacher": said(teacher_alone),
-        "l2_sp": said(lambda: container([("l2_sp", {})], True)),
-        "rule": said(lambda: shard(container([KD], True, parts="terms"), mesh=mesh)),
+        "vjp": message(lambda: container([("jacobian", {"estimator": "vjp"})], True)),
+        "hessian, by the teacher": message(teacher_alone),
+        "l2_sp": message(lambda: container([("l2_sp", {})], True)),
+        "rule": message(lambda: shard(container([KD], True, parts="terms"), mesh=mesh)),
     }
 
 
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     half = IMAGES // 2
     mine = list(range(half)) if dist.get_rank() == 0 else list(range(half, IMAGES))
     tensors = {f"{way}/{n}": g for way in WAYS for n, g in gradient(way, mine, mesh).items()}
-    said = json.dumps(refusals(mesh))
+    message = json.dumps(refusals(mesh))
     if dist.get_rank() == 0:
-        save_file(tensors, sys.argv[1], metadata={"world": str(dist.get_world_size()), "refused": said})
+        save_file(tensors, sys.argv[1], metadata={"world": str(dist.get_world_size()), "refused": message})
     leave()

@@ -63,7 +63,7 @@ def titles(device=None):
 
 
 def attempt(run):
-    """(gradients, notes, "") or (nothing, nothing, what was said instead)."""
+    """(gradients, notes, "") or (nothing, nothing, the message instead)."""
     try:
         return *run(), ""
     except ValueError as error:
@@ -72,24 +72,24 @@ def attempt(run):
         return {}, [], f"fails: {type(error).__name__}: {error}"
 
 
-def cell(expected, usual, found, notes, said):
+def cell(expected, usual, found, notes, message):
     """{"kind", "value", "why"} of one cell.
 
     Args:
         expected: the gradients of one process in float32.
         usual: the notes of that run.
-        found, notes, said: what `attempt` gave.
+        found, notes, message: what `attempt` gave.
     """
-    if said:
-        kind, _, why = said.partition(": ")
+    if message:
+        kind, _, why = message.partition(": ")
         return {"kind": kind, "value": None, "why": re.sub(r"^objective '\w+': ", "", why)}
     assert found.keys() <= expected.keys(), found.keys() - expected.keys()
     differences = {n: (found.get(n, torch.zeros_like(g)).double() - g.double()) for n, g in expected.items()}
     scale = max(g.abs().max().item() for g in expected.values())
     assert scale > 1e-6, "nothing to compare"
     largest = max(d.abs().max().item() for d in differences.values()) / scale
-    whole = sum(g.double().square().sum().item() for g in expected.values()) ** 0.5
-    off = sum(d.square().sum().item() for d in differences.values()) ** 0.5 / whole
+    full = sum(g.double().square().sum().item() for g in expected.values()) ** 0.5
+    off = sum(d.square().sum().item() for d in differences.values()) ** 0.5 / full
     changed = " ".join(note.partition(": ")[2] for note in notes if note not in usual)
     exact = largest <= EXACT  # not so for nan
     return {"kind": "exact" if exact else "approximate", "value": float(f"{largest if exact else off:.0e}"),
@@ -104,15 +104,15 @@ def two_processes(out, rows):
     for row in rows:
         ways = {"ddp": lambda row=row: step(row, args), "fsdp2": lambda row=row: sharded(row, mesh)}
         for column, way in ways.items():
-            found, notes, said = attempt(way)
-            rest[f"{column}/{row}"] = notes, said
+            found, notes, message = attempt(way)
+            rest[f"{column}/{row}"] = notes, message
             tensors |= {f"{column}/{row}/{name}": g.contiguous() for name, g in found.items()}
     if dist.get_rank() == 0:
         save_file(tensors, out, metadata={"rest": json.dumps(rest)})
 
 
 def of_two(folder, rows):
-    """{(column, row): (gradients, notes, said)} of two processes."""
+    """{(column, row): (gradients, notes, message)} of two processes."""
     out = Path(folder, "two")
     launch("tests.distributed.matrix", 2, "--two", out, "--rows", *rows)
     with safe_open(out, "pt") as file:
@@ -120,9 +120,9 @@ def of_two(folder, rows):
         assert rest.pop("world") == 2
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     found = {}
-    for key, (notes, said) in rest.items():
+    for key, (notes, message) in rest.items():
         mine = {n.removeprefix(f"{key}/"): g for n, g in tensors.items() if n.startswith(f"{key}/")}
-        found[tuple(key.split("/"))] = mine, notes, said
+        found[tuple(key.split("/"))] = mine, notes, message
     return found
 
 
@@ -158,14 +158,14 @@ def shown(cell, notes):
     value = cell["value"]
     words = {"exact": f"exact, {value:.0e}" if value else "exact, 0", "none": "-"}
     if cell["kind"] == "approximate":
-        said = f"{100 * value:g} % off" if value < 0.95 else f"{value:.0f} times off"
+        message = f"{100 * value:g} % off" if value < 0.95 else f"{value:.0f} times off"
     else:
-        said = words.get(cell["kind"], cell["kind"])
+        message = words.get(cell["kind"], cell["kind"])
     if not cell["why"] or cell["kind"] == "none":
-        return said
+        return message
     if cell["why"] not in notes:
         notes.append(cell["why"])
-    return f"{said} [{notes.index(cell['why']) + 1}]"
+    return f"{message} [{notes.index(cell['why']) + 1}]"
 
 
 def rendered(table, device=None):

@@ -16,7 +16,7 @@ from tests.support.helpers import Images, leave, trainer
 from tests.support.tiny import build
 
 
-def said(runner, **changed):
+def message(runner, **changed):
     """The refusal, with some settings of this process changed."""
     before, runner.args = runner.args, copy.copy(runner.args)
     for name, value in changed.items():
@@ -35,16 +35,16 @@ if __name__ == "__main__":
     rank = int(os.environ.get("RANK", "0"))
     runner = trainer(f"{sys.argv[1]}.run", build("vit"), data=Images(16), per_device_train_batch_size=4)
     cases = {
-        "equal": said(runner),
-        "of a rank": said(runner, logging_dir=f"logs/{rank}", local_rank=rank),
-        "seed": said(runner, seed=42 + rank),
-        "objectives": said(runner, objectives=[{"name": "task", "weight": 1.0 + rank}]),
+        "equal": message(runner),
+        "of a rank": message(runner, logging_dir=f"logs/{rank}", local_rank=rank),
+        "seed": message(runner, seed=42 + rank),
+        "objectives": message(runner, objectives=[{"name": "task", "weight": 1.0 + rank}]),
     }
     runner.train_dataset = Images(16 - rank)
-    cases["images"] = said(runner)
+    cases["images"] = message(runner)
     runner.train_dataset = Images(1)
-    cases["fewer images"] = said(runner)
+    cases["fewer images"] = message(runner)
     runner.train_dataset, runner.model = Images(16), build("vit", layers=2 + rank)
-    cases["student"] = said(runner)
+    cases["student"] = message(runner)
     Path(f"{sys.argv[1]}.{rank}.json").write_text(json.dumps(cases | {"world": runner.args.world_size}))
     leave()

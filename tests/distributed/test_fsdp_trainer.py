@@ -18,16 +18,16 @@ TOLERANCE = {"checkpointing": 1e-5, "run": 1e-5, "llrd": 1e-5, "bf16": 2e-4}
 
 
 def sharded(name, folder, *checkpoint):
-    """What a run on two processes said."""
+    """What a run on two processes reported."""
     launch("tests.distributed.fsdp_trainer_worker", 2, name, folder, *checkpoint, file="fsdp2")
-    said = json.loads((folder / "said.json").read_text())
-    assert said["world"] == 2
-    return said
+    message = json.loads((folder / "reported.json").read_text())
+    assert message["world"] == 2
+    return message
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{name: (folder on one process, its trainer, folder on two, what was said there)}, each made when asked for."""
+    """{name: (folder on one process, its trainer, folder on two, what it reported)}, each made when asked for."""
     made, root = {}, tmp_path_factory.mktemp("fsdp")
 
     def run(name):
@@ -64,9 +64,9 @@ def test_the_checkpoints_are_those_of_one_process(runs, name):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_the_figures_are_those_of_one_process(runs, name):
-    _, runner, _, said = runs(name)
+    _, runner, _, message = runs(name)
     compared = 0
-    for mine, theirs in zip(runner.state.log_history, said["log"], strict=True):
+    for mine, theirs in zip(runner.state.log_history, message["log"], strict=True):
         assert mine.keys() == theirs.keys()
         for key in mine.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
             if not key.endswith(("runtime", "per_second")):
@@ -76,25 +76,25 @@ def test_the_figures_are_those_of_one_process(runs, name):
 
 
 def test_the_best_one_is_loaded_and_saved_clean(runs):
-    _, runner, two, said = runs("run")
+    _, runner, two, message = runs("run")
     best, final = (load_file(two / name / "model.safetensors") for name in ("checkpoint-2", "final"))
     assert largest_difference(best, final) == 0
     student = AutoModelForImageClassification.from_pretrained(two / "final").eval()
     assert type(student) is type(runner.model) and student.config.architectures == [type(student).__name__]
     with torch.no_grad():
         logits = student(torch.stack([image["pixel_values"] for image in Images(8, seed=1)])).logits
-    assert (logits - torch.tensor(said["logits"])).abs().max() < 1e-5
-    assert said["metrics"]["eval_loss"] == pytest.approx(runner.evaluate()["eval_loss"], abs=1e-5)
+    assert (logits - torch.tensor(message["logits"])).abs().max() < 1e-5
+    assert message["metrics"]["eval_loss"] == pytest.approx(runner.evaluate()["eval_loss"], abs=1e-5)
 
 
 def test_a_fresh_launch_goes_on_bitwise(runs, tmp_path):
-    _, _, two, said = runs("run")
+    _, _, two, message = runs("run")
     shutil.copytree(two / "checkpoint-2", tmp_path / "run/checkpoint-2")
     again = sharded("run", tmp_path / "run", tmp_path / "run/checkpoint-2")
     expected, found = tensors(two / "checkpoint-4"), tensors(tmp_path / "run/checkpoint-4")
     for what, values in expected.items():
         assert largest_difference(values, found[what]) == 0, what
-    assert [e["loss"] for e in again["log"] if "loss" in e] == [e["loss"] for e in said["log"] if "loss" in e]
+    assert [e["loss"] for e in again["log"] if "loss" in e] == [e["loss"] for e in message["log"] if "loss" in e]
 
 
 def test_one_process_goes_on_from_a_sharded_checkpoint(runs, tmp_path):

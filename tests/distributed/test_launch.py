@@ -1,4 +1,4 @@
-"""Starting several processes: the launch files, and what is said when the processes are not as meant."""
+"""Starting several processes: the launch files, and what is reported when the processes are not as meant."""
 
 import json
 import os
@@ -74,8 +74,9 @@ def test_a_launcher_that_started_one_process_of_two_is_found(bare, tmp_path):
     multi_cpu = tmp_path / "multi_cpu.yaml"
     multi_cpu.write_text((ROOT / "hf_kdtl/configs/launch/cpu.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU"))
     for asked in (["--cpu", "--num_processes=2"], ["--num_processes=2"], [f"--config_file={multi_cpu}"]):
-        said = launch_problem(environment(*asked), 1)
-        assert "configured for several processes and started one" in said and "--multi_gpu --num_processes 2" in said
+        message = launch_problem(environment(*asked), 1)
+        assert "configured for several processes and started one" in message
+        assert "--multi_gpu --num_processes 2" in message
     assert launch_problem(environment("--cpu", "--num_processes=1"), 1) is None
     assert launch_problem(environment(f"--config_file={ROOT / 'hf_kdtl/configs/launch/one.yaml'}"), 1) is None
 
@@ -86,8 +87,8 @@ def test_processes_that_torchrun_started_are_fine(bare):
     assert launch_problem(ranked, 2) is None
     assert launch_problem(ranked | {"WORLD_SIZE": "1"}, 1) is None  # torchrun --nproc_per_node 1
     assert launch_problem({"MASTER_ADDR": "a-cluster"}, 1) is None  # no launcher
-    said = launch_problem(ranked, 1)
-    assert "requests 2 processes (WORLD_SIZE) and this run has 1" in said and "--num_processes 2" in said
+    message = launch_problem(ranked, 1)
+    assert "requests 2 processes (WORLD_SIZE) and this run has 1" in message and "--num_processes 2" in message
 
 
 # ---- Other ways of several devices ----
@@ -112,8 +113,8 @@ def test_fsdp_is_for_the_launcher_to_ask(tmp_path, plugin):
 
 def environment_of_fsdp(monkeypatch, **changed):
     file = f"--config_file={ROOT / 'hf_kdtl/configs/launch/fsdp2.yaml'}"
-    told = {k: v for k, v in prepare_multi_gpu_env(parsed(file)).items() if "FSDP" in k}
-    for name, value in (told | changed).items():
+    printed = {k: v for k, v in prepare_multi_gpu_env(parsed(file)).items() if "FSDP" in k}
+    for name, value in (printed | changed).items():
         monkeypatch.setenv(name, value)
 
 
@@ -185,8 +186,9 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
 
 def test_the_settings_that_differ_are_named():
     assert difference([{"seed": "1"}, {"seed": "1"}]) is None
-    said = difference([{"seed": "1", "bf16": "false"}, {"seed": "1", "bf16": "false"}, {"seed": "2", "bf16": "false"}])
-    assert said.startswith("processes 0 and 2 differ in seed (seed 1 on 0 and 2 on 2)") and "bf16" not in said
+    one = {"seed": "1", "bf16": "false"}
+    message = difference([one, one, one | {"seed": "2"}])
+    assert message.startswith("processes 0 and 2 differ in seed (seed 1 on 0 and 2 on 2)") and "bf16" not in message
     assert "differ in max_steps" in difference([{}, {"max_steps": "3"}])
     many = [{str(i): str(rank) for i in range(9)} for rank in range(2)]
     assert "and 4 more" in difference(many)
@@ -204,8 +206,8 @@ def test_the_settings_that_differ_are_named():
 )
 def test_data_that_does_not_go_round(images, processes, drop_last, says):
     args = SimpleNamespace(world_size=processes, per_device_train_batch_size=8, dataloader_drop_last=drop_last)
-    said = data_problem(SimpleNamespace(args=args, train_dataset=range(images)))
-    assert said is None if says is None else re.search(says, said)
+    message = data_problem(SimpleNamespace(args=args, train_dataset=range(images)))
+    assert message is None if says is None else re.search(says, message)
 
 
 def test_one_process_is_not_compared(bare, tmp_path):
@@ -273,7 +275,7 @@ def test_commands_on_two_cpu_processes(file, tmp_path):
     results = json.loads((tmp_path / "teacher/results.json").read_text())
     model = tmp_path / "teacher/model"
     assert results["run"]["processes"] == 2 and (model / "model.safetensors").is_file()
-    if file == "fsdp2":  # a teacher in parts, in two runs after each other, and then evaluated whole
+    if file == "fsdp2":  # a teacher in parts, in two runs after each other, and then evaluated unsharded
         runs = ["--seeds", "1", "2", "--student_layers", "2", "--output_dir", str(tmp_path / "student")]
         command_of(file, "distill", "--teacher", str(model), "--dataset", "digits", *runs)
         assert (tmp_path / "student/report.md").is_file()

@@ -1,4 +1,4 @@
-"""How the whole batch is split into micro-batches and processes changes nothing."""
+"""How the effective batch is split into micro-batches and processes changes nothing."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.distributed.split_worker import per_image_objectives, run, work
 from tests.support.helpers import forked, largest_difference, launch, pair, weights
 
 
-@pytest.mark.parametrize("number", [16, 20], ids=["whole", "ragged"])
+@pytest.mark.parametrize("number", [16, 20], ids=["even", "ragged"])
 @pytest.mark.parametrize("labels", ["hard", "some", "soft"])
 def test_accumulation_equals_one_large_batch(tmp_path, labels, number):
     one = run(tmp_path / "a", 8, 1, labels, number)

@@ -173,7 +173,7 @@ def test_cost_is_ready_for_results_json():
     assert models["vit"][0].training
 
 
-def test_cost_measures_a_batch_of_one_and_the_whole(log, monkeypatch):
+def test_cost_measures_a_batch_of_one_and_the_full_batch(log, monkeypatch):
     for name in ("flops", "peak_memory"):
         monkeypatch.setattr(module, name, lambda *_: 0)
     model = Clocked("one", [0.0] * WARM_UP + [0.001] + [0.0] * WARM_UP + [0.006], log)
@@ -184,11 +184,11 @@ def test_cost_measures_a_batch_of_one_and_the_whole(log, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("images", "repeats", "said"),
+    ("images", "repeats", "message"),
     [(0, 2, r"net has pixel_values \(0, 64\); expected one image"), (2, 0, "repeats is 0, expected 1 or more")],
 )
-def test_bad_input(images, repeats, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_input(images, repeats, message):
+    with pytest.raises(ValueError, match=message):
         cost({"net": (Net(nn.Linear(64, 8)), torch.zeros(images, 64))}, repeats)
 
 

@@ -238,7 +238,7 @@ def test_a_model_is_faithful_to_its_copy():
     assert 1 - 1e-6 < result["attention_agreement"]["mean"] <= 1
 
 
-def test_two_models_beside_each_other():
+def test_two_models_side_by_side():
     """What is gathered is what the parts give, whatever the batches; a last batch of 3 is left out of CKA alone."""
     student, teacher = build("vit"), build("vit", layers=4, seed=5)
     x = images(11)

@@ -168,7 +168,7 @@ def test_fidelity_by_hand():
     assert value("negative_flip_rate", predictions=teacher, baseline=student, labels=labels) == 0.0
 
 
-def test_a_class_without_images_is_left_out_and_said(caplog):
+def test_a_class_without_images_is_left_out_and_reported(caplog):
     # Class 0 right, class 2 right once of two, class 1 unseen: mean of 1 and 1/2.
     assert value("mean_class_accuracy", predictions=LOGITS, references=LABELS) == 0.75
     assert "1 of 3 classes have no image; the mean is over the others" in caplog.text
@@ -198,7 +198,7 @@ def test_a_calibrated_sampler_is_calibrated_within_sampling_error():
 def test_the_same_to_the_last_bit_however_it_is_shared_out(name, monkeypatch):
     given = some(name, images=1003, classes=33, seed=3)
     given = {key: array + 1 / 3 if array.ndim == 2 else array for key, array in given.items()}
-    whole = value(name, **given)
+    entire = value(name, **given)
     order = np.random.default_rng(0).permutation(1003)
     two_processes = [order[0::2], order[1::2]]
     monkeypatch.setattr(streaming, "CHUNK", 33 * 10)
@@ -207,7 +207,7 @@ def test_the_same_to_the_last_bit_however_it_is_shared_out(name, monkeypatch):
         for rows in np.split(share, [1, 2, 9, 100, 101, 400]):
             metric.add_batch(**{key: np.asfortranarray(array[rows]) for key, array in given.items()})
     assert len(metric) == 1003
-    np.testing.assert_array_equal(metric.compute()[name], whole)
+    np.testing.assert_array_equal(metric.compute()[name], entire)
 
 
 @pytest.mark.parametrize("name", ["nll", "brier", "teacher_kl"])
@@ -218,7 +218,7 @@ def test_the_layout_in_memory_makes_no_difference(name):
         assert value(name, **{key: np.asfortranarray(array) for key, array in given.items()}) == value(name, **given)
 
 
-def test_one_by_one_and_begun_anew():
+def test_one_by_one_and_started_again():
     metric = METRICS["accuracy"]()
     for logits, label in zip(LOGITS, LABELS, strict=True):
         metric.add(prediction=logits, reference=label)
@@ -297,7 +297,7 @@ def test_no_label_at_all():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "said"),
+    ("name", "given", "message"),
     [
         ("accuracy", {"references": [0, 3, 2, 0]}, "references hold 3; expected whole numbers from 0 to 2, or -100"),
         ("nll", {"references": [0, -1, 2, 0]}, "references hold -1; expected"),
@@ -315,9 +315,9 @@ def test_no_label_at_all():
         ("accuracy", {"references": None}, "found predictions; expected exactly predictions, references"),
     ],
 )
-def test_what_is_refused(name, given, said):
+def test_what_is_refused(name, given, message):
     metric = METRICS[name]()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         metric.compute(**{"predictions": LOGITS, "references": LABELS} | given)
     with pytest.raises(ValueError, match=f"{name}: nothing was added; expected predictions, references"):
         metric.compute()

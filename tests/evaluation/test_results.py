@@ -39,14 +39,14 @@ def test_what_it_refuses():
     with pytest.raises(FileNotFoundError, match=r"run has no results.json"):
         read_results("run")
     Path("run").mkdir()
-    for text, said in (
+    for text, message in (
         ('{"schema": 3}', "schema 3 and this version reads 1 and 2"),
         ("[]", "schema None"),
         ("{", "not valid"),
     ):
         Path("run/results.json").write_text(text)
         for call in (lambda: read_results("run"), lambda: update_results("run", "run", {})):
-            with pytest.raises(ValueError, match=said):
+            with pytest.raises(ValueError, match=message):
                 call()
         assert Path("run/results.json").read_text() == text
 
@@ -90,7 +90,7 @@ def test_sections_of_other_programs_stay():
 
 
 @pytest.mark.parametrize(
-    "section, value, said",
+    "section, value, message",
     [
         ("evaluation", [], r"section evaluation: found a list \(\[\]\), expected an object"),
         (
@@ -117,9 +117,9 @@ def test_sections_of_other_programs_stay():
         ("curves", {"run": [3]}, r"section curves \(curves.run.0\): found a whole number \(3\), expected an object"),
     ],
 )
-def test_a_malformed_section_is_named(section, value, said):
+def test_a_malformed_section_is_named(section, value, message):
     update_results("run", section, value)
-    with pytest.raises(ValueError, match=rf"^run: results.json, .*{said}"):
+    with pytest.raises(ValueError, match=rf"^run: results.json, .*{message}"):
         load_results("run")
 
 

@@ -59,7 +59,7 @@ def test_only_pairs(a, b):
 
 
 def step_down(p_values, level):
-    """Holm's procedure as it is told: from the smallest p on, reject while p <= level / (tests that are left)."""
+    """Holm's procedure in words: from the smallest p on, reject while p <= level / (tests that are left)."""
     rejected, left = [False] * len(p_values), len(p_values)
     for index in sorted(range(len(p_values)), key=lambda i: p_values[i]):
         if p_values[index] > level / left:

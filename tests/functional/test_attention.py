@@ -56,7 +56,7 @@ def test_doctests():
 @pytest.mark.parametrize("distance", ["kl", "mse"])
 @pytest.mark.parametrize("rows", ["cls", "all"])
 @pytest.mark.parametrize("pair", [p.values for p in PAIRS], ids=[p.id for p in PAIRS])
-def test_the_whole_path_agrees_with_the_reference(pair, rows, distance):
+def test_the_full_path_agrees_with_the_reference(pair, rows, distance):
     tensors = (*_side(pair[0], pair[2], pair[6], 1), *_side(pair[1], pair[3], pair[7], 3))
     assert_agree(lambda *x: _fast(*x, rows, distance, pair), lambda *x: _slow(*x, rows, distance, pair), *tensors)
 

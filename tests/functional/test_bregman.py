@@ -231,11 +231,11 @@ def test_log_ratios_of_r_dimensions_need_one_direction_more():
 @all_links
 def test_batches_give_what_a_tensor_gives(name):
     y = outputs(name)
-    whole, parts = fit(y, 2, name), fit([y[:50], y[50:51], y[51:]], 2, name)
-    assert parts.divergence == pytest.approx(whole.divergence, abs=1e-10 * whole.baseline)
-    torch.testing.assert_close(parts.directions, whole.directions, rtol=1e-4, atol=1e-4)
+    entire, parts = fit(y, 2, name), fit([y[:50], y[50:51], y[51:]], 2, name)
+    assert parts.divergence == pytest.approx(entire.divergence, abs=1e-10 * entire.baseline)
+    torch.testing.assert_close(parts.directions, entire.directions, rtol=1e-4, atol=1e-4)
     shuffled = torch.utils.data.DataLoader(y, batch_size=32, shuffle=True)
-    assert fit(shuffled, 2, name).divergence == pytest.approx(whole.divergence, abs=1e-4 * whole.baseline)
+    assert fit(shuffled, 2, name).divergence == pytest.approx(entire.divergence, abs=1e-4 * entire.baseline)
 
 
 def test_memory_is_bounded_by_the_piece(monkeypatch):
@@ -245,9 +245,9 @@ def test_memory_is_bounded_by_the_piece(monkeypatch):
     with Sizes() as sizes:
         fit(batches, 2, "softmax", passes=1).encode(batches[0])
     assert max(sizes.made) <= 250 * 6 * 8  # a given batch in float64, and nothing of all rows
-    whole = fit(y, 2, "softmax", passes=3).divergence
+    entire = fit(y, 2, "softmax", passes=3).divergence
     monkeypatch.setattr(links, "_HELD", 2**22)
-    assert fit(y, 2, "softmax", passes=3).divergence == pytest.approx(whole, rel=1e-9)
+    assert fit(y, 2, "softmax", passes=3).divergence == pytest.approx(entire, rel=1e-9)
 
 
 def test_a_fit_goes_on_from_where_it_stopped():

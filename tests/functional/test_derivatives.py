@@ -93,7 +93,7 @@ def test_the_parameter_gradient_of_a_forward_mode_derivative_is_right(norm):
 
 
 def test_torchs_own_layer_norm_still_loses_the_gradient_of_a_forward_mode_derivative():
-    """The trap itself. The day this fails torch has mended it: LAYER_NORM may go from FORWARD_MODE."""
+    """The trap itself. The day this fails torch has fixed it: LAYER_NORM may go from FORWARD_MODE."""
     net, x = Smooth(), images()
     u = _random(x)
     leaf = x.clone().requires_grad_()

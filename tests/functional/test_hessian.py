@@ -116,7 +116,7 @@ def test_the_parameter_gradient_of_a_hessian_vector_product_is_right(norm):
 def test_torchs_own_layer_norm_has_a_wrong_third_derivative():
     """The trap itself: right in the second derivative, silently wrong in the third, with no forward mode about.
 
-    The day this fails torch has mended it: then `differentiable` may leave layer norms alone.
+    The day this fails torch has fixed it: then `differentiable` may leave layer norms alone.
     """
     net, x = Smooth(), images()
     v = _signs(x)

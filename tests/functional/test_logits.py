@@ -18,7 +18,7 @@ def test_doctests():
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
-def test_the_parts_add_up_to_the_whole_divergence(classes):
+def test_the_parts_add_up_to_the_full_divergence(classes):
     """KL = TCKD + (1 - p_T[y]) NCKD: the decomposition that gives the method its name."""
     z_s, z_t = 3 * randn(20, classes), 3 * randn(20, classes, seed=1)
     labels = torch.arange(20) % classes

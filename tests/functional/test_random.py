@@ -26,9 +26,9 @@ def test_neighbours_are_not_correlated():
 
 
 def test_the_split_changes_nothing():
-    whole = Draws(1, 2, (0, 1, 2, 3)).rademacher((2, 3), "p", LIKE)
+    full = Draws(1, 2, (0, 1, 2, 3)).rademacher((2, 3), "p", LIKE)
     parts = [Draws(1, 2, positions).rademacher((2, 3), "p", LIKE) for positions in ((0, 1), (2, 3))]
-    assert torch.equal(whole, torch.cat(parts)) and set(whole.flatten().tolist()) == {-1.0, 1.0}
+    assert torch.equal(full, torch.cat(parts)) and set(full.flatten().tolist()) == {-1.0, 1.0}
 
 
 def test_an_image_takes_part_below_the_fraction_or_when_all_do(monkeypatch):

@@ -70,7 +70,7 @@ def test_amounts_keep_their_sum_and_values_their_mean(grid_from, grid_to):
     torch.testing.assert_close(constant, torch.full_like(constant, 3.0), rtol=0, atol=1e-14)
 
 
-def test_whole_ratios_are_average_pooling_and_repetition():
+def test_integer_ratios_are_average_pooling_and_repetition():
     x = randn(1, 4 * 6, 5)
     image = x.transpose(1, 2).reshape(1, 5, 4, 6)
     pooled = torch.nn.functional.avg_pool2d(image, (2, 3)).flatten(2).transpose(1, 2)

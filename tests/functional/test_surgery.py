@@ -233,14 +233,14 @@ def test_conflict_tells_what_was_removed(scope, form, sign):
     g, d = gradients(-0.6, 3.0, dtype=torch.float64)
     d = [sign * (x if i % 2 else -x) for i, x in enumerate(d)]
     g[1] = None  # not the rule's business, so not in the figures either
-    said = conflict(inner_products(g, d), scope, form)
+    message = conflict(inner_products(g, d), scope, form)
     result = one_sided(g, d, scope) if form == "one_sided" else orthogonal(g, d, 1.0, scope)
     left = [r - a for r, a in zip(result, g, strict=True) if a is not None]
     a, b = ([s[i] for i in (0, 2, 3, 4)] for s in (g, d))
     removed = math.sqrt(sum((x - y).square().sum().item() for x, y in zip(b, left, strict=True)) / dot(b, b))
-    assert said.removed == pytest.approx(removed, abs=1e-12)
-    assert said.cosine == pytest.approx(dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)), abs=1e-12)
-    assert said.conflicting == sum(dot([x], [y]) < 0 for x, y in zip(a, b, strict=True)) / 4
+    assert message.removed == pytest.approx(removed, abs=1e-12)
+    assert message.cosine == pytest.approx(dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)), abs=1e-12)
+    assert message.conflicting == sum(dot([x], [y]) < 0 for x, y in zip(a, b, strict=True)) / 4
 
 
 def test_conflict_of_nothing_is_zero():

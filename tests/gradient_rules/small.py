@@ -48,7 +48,8 @@ class Small:
     def terms(self, rows=slice(None), wrong=1.0, features=0.0, shift=1, times=1.0, without=None, apart=False):
         """The task's loss, and the transfer terms: labels that are `shift` off, and (pairs,) of features.
 
-        All are divided by the images of the whole batch, so that parts of it add up; `times` is the number of ranks.
+        All are divided by the images of the effective batch, so that parts of it add up; `times` is the number of
+        ranks.
         `apart`: the pairs' entries as a list of scalars, and not as a vector.
         """
         seen = capture(self.student, self.pixels[rows], Needs(logits=True, hidden_states=frozenset({0, 1})))

@@ -50,16 +50,16 @@ def assert_same(got, want, tolerance=1e-12):
 
 @every_rule
 def test_micro_batches_equal_one(rule):
-    whole, split = Small(torch.float64), Small(torch.float64)
-    step(whole, rule, [options(rule)])
+    full, split = Small(torch.float64), Small(torch.float64)
+    step(full, rule, [options(rule)])
     step(split, rule, [{"rows": slice(0, 1)} | options(rule), {"rows": slice(1, 6)} | options(rule)])
-    assert_same(split.gradients(), whole.gradients())
-    # The rule saw the whole window: a rule for each micro-batch, and then the sum, is something else.
-    apart = [torch.zeros_like(p) for _, p in whole.parameters]
+    assert_same(split.gradients(), full.gradients())
+    # The rule saw all of the window: a rule for each micro-batch, and then the sum, is something else.
+    apart = [torch.zeros_like(p) for _, p in full.parameters]
     for rows in (slice(0, 1), slice(1, 6)):
         step(split, rule, [{"rows": rows} | options(rule)])
         apart = [a if g is None else a + g for a, g in zip(apart, split.gradients(), strict=True)]
-    distance = max((a - g).abs().max().item() for a, g in zip(apart, whole.gradients(), strict=True) if g is not None)
+    distance = max((a - g).abs().max().item() for a, g in zip(apart, full.gradients(), strict=True) if g is not None)
     assert (distance > 1e-6) == (rule != "layer_local")
 
 
@@ -108,11 +108,11 @@ def scaled(terms):
 
 @every_rule
 def test_two_processes_equal_one(rule):
-    whole = Small(torch.float64)
-    step(whole, rule, [options(rule)])
+    full = Small(torch.float64)
+    step(full, rule, [options(rule)])
     halves = [[scaled({"rows": rows} | options(rule))] for rows in (slice(0, 2), slice(2, 6))]
     for small in Ranks().run(rule, halves):
-        assert_same(small.gradients(), whole.gradients())
+        assert_same(small.gradients(), full.gradients())
 
 
 @every_rule
@@ -122,14 +122,14 @@ def test_a_term_that_one_process_does_not_have(rule, absent):
         task, transfer = small.terms(**options(rule))
         return (None, transfer) if absent == "task" else (task, {})
 
-    whole = Small(torch.float64)
-    window = whole.window(**RULES[rule])
-    for task, transfer in (whole.terms(**options(rule)), without(whole)):
-        window.add(task, transfer, whole.pairs)
+    full = Small(torch.float64)
+    window = full.window(**RULES[rule])
+    for task, transfer in (full.terms(**options(rule)), without(full)):
+        window.add(task, transfer, full.pairs)
     window.write(1)
     lone = [[scaled(options(rule))], [scaled({"without": absent} | options(rule))]]
     for small in Ranks().run(rule, lone):
-        assert_same(small.gradients(), whole.gradients())
+        assert_same(small.gradients(), full.gradients())
 
 
 def test_processes_exchange_only_what_one_of_them_has():
@@ -259,13 +259,13 @@ def test_nan_goes_through_and_shows(side):
 
 
 def test_a_device_without_float64_computes_on_the_cpu(monkeypatch):
-    small, mended = Small(), Small()
+    small, fixed = Small(), Small()
     step(small, "one_sided", [options("one_sided")])
     moved, original = [], torch.Tensor.cpu
     monkeypatch.setattr(surgery, "_NO_FLOAT64", ("cpu",))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: (moved.append(x.dtype), original(x))[1])
-    window = step(mended, "one_sided", [options("one_sided")], watch=True)
-    assert_same(mended.gradients(), small.gradients(), 0.0)
+    window = step(fixed, "one_sided", [options("one_sided")], watch=True)
+    assert_same(fixed.gradients(), small.gradients(), 0.0)
     moved.clear()
     window.before_step()
     window.after_step()

@@ -85,15 +85,15 @@ def test_log_means_over_steps_and_history():
     small = Small()
     window = small.window()
     assert window.log(0) == {} and window.history == []
-    said = []
+    message = []
     for wrong, shift in ((1.0, 1), (0.5, 0)):  # the first conflicts, the second does not
         g, d = small.sides(wrong=wrong, shift=shift)
-        said.append(surgery.conflict(inner_products(g, d)))
+        message.append(surgery.conflict(inner_products(g, d)))
         window.add(*small.terms(wrong=wrong, shift=shift), small.pairs)
         window.write(0)
     logged = window.log(7)
     for name in ("cosine", "conflicting", "removed"):
-        assert logged[f"gradient_rule/{name}"] == pytest.approx(sum(getattr(s, name) for s in said) / 2, rel=1e-6)
+        assert logged[f"gradient_rule/{name}"] == pytest.approx(sum(getattr(s, name) for s in message) / 2, rel=1e-6)
     (entry,) = window.history
     assert entry["step"] == 7 and entry["task_step"] is None
     assert entry["removed"] == pytest.approx(logged["gradient_rule/removed"], rel=1e-5)

@@ -125,8 +125,8 @@ def test_registry(name):
     assert all(kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds)
     # What is guaranteed, and what is not, where users read the name.
     text = " ".join(inspect.getdoc(type(rule)).split())
-    for said in ("passed to the optimizer, on that batch", "AdamW", "test accuracy", "task_step", "Source:", "Cost:"):
-        assert said in text
+    for part in ("passed to the optimizer, on that batch", "AdamW", "test accuracy", "task_step", "Source:", "Cost:"):
+        assert part in text
 
 
 @both_scopes
@@ -135,8 +135,8 @@ def test_what_is_logged_goes_by_form_and_scope(rule, scope):
     name, options = (rule, {}) if isinstance(rule, str) else ("never_hurt", rule)
     _, _, _, g, d = conflicting(features=1e-4)
     products = inner_products(g, d)
-    said = GRADIENT_RULES[name](scope=scope, **options).conflict(products, 0)
-    assert said == conflict(products, scope, options.get("form", name)) and said.removed > 0.1
+    sentence = GRADIENT_RULES[name](scope=scope, **options).conflict(products, 0)
+    assert sentence == conflict(products, scope, options.get("form", name)) and sentence.removed > 0.1
 
 
 @pytest.mark.parametrize(

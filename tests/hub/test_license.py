@@ -28,7 +28,7 @@ def test_what_is_compatible_is_taken(its, asked, found):
 
 
 @pytest.mark.parametrize(
-    "its, asked, said",
+    "its, asked, message",
     [
         (None, None, "--license <identifier>"),
         ("unknown", "", "expected an identifier"),
@@ -44,8 +44,8 @@ def test_what_is_compatible_is_taken(its, asked, found):
         ("mit", "my license\nline", "expected an identifier"),
     ],
 )
-def test_what_is_not_is_refused(its, asked, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_not_is_refused(its, asked, message):
+    with pytest.raises(ValueError, match=message):
         resolve_license(its, asked)
 
 
@@ -106,7 +106,7 @@ TEACHER, START = {"name": "t", "licence": None}, {"start": {"how": "pretrained",
 
 
 @pytest.mark.parametrize(
-    "models, said",
+    "models, message",
     [
         ({}, "no license was chosen. The student has no teacher"),
         ({"student": {"start": {"how": "random"}}}, "no license was chosen"),
@@ -115,7 +115,7 @@ TEACHER, START = {"name": "t", "licence": None}, {"start": {"how": "pretrained",
         ({"teacher": TEACHER, "student": START}, "^the teacher's license, or that of the model"),
     ],
 )
-def test_the_error_names_what_binds_the_student(models, said):
-    with pytest.raises(ValueError, match=said):
+def test_the_error_names_what_binds_the_student(models, message):
+    with pytest.raises(ValueError, match=message):
         student_license(Models.of(models), None)
     assert student_license(Models.of(models), "mit") == "mit"

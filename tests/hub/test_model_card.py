@@ -96,15 +96,15 @@ def body(card):
 
 
 def test_the_first_screen_answers_the_four_questions():
-    said = student_card(with_evaluation(results(), evaluated())).text.split("## How to use")[0]
-    assert "image classifier for 3 classes (cat, dog, emu)" in said and "distilled from owner/vit-big" in said
-    assert "**Accuracy:** **60.0 %** on 60 test images (95% interval 46.7 to 71.7 %" in said
-    assert "Over 2 seeds 61.0 ± 1.4 % (mean ± standard deviation); this is the student of seed 1." in said
-    assert "-20.0 points (the teacher's accuracy is 80.0 %; 95% interval of the difference" in said
-    assert "It agrees with the teacher on 70.0 % of the images." in said
-    assert "its worst class is dog (accuracy 30.0 %)" in said and "10.0 % under jpeg at severity 5" in said
-    assert "also for images of none of them" in said
-    assert "**License:** apache-2.0, as of its teacher." in said
+    message = student_card(with_evaluation(results(), evaluated())).text.split("## How to use")[0]
+    assert "image classifier for 3 classes (cat, dog, emu)" in message and "distilled from owner/vit-big" in message
+    assert "**Accuracy:** **60.0 %** on 60 test images (95% interval 46.7 to 71.7 %" in message
+    assert "Over 2 seeds 61.0 ± 1.4 % (mean ± standard deviation); this is the student of seed 1." in message
+    assert "-20.0 points (the teacher's accuracy is 80.0 %; 95% interval of the difference" in message
+    assert "It agrees with the teacher on 70.0 % of the images." in message
+    assert "its worst class is dog (accuracy 30.0 %)" in message and "10.0 % under jpeg at severity 5" in message
+    assert "also for images of none of them" in message
+    assert "**License:** apache-2.0, as of its teacher." in message
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_the_effect_of_the_teacher_is_claimed_only_where_the_interval_excludes_0
     assert f"{points} of accuracy against" in line and line.endswith(verdict)
 
 
-def test_one_seed_is_said_to_be_one():
+def test_one_seed_is_reported_as_one():
     found = results()
     for arm in ("alone", "distilled"):
         del found["evaluation"]["models"][arm]["runs"]["2"]
@@ -158,7 +158,7 @@ def test_how_it_was_made_and_how_to_use_it():
     assert not {"resume_from_checkpoint", "hub_model_id"} & set(again)
 
 
-def test_rates_and_rule_are_told_and_cited_where_they_were_used():
+def test_rates_and_rule_are_reported_and_cited_where_they_were_used():
     plain = student_card(results()).text
     assert "hinton2015distilling" in plain and "huang2022knowledge" not in plain  # dist has weight 0
     assert "kokane2024improving" not in plain and "wan2019towards" not in plain
@@ -331,7 +331,7 @@ def test_trainers_keywords_may_be_paths_and_name_none():
     assert student_card(results(), finetuned_from="runs/mine").data.base_model == "owner/vit-big"  # a folder here
 
 
-def test_adapters_are_said():
+def test_adapters_are_reported():
     found = results()
     found["models"]["student"] |= {"adapters": {"default": "LORA"}}
     found["models"]["student"]["start"] = {"how": "pretrained", "name": "owner/base", "hub": True, "revision": "9f",
@@ -341,14 +341,14 @@ def test_adapters_are_said():
     assert card.data.base_model == ["owner/base", "owner/vit-big"] and card.data.license == "cc-by-nc-4.0"
     assert '"owner/base", num_labels=3' in card.text and "adapters (default: LORA), saved alone" in card.text
     found["models"]["student"]["merged"] = True
-    whole = student_card(found, model_id="me/small")
-    assert whole.data.library_name == "transformers" and whole.data.base_model_relation == "finetune"
-    assert "merged into its weights" in whole.text and "pipeline(" in whole.text
+    full = student_card(found, model_id="me/small")
+    assert full.data.library_name == "transformers" and full.data.base_model_relation == "finetune"
+    assert "merged into its weights" in full.text and "pipeline(" in full.text
     with pytest.raises(ValueError, match=r"cc-by-nc-4.0 and mit"):
         student_card(found, license="mit")
 
 
-def test_a_license_that_is_not_known_is_said_and_a_forbidding_one_refused():
+def test_a_license_that_is_not_known_is_reported_and_a_forbidding_one_refused():
     found = results()
     found["models"]["teacher"]["licence"] = None
     card = student_card(found)
@@ -437,14 +437,14 @@ def test_relative_paths_are_no_names(tmp_path):
     settings = {"teacher": "away/vit", "dataset": "runs/secret", "notes": "see runs/secret", "student_config": "a/b/c"}
     found["run"]["settings"] |= settings
     Path("one/slash").mkdir(parents=True)
-    said = "train/validation/test of one/slash"
-    found["pairing"]["notes"] = [f"away/vit and runs/vit/model/x.json are {said}"]
+    message = "train/validation/test of one/slash"
+    found["pairing"]["notes"] = [f"away/vit and runs/vit/model/x.json are {message}"]
     public = published(found)
     assert (
         public["run"]["settings"]
         | {"teacher": "vit", "dataset": "secret", "notes": "see secret", "student_config": "c"}
     ) == public["run"]["settings"]
-    assert public["pairing"]["notes"] == [f"vit and x.json are {said}"]
+    assert public["pairing"]["notes"] == [f"vit and x.json are {message}"]
     assert public["data"]["source"] == "secret" and public["models"]["teacher"]["name"] == "vit"
     assert published(public) == public and found["run"]["settings"]["teacher"] == "away/vit"
     card = str(student_card(found))
@@ -477,11 +477,11 @@ def test_origin_names_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [({"schema": 7}, "schema 7"), ({"run": {"recipe": "compare_runs"}}, "'compare_runs'"), (None, "schema None")],
 )
-def test_results_of_another_schema_or_recipe_are_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_results_of_another_schema_or_recipe_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
         student_card(results() | change if change is not None else {})
 
 
@@ -501,7 +501,7 @@ def _other(section, **changed):
 
 
 @pytest.mark.parametrize(
-    "its, said",
+    "its, message",
     [
         (_other([], schema=3), "schema 3"),
         (_other(["run"], recipe="distill"), "found results of 'distill'"),
@@ -513,8 +513,8 @@ def _other(section, **changed):
         (_other(["evaluation"], split="validation"), "expected --split test"),
     ],
 )
-def test_an_evaluation_of_something_else_is_refused(its, said):
-    with pytest.raises(ValueError, match=said):
+def test_an_evaluation_of_something_else_is_refused(its, message):
+    with pytest.raises(ValueError, match=message):
         with_evaluation(results(), its)
 
 
@@ -634,8 +634,8 @@ def test_a_student_that_taught_itself():
 
 def test_the_lines_that_open_adapters_do():
     build("vit", num_labels=5).save_pretrained("base")  # a head of other classes
-    whole = AutoModelForImageClassification.from_pretrained("base", num_labels=3, ignore_mismatched_sizes=True)
-    adapted = get_peft_model(whole, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    full = AutoModelForImageClassification.from_pretrained("base", num_labels=3, ignore_mismatched_sizes=True)
+    adapted = get_peft_model(full, LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
     run = trainer("out", adapted, max_steps=1)
     run.save_model("small")
     code = student_card(results_of(run)).text.split("```python\n")[1].split("```")[0]

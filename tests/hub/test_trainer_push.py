@@ -137,14 +137,14 @@ class Break(TrainerCallback):
 @pytest.mark.parametrize(
     "fault", [Fault("POST", "/commit/", 403, times=9), Fault("POST", "/commit/", cut="request"), None]
 )
-def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # noqa: F811
+def test_a_push_that_fails_is_reported_and_training_continues(hub, fault, caplog):  # noqa: F811
     happen = hub.stop if fault is None else lambda: hub.fail(fault)
     saving = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
     one = trainer(callbacks=[Break(happen)], **PUSH, **saving)
     one.train()
     assert one.state.global_step == 2 and Path("out/checkpoint-2/model.safetensors").is_file()
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_kdtl.trainer.publishing"]
-    assert said[0].startswith("the push of step 1 failed, training continues: the Hub")
+    notes = [record.getMessage() for record in caplog.records if record.name == "hf_kdtl.trainer.publishing"]
+    assert notes[0].startswith("the push of step 1 failed, training continues: the Hub")
     if fault is None:
         with pytest.raises(HubError, match="could not be reached") as caught:
             one.push_to_hub()
@@ -156,7 +156,7 @@ def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # 
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "sentence"),
     [
         ({"hub_token": "hf_wrong"}, r"\(401\): the token is wrong"),
         ({"hub_model_id": "other/small"}, r"\(403\): this token may not write to other/small"),
@@ -164,14 +164,14 @@ def test_a_push_that_fails_is_said_and_training_goes_on(hub, fault, caplog):  # 
         ({"license": None}, "teacher's license is not known"),
     ],
 )
-def test_what_cannot_be_published_is_told_before_training(hub, settings, said):  # noqa: F811
+def test_what_cannot_be_published_is_reported_before_training(hub, settings, sentence):  # noqa: F811
     hub.add("tester/bert", {"config.json": b"{}"})
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((ValueError, OSError), match=sentence):
         trainer(**PUSH | settings)
     assert "tester/small" not in hub.repositories
 
 
-def test_without_a_teacher_nothing_is_said_of_its_license(hub):  # noqa: F811
+def test_without_a_teacher_nothing_is_reported_of_its_license(hub):  # noqa: F811
     settings = PUSH | {"objectives": [{"name": "task"}], "max_steps": 1}
     for asked in ({}, {"license": "apache-2.0"}):
         made = lambda: DistillationTrainer(build("vit"), config("out", **(settings | {"license": None} | asked)),  # noqa: E731, B023
@@ -246,9 +246,9 @@ def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa:
         return DistillationTrainer(lora(base), config("out", max_steps=1, **PUSH | {"license": None} | settings),
                                    teacher="self", train_dataset=Images())  # fmt: skip
 
-    for base, said in ((build("vit"), "a model without a name"), ("local", "'local', a folder of this machine")):
+    for base, sentence in ((build("vit"), "a model without a name"), ("local", "'local', a folder of this machine")):
         base = AutoModelForImageClassification.from_pretrained(base) if base == "local" else base
-        with pytest.raises(ValueError, match=f"an adapter on {said}.* or merge"):
+        with pytest.raises(ValueError, match=f"an adapter on {sentence}.* or merge"):
             made(base, license="mit")
     assert list(hub.repositories) == ["tester/base"]
     hub.log.clear()
@@ -269,7 +269,7 @@ def test_an_adapter_that_taught_itself_goes_up_later(hub, monkeypatch):  # noqa:
 
 
 @pytest.mark.parametrize("content", ["{", '{"schema": 9}'])
-def test_results_that_cannot_be_read_are_told_before_training_and_stop_none(hub, content, caplog):  # noqa: F811
+def test_results_that_cannot_be_read_are_reported_before_training_and_stop_none(hub, content, caplog):  # noqa: F811
     one = trainer(**PUSH, save_strategy="steps", save_steps=1)
     Path("out").mkdir(exist_ok=True)
     Path("out/results.json").write_text(content)

@@ -120,18 +120,18 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "said"), FAULTS)
-def test_a_fault_is_said_and_the_student_stays_whole(hub, run, fault, said):  # noqa: F811
+@pytest.mark.parametrize(("fault", "sentence"), FAULTS)
+def test_a_fault_is_reported_and_the_student_stays_complete(hub, run, fault, sentence):  # noqa: F811
     hub.add("tester/student")
     before, start = kept(run), dict(hub.files("tester/student"))
     hub.fail(fault)
-    if said is None:
+    if sentence is None:
         publish(run, "tester/student", CARD)
         assert fault.times == 0 and set(hub.files("tester/student")) >= ALLOWED
         return
     with pytest.raises(HubError) as caught:
         publish(run, "tester/student", CARD)
-    assert said in str(caught.value)
+    assert sentence in str(caught.value)
     assert TOKEN not in str(caught.value)
     assert kept(run) == before
     if fault.cut != "response":  # then the commit was made, and its answer was lost
@@ -150,7 +150,7 @@ def test_without_network(hub, run, monkeypatch):  # noqa: F811
         publish(run, "tester/student", CARD)
 
 
-def test_who_may_not_write_is_told_before_any_work(hub, monkeypatch):  # noqa: F811
+def test_missing_write_access_is_reported_before_any_work(hub, monkeypatch):  # noqa: F811
     hub.users |= {
         "hf_reads": User("tester", role="read"),
         "hf_member": User("member", orgs={"lab": "write", "club": "read"}),
@@ -158,7 +158,7 @@ def test_who_may_not_write_is_told_before_any_work(hub, monkeypatch):  # noqa: F
     assert check_access("mine", TOKEN) == "tester/mine" and check_access("lab/mine", "hf_member") == "lab/mine"
     hub.add("club/model")
     hub.add("tester/gated", readers=[])
-    for name, token, kind, said in [
+    for name, token, kind, sentence in [
         ("mine", "hf_wrong", HubError, r"\(401\): the token is wrong or has expired"),
         ("mine", "hf_reads", ValueError, "the token of tester may only read"),
         ("lab/mine", TOKEN, HubError, r"\(403\): this token may not write to lab/mine"),
@@ -166,7 +166,7 @@ def test_who_may_not_write_is_told_before_any_work(hub, monkeypatch):  # noqa: F
         ("tester/gated", "hf_member", HubError, r"\(403\)"),
         ("no name//", TOKEN, ValueError, "Repo id"),
     ]:
-        with pytest.raises(kind, match=said):
+        with pytest.raises(kind, match=sentence):
             check_access(name, token)
     assert check_access("club/model", "hf_member", create_pr=True) == "club/model"
     with pytest.raises(HubError, match=r"\(404\): lab/none was not found"):
@@ -230,19 +230,19 @@ def test_of_two_students_in_a_folder_the_one_of_the_results_goes_up(run, tmp_pat
     student = run / "student"
     save_file({"a": zeros(1)}, student / "adapter_model.safetensors")
     (student / "adapter_config.json").write_text('{"base_model_name_or_path": "google/vit"}')
-    whole, adapter = {"config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
-    said = {
-        "": ({}, whole),
-        "whole": ({"adapters": None}, whole),
+    full, adapter = {"config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
+    cases = {
+        "": ({}, full),
+        "full": ({"adapters": None}, full),
         "lora": ({"adapters": {"default": "LORA"}}, adapter),
     }
-    for name, (about, mine) in said.items():
+    for name, (about, mine) in cases.items():
         (tmp_path / f"to{name}").mkdir()
         found = {"models": {"student": about}, "curves": {"run": [{"loss": float("nan")}]}}
         names = {path.name for path in stage_student(student, tmp_path / f"to{name}", CARD, found).iterdir()}
-        assert names & (whole | adapter) == mine
+        assert names & (full | adapter) == mine
         assert json.loads((tmp_path / f"to{name}/results.json").read_text())["curves"] == {"run": [{"loss": None}]}
-    expected = fingerprint(AutoModelForImageClassification.from_pretrained(tmp_path / "towhole"))
+    expected = fingerprint(AutoModelForImageClassification.from_pretrained(tmp_path / "tofull"))
     assert saved_hash(student, adapter=False) == expected  # the adapter beside it is not loaded
 
 

@@ -158,7 +158,7 @@ class _Wrapped(nn.Module):
         self.timm_model = timm_model
 
 
-def test_stages_beside_each_other_are_one_list():
+def test_stages_next_to_each_other_are_one_list():
     """timm's ResNet-18: layer1 ... layer4, each a Sequential of two; the last alone has most of the parameters."""
     backbone = nn.Module()
     backbone.conv1 = nn.Conv2d(3, 4, 7)

@@ -101,7 +101,7 @@ def test_half_precision_rows_are_distributions():
         ("logits", None, None, "of is 'logits'; expected 'probabilities', 'pooled', 'hidden_states', 'attention'"),
         ("attention", None, None, "layer is None; attention are of one block"),
         ("hidden_states", -1, None, "layer is -1; hidden_states are of one block: give its number, counted from 0"),
-        ("pooled", 2, None, "layer is 2; pooled are of the whole model: leave layer out"),
+        ("pooled", 2, None, "layer is 2; pooled are outputs of the model, not of a layer: leave layer out"),
         ("pooled", None, "relu", "not strictly monotone"),
         ("pooled", None, "softmax", "link is 'softmax'; for pooled expected 'identity' or 'tanh' or 'leaky_relu'"),
         ("attention", 0, "identity", "link is 'identity'; for attention expected 'softmax'"),

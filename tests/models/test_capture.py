@@ -203,8 +203,8 @@ def test_torch_reads_the_gradient_of_a_norm_of_one_image_wrongly_on_the_cpu(kind
     wrong = torch.autograd.grad(norm(x), x, _token_order(gradient))[0]
     with contiguous_gradients(norm, x):
         y = norm(x)
-    mended = torch.autograd.grad(y, x, _token_order(gradient))[0]
-    assert not norm._forward_hooks and torch.equal(mended, right)
+    fixed = torch.autograd.grad(y, x, _token_order(gradient))[0]
+    assert not norm._forward_hooks and torch.equal(fixed, right)
     assert (wrong - right).norm() > 0.5 * right.norm()
 
 

@@ -34,7 +34,7 @@ def test_both_heads_of_a_model_with_a_distillation_token_stay():
     assert classifiers(model) == [model.cls_classifier, model.distillation_classifier]
 
 
-def test_a_head_that_peft_trains_beside_what_it_was_is_found_whichever_answers():
+def test_a_head_that_peft_trains_next_to_the_original_is_found_whichever_answers():
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], r=2)
     model = get_peft_model(build("siglip", num_labels=32), config)
     kept = model.base_model.model.classifier

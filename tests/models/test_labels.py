@@ -65,7 +65,7 @@ def test_the_same_list_with_repeated_names_is_the_same_classes(tmp_path):
     assert runner.teacher.order is None and "same order" in runner.teacher.notes[0]
 
 
-def test_repeated_names_in_another_order_cannot_be_told_apart():
+def test_repeated_names_in_another_order_cannot_be_distinguished():
     with pytest.raises(ValueError, match=r"'crane' occur more than once.*a name of its own"):
         label_order(IMAGENET, ["dog", "crane", "crane"])
     with pytest.raises(ValueError, match="'crane' occur more than once"):

@@ -26,17 +26,17 @@ def run_of(model):
 
 @pytest.mark.parametrize("rows", [[], [1], [4, 0], [0, 1, 2, 3, 4, 5]])
 @pytest.mark.parametrize("name", ["vit", "deit_teacher", "beit"])
-def test_the_parts_joined_are_the_whole(name, rows):
+def test_the_parts_joined_are_the_full_batch(name, rows):
     model, x = build(name), pixels()
-    whole = capture(model, x, WANTED)
+    full = capture(model, x, WANTED)
     got = capture_subset(run_of(model), model, x, DERIVED, torch.tensor(rows, dtype=torch.long))
     for field in ("logits", "pixel_values", "pooled"):
-        torch.testing.assert_close(getattr(got, field), getattr(whole, field), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(getattr(got, field), getattr(full, field), atol=1e-5, rtol=1e-4)
     for layer in (0, 1):
-        torch.testing.assert_close(got.hidden_states[layer], whole.hidden_states[layer], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(got.attention[1].query, whole.attention[1].query, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got.hidden_states[layer], full.hidden_states[layer], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.attention[1].query, full.attention[1].query, atol=1e-5, rtol=1e-4)
     if name == "deit_teacher":
-        torch.testing.assert_close(got.outputs.cls_logits, whole.outputs.cls_logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(got.outputs.cls_logits, full.outputs.cls_logits, atol=1e-5, rtol=1e-4)
     if name == "beit":
         assert got.attention[1].bias.shape[0] == 1  # shared by the images, whatever their number
     part = got.differentiated or got
@@ -45,10 +45,10 @@ def test_the_parts_joined_are_the_whole(name, rows):
         gradient = part.input_gradient(part.logits[:, 0], create_graph=False)
         assert gradient.shape == (len(rows), 3, 32, 32)
         inside = rows if got.differentiated_rows is not None else list(range(6))
-        torch.testing.assert_close(part.logits, whole.logits[inside], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part.logits, full.logits[inside], atol=1e-5, rtol=1e-4)
 
 
-def test_batch_norm_in_train_mode_keeps_the_whole_batch_together():
+def test_batch_norm_in_train_mode_keeps_the_batch_together():
     model, twin, x = build("resnet").train(), build("resnet").train(), pixels()
     rows = torch.tensor([0, 3])
     got = capture_subset(run_of(model), model, x, Needs(logits=True, input_gradient=True, order=2, fraction=0.5), rows)
@@ -129,9 +129,9 @@ def test_a_part_of_the_batch_costs_a_part_and_no_image_runs_twice():
 
 def test_a_fraction_keeps_the_mean():
     """Each image counts 1 / f when it takes part: over many steps the mean is that of all images."""
-    whole, part = (distiller(build("vit"), build("vit", seed=1), [("jacobian", {"fraction": f})]) for f in (1.0, 0.5))
+    full, part = (distiller(build("vit"), build("vit", seed=1), [("jacobian", {"fraction": f})]) for f in (1.0, 0.5))
     inputs = {"pixel_values": pixels()}
-    expected = whole.terms(inputs, DRAWS)[1]["0_jacobian"]
+    expected = full.terms(inputs, DRAWS)[1]["0_jacobian"]
     draws = [Draws(3, step, tuple(range(6))) for step in range(60)]
     values = torch.stack([part.terms(inputs, d)[1]["0_jacobian"].detach() for d in draws])
     taken = values != 0

@@ -1,7 +1,7 @@
 """Derivative objectives: unbiased estimators, orders of convergence, and the traps that public code fell into.
 
 Each test of a trap fails when the trap is put in: a detached gradient, one buffer for both models, a class for the
-whole batch, `backward()` for `autograd.grad`, other masks in another pass, an unguarded norm.
+full batch, `backward()` for `autograd.grad`, other masks in another pass, an unguarded norm.
 """
 
 import copy
@@ -154,12 +154,12 @@ def test_several_probes_are_several_draws_and_their_mean():
 def test_a_fraction_of_the_images_keeps_the_mean_and_the_same_images_take_part_whatever_the_split():
     number, options = 4000, SQUARED | FD | {"fraction": 0.2, "step": 1e-4, "output": "label"}
     x, draws = images(1).expand(number, *SHAPE), Draws(3, 5, tuple(range(number)))
-    whole = _values(*_smooth_pair(), "jacobian", options | {"fraction": 1}, x, draws=draws).detach()
+    entire = _values(*_smooth_pair(), "jacobian", options | {"fraction": 1}, x, draws=draws).detach()
     part = _values(*_smooth_pair(), "jacobian", options, x, draws=draws).detach()
     taken = part != 0
     assert abs(float(taken.double().mean()) - 0.2) < 4 * (0.16 / number) ** 0.5
-    torch.testing.assert_close(part[taken], whole[taken] / 0.2, **EXACT)
-    assert abs(part.mean() - whole.mean()) < 4 * part.std() / number**0.5
+    torch.testing.assert_close(part[taken], entire[taken] / 0.2, **EXACT)
+    assert abs(part.mean() - entire.mean()) < 4 * part.std() / number**0.5
     later = Draws(3, 5, tuple(range(700, number)))
     torch.testing.assert_close(
         _values(*_smooth_pair(), "jacobian", options, x[700:], draws=later).detach(), part[700:], **EXACT
@@ -330,7 +330,7 @@ def test_each_models_gradient_is_its_own():
 
 @pytest.mark.parametrize(("vit", "name", "options"), CASES)
 def test_an_image_in_a_batch_has_the_value_that_it_has_alone(vit, name, options):
-    """The classes differ between images: marking a class for the whole batch would add the others' gradients."""
+    """The classes differ between images: marking a class for all of the batch would add the others' gradients."""
     student, teacher, x = _case(vit)
     labels = torch.tensor([0, 1, 2, 1])
     if not vit:
@@ -643,9 +643,9 @@ def test_options_that_do_not_go_together_are_refused(name, options, sentence):
 
 def test_what_cannot_be_differentiated_is_refused_with_the_reason():
     student, teacher = _vits()
-    whole = torch.randint(0, 255, (2, 3, 16, 16))
+    entire = torch.randint(0, 255, (2, 3, 16, 16))
     with pytest.raises(ValueError, match=r"int64.*floating"):
-        _values(student, teacher, "jacobian", {}, whole)
+        _values(student, teacher, "jacobian", {}, entire)
     for name in ("jacobian", "attention_jacobian", "jacobian_norm", "hessian"):
         frozen = copy.deepcopy(student).requires_grad_(False)
         with pytest.raises(ValueError, match=r"no trainable parameter.*gradient path"):

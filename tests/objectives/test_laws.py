@@ -1,4 +1,4 @@
-"""What every objective must obey, over the whole registry: a class added later is tested without a new file."""
+"""What every objective must obey, over all of the registry: a class added later is tested without a new file."""
 
 import copy
 

@@ -190,9 +190,9 @@ def test_channels_are_weighed_by_how_much_the_loss_needs_them():
 def test_unlabelled_images_are_left_out_and_soft_labels_count_by_their_largest():
     student, start, inputs = _model(1), _model(), _inputs(12)
     hard = inputs["labels"]
-    whole = list(_measured({}, student, start, inputs)[1].buffers())
+    full = list(_measured({}, student, start, inputs)[1].buffers())
     soft = torch.nn.functional.one_hot(hard, CLASSES) * 0.5 + 0.125
-    for a, b in zip(_measured({}, student, start, inputs | {"labels": soft})[1].buffers(), whole, strict=True):
+    for a, b in zip(_measured({}, student, start, inputs | {"labels": soft})[1].buffers(), full, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     some = {k: v[:9] for k, v in inputs.items()}
     known = list(_measured({}, student, start, some)[1].buffers())
@@ -200,7 +200,7 @@ def test_unlabelled_images_are_left_out_and_soft_labels_count_by_their_largest()
         marked = labels.clone()
         marked[9:] = unknown
         found = _measured({}, student, start, inputs | {"labels": marked})[1].buffers()
-        for a, b, other in zip(found, known, whole, strict=True):
+        for a, b, other in zip(found, known, full, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
             assert (a - other).abs().max() > 1e-6
 

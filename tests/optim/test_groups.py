@@ -1,4 +1,4 @@
-"""Param groups: a partition in depth order, decay as Trainer's, and leftovers told apart by when they run."""
+"""Param groups: a partition in depth order, decay as Trainer's, and leftovers distinguished by when they run."""
 
 import copy
 

@@ -72,18 +72,18 @@ def test_equal_models_give_one(options, key):
 @pytest.mark.parametrize("options", SOURCES, ids=name)
 def test_the_split_changes_nothing(options):
     student, teacher = build("vit"), build("vit", seed=5)
-    whole, parts = (rates(options, student, teacher) for _ in range(2))
-    whole.measure(student, teacher, [pixels(6)])
+    full, parts = (rates(options, student, teacher) for _ in range(2))
+    full.measure(student, teacher, [pixels(6)])
     parts.measure(student, teacher, list(pixels(6).split(2)))
-    assert discrepancies(parts) == pytest.approx(discrepancies(whole), rel=1e-4)
+    assert discrepancies(parts) == pytest.approx(discrepancies(full), rel=1e-4)
 
 
 @pytest.mark.parametrize("options", SOURCES[1:4], ids=name)
 def test_ranks_with_different_numbers_of_images_agree(options):
     """Two ranks played one after the other: gather sees what the other has at the same call."""
     student, teacher, x = build("vit"), build("vit", seed=5), pixels(5)
-    whole = rates(options, student, teacher)
-    whole.measure(student, teacher, [x])
+    full = rates(options, student, teacher)
+    full.measure(student, teacher, [x])
     sides = [rates(options, student, teacher) for _ in range(2)]
     for side, part, first in zip(sides, x.split([3, 2]), (0, 3), strict=True):
         side.add(student, teacher, part, Draws(0, 0, tuple(range(first, first + len(part)))))
@@ -92,9 +92,9 @@ def test_ranks_with_different_numbers_of_images_agree(options):
     for side in sides:
         answers = [torch.cat(padded), torch.tensor([3, 2])]
         assert side.finish(0, lambda tensor, answers=answers: answers.pop()) == pytest.approx(
-            whole.rates.multipliers, abs=1e-5
+            full.rates.multipliers, abs=1e-5
         )
-        assert discrepancies(side) == pytest.approx(discrepancies(whole), rel=1e-3)
+        assert discrepancies(side) == pytest.approx(discrepancies(full), rel=1e-3)
     assert sides[0].rates.multipliers == sides[1].rates.multipliers
 
 
@@ -277,16 +277,16 @@ def test_lora_counts_what_trains():
 
 
 @pytest.mark.parametrize(
-    "options, key, said",
+    "options, key, message",
     [
         ({"source": "attention"}, "hiera", "tokens are on no known grid.*wrt='parameters', which compares any two"),
         ({"source": "jacobian", "wrt": "inputs"}, "hiera", "the student's tokens are on no known grid"),
         ({"source": "attention"}, "levit", "the student's patches are a single cell"),
     ],
 )
-def test_pairs_that_a_source_cannot_compare(options, key, said):
+def test_pairs_that_a_source_cannot_compare(options, key, message):
     student, teacher = build(key), build(key, seed=5)
-    with pytest.raises(ValueError, match=f"^layer_rates: student block 0 <-> teacher block 0: .*{said}"):
+    with pytest.raises(ValueError, match=f"^layer_rates: student block 0 <-> teacher block 0: .*{message}"):
         rates(options, student, teacher)
     rates({"source": "jacobian"}, student, teacher)
 
@@ -305,18 +305,18 @@ def test_a_nan_keeps_the_rate_and_is_logged():
 
 def test_the_state_goes_on_and_reaches_the_optimizer():
     student, teacher = build("vit"), build("vit", seed=5)
-    whole, first, second = (rates({"momentum": 0.5}, student, teacher) for _ in range(3))
+    full, first, second = (rates({"momentum": 0.5}, student, teacher) for _ in range(3))
     x = list(pixels(8).split(2))
     for step in (0, 20):
-        whole.measure(student, teacher, [x[step // 20]], step)
+        full.measure(student, teacher, [x[step // 20]], step)
     first.measure(student, teacher, [x[0]], 0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.measure(student, teacher, [x[1]], 20) == whole.rates.multipliers
-    assert second.history == whole.history and second.state_dict() == whole.state_dict()
+    assert second.measure(student, teacher, [x[1]], 20) == full.rates.multipliers
+    assert second.history == full.history and second.state_dict() == full.state_dict()
     optimizer = layerwise(torch.optim.SGD)(layer_groups(student), lr=0.1)
-    whole.apply(optimizer)
+    full.apply(optimizer)
     found = {g["layer"]: g["lr_multiplier"] for g in optimizer.param_groups}
-    m = whole.rates.multipliers
+    m = full.rates.multipliers
     assert found == {"embeddings": m[0], 0: m[0], 1: m[1], "norm": m[1], "head": 1.0}
 
 

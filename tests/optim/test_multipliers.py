@@ -108,7 +108,7 @@ def test_permuted_gives_every_block_anothers():
     assert all(a != b for a, b in zip(plain.multipliers, shuffled.multipliers, strict=True))
     first = list(shuffled.multipliers)
     shuffled.update([0.1, 0.2, 0.3, 0.4])
-    assert shuffled.multipliers == pytest.approx(first, rel=1e-12), "the same shuffle for the whole run"
+    assert shuffled.multipliers == pytest.approx(first, rel=1e-12), "the same shuffle for all of the run"
     orders = {tuple(made(mode="permuted", seed=seed)._shuffle) for seed in range(8)}
     assert len(orders) > 1
     uneven = made((1, 5, 50, 500), mode="permuted")
@@ -116,7 +116,7 @@ def test_permuted_gives_every_block_anothers():
     assert weighted_mean(uneven.multipliers, uneven.sizes) == pytest.approx(1, abs=1e-9)
 
 
-def test_frozen_takes_its_one_measurement_whole():
+def test_frozen_takes_its_one_measurement_unsmoothed():
     rates = made((1, 1), (0, 1), mode="frozen")
     rates.update([0.1, 0.3])
     assert rates.multipliers == pytest.approx([0.5, 1.5], abs=1e-4)
@@ -149,22 +149,22 @@ def test_the_state_goes_on_bitwise_through_json():
     draw = random.Random(2)
     given = [[draw.expovariate(20) for _ in range(4)] for _ in range(6)]
     for mode in ("discrepancy", "permuted"):
-        whole, first, second = (made((1, 20, 300, 7), mode=mode, seed=seed) for seed in (0, 0, 5))
+        full, first, second = (made((1, 20, 300, 7), mode=mode, seed=seed) for seed in (0, 0, 5))
         for d in given:
-            whole.update(d)
+            full.update(d)
         for d in given[:3]:
             first.update(d)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert second.multipliers == first.multipliers
         for d in given[3:]:
             second.update(d)
-        assert second.multipliers == whole.multipliers and second.state_dict() == whole.state_dict()
+        assert second.multipliers == full.multipliers and second.state_dict() == full.state_dict()
     with pytest.raises(ValueError, match=r"the state is of 4 blocks .* this run has 2"):
-        made((1, 1), (0, 1)).load_state_dict(whole.state_dict())
+        made((1, 1), (0, 1)).load_state_dict(full.state_dict())
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         ({"mode": "discrepency"}, "unknown mode of layer_rates: 'discrepency'. Did you mean 'discrepancy'"),
         ({"mode": "x"}, "Valid: discrepancy, llrd, uniform"),
@@ -193,8 +193,8 @@ def test_the_state_goes_on_bitwise_through_json():
         ("discrepancy", "is 'discrepancy'; expected a mapping"),
     ],
 )  # fmt: skip
-def test_bad_options(options, said):
-    with pytest.raises(ValueError, match=said) as refused:
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message) as refused:
         RateOptions.of(options)
     assert "layer_rates" in str(refused.value)
 

@@ -104,8 +104,8 @@ def rises(model, pixel_values, layer, loss, step=None):
     found = []
     for c in range(model.config.hidden_size):
         low, high = (0.0, 1.0) if step is None else (1 - step, 1 + step)
-        left, whole = (loss_with_a_channel_scaled(model, pixel_values, layer, c, s, loss) for s in (low, high))
-        found.append((left - whole) / (high - low))
+        left, full = (loss_with_a_channel_scaled(model, pixel_values, layer, c, s, loss) for s in (low, high))
+        found.append((left - full) / (high - low))
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -133,7 +133,7 @@ def test_the_first_screen_answers():
     assert cells(text, "latency of one image (ms)") == ["30.0 (1.50 x)", "20.0", "20.0 (1.00 x)"]
     first = text.split("## All scores")[0]
     assert len(first.splitlines()) < 50 and "![" not in first
-    for said in (
+    for message in (
         "**Accuracy against the teacher**: -20.0 points, 95% interval -30.0 to -10.0: worse (0 images only this model "
         "classifies correctly, 12 only the teacher).",
         "break 16.7 % of all images (10 that are correct today) and fix 26.7 % (16)",
@@ -150,7 +150,7 @@ def test_the_first_screen_answers():
         "student, attention agreement: the teacher has none.",
         "give --max_drop for a pass or fail.",
     ):
-        assert said in first, said
+        assert message in first, message
 
 
 def test_what_there_is_below():
@@ -195,8 +195,8 @@ def test_several_students_have_their_own_pictures():
 def test_a_student_alone():
     text = report(evaluation({"student": ALL["student"]}, degraded=False))
     first = text.split("## All scores")[0]
-    for said in ("No --teacher was given", "No --baseline was given", "No degraded images (--degradations quick)"):
-        assert said in first
+    for message in ("No --teacher was given", "No --baseline was given", "No degraded images (--degradations quick)"):
+        assert message in first
     for absent in ("against the", "worst degradation", "same prediction", " x)", "Replacing"):
         assert absent not in first, absent
     assert {path.name for path in Path("run").iterdir()} == {FILE, "report.md", "report.html", "reliability.png"}

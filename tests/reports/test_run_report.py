@@ -63,7 +63,7 @@ def test_report_from_results_alone():
     assert "sheet" not in text
 
 
-def test_one_seed_is_said():
+def test_one_seed_is_reported():
     results(seeds=1)
     text = difference(load_results("run"))
     assert text.endswith("+10.00 points (one seed: no interval).")

@@ -16,7 +16,7 @@ def evaluation(interval, mean=-0.01, allowed=2.0):
 
 
 @pytest.mark.parametrize(
-    ("interval", "mean", "said", "passes"),
+    ("interval", "mean", "message", "passes"),
     [
         ((-0.02, 0.01), -0.005, "Verdict: pass", True),  # the interval may end on the limit
         ((-0.05, -0.03), -0.04, "95% interval -5.0 to -3.0; a drop of 2 is allowed.", False),
@@ -25,9 +25,9 @@ def evaluation(interval, mean=-0.01, allowed=2.0):
         (None, -0.5, "Verdict: fail", False),
     ],
 )
-def test_the_whole_interval_must_be_within_the_drop(interval, mean, said, passes):
+def test_all_of_the_interval_must_be_within_the_drop(interval, mean, message, passes):
     (answer,) = verdicts(evaluation(interval, mean)).values()
-    assert said in answer and passed(answer) == passes
+    assert message in answer and passed(answer) == passes
 
 
 def test_without_a_limit_or_a_reference_there_is_no_verdict():

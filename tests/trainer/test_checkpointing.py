@@ -1,4 +1,4 @@
-"""A checkpoint is whole or is not used: what is found damaged, what a save that fails leaves, what is removed."""
+"""A checkpoint is complete or is not used: what is found damaged, what a save that fails leaves, what is removed."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def runner(folder, **settings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("complete")
     run = runner(folder)
     run.train()
     return folder, weights(run.distiller)
@@ -128,7 +128,7 @@ def test_a_digit_that_was_changed_in_the_state_is_found(run_folder):
     assert verify(path.parent) == ["trainer_state.json is not as it was written: its checksum is another"]
 
 
-def test_a_save_that_was_broken_off_before_its_last_rename_is_not_whole(run_folder):
+def test_a_save_interrupted_before_its_last_rename_is_incomplete(run_folder):
     folder = run_folder / "checkpoint-6"
     (folder / "trainer_state.json").rename(folder / UNLISTED)
     assert verify(folder) == ["trainer_state.json is missing: its save was not finished"]
@@ -139,17 +139,17 @@ def test_damaged_ones_are_skipped_with_a_sentence_and_the_run_ends_bitwise(run_f
     (run_folder / "checkpoint-4" / "rng_state.pth").unlink()
     again = runner(run_folder)
     again.train(resume_from_checkpoint=True)
-    said = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert len(said) == 2
-    assert "checkpoint-6 is skipped, because optimizer.pt has 100 bytes, and was written with" in said[0]
-    assert "checkpoint-4 is skipped, because rng_state.pth is missing" in said[1]
-    assert all(f"{run_folder / 'checkpoint-2'} is used" in text for text in said)
+    message = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert len(message) == 2
+    assert "checkpoint-6 is skipped, because optimizer.pt has 100 bytes, and was written with" in message[0]
+    assert "checkpoint-4 is skipped, because rng_state.pth is missing" in message[1]
+    assert all(f"{run_folder / 'checkpoint-2'} is used" in text for text in message)
     assert largest_difference(weights(again.distiller), finished[1]) == 0.0
     assert verify(run_folder / "checkpoint-4") == verify(run_folder / "checkpoint-6") == []
     assert not list(run_folder.glob("*.old"))
 
 
-def test_what_was_asked_for_and_is_not_whole_is_refused(run_folder, tmp_path):
+def test_what_was_asked_for_and_is_incomplete_is_refused(run_folder, tmp_path):
     (run_folder / "checkpoint-4" / "scheduler.pt").write_bytes(b"")
     run = runner(run_folder)
     last = run_folder / "checkpoint-6"
@@ -169,13 +169,13 @@ def test_what_was_asked_for_and_is_not_whole_is_refused(run_folder, tmp_path):
         runner(tmp_path / "nothing").train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_plain_trainer_is_said_to_be_one(run_folder):
+def test_a_checkpoint_of_plain_trainer_is_reported_as_one(run_folder):
     (run_folder / "checkpoint-6" / FILES).unlink()
     with pytest.raises(ValueError, match=f"{FILES} is missing: it was lost, or hf_kdtl's trainer did not"):
         runner(run_folder).train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
 
 
-def test_other_software_and_other_processes_are_said(run_folder, caplog):
+def test_other_software_and_other_processes_are_reported(run_folder, caplog):
     path = run_folder / "checkpoint-6" / FILES
     content = json.loads(path.read_text())
     content["written_with"] |= {"transformers": "5.1.0", "processes": 2}
@@ -202,7 +202,7 @@ def test_the_run_that_wrote_last_goes_on_and_the_other_is_left(tmp_path):
         resolve_checkpoint(True, tmp_path)
 
 
-def test_a_second_run_in_a_folder_is_said_and_continued_as_itself(run_folder, caplog):
+def test_a_second_run_in_a_folder_is_reported_and_continued_as_itself(run_folder, caplog):
     def name(step):
         return read_manifest(run_folder / f"checkpoint-{step}")["run"]
 
@@ -260,7 +260,7 @@ def test_whatever_the_deciding_process_meets_reaches_the_others(run_folder, monk
     assert str(pickle.loads(pickle.dumps(sent[1]))) == "KeyError: 'a fault of ours'"
 
 
-def test_another_optimizer_is_refused_and_another_seed_is_said(run_folder, caplog):
+def test_another_optimizer_is_refused_and_another_seed_is_reported(run_folder, caplog):
     with pytest.raises(ValueError, match=r"was trained with the optimizer AdamW and this run has SGD: set optim back"):
         runner(run_folder, optim="sgd", max_steps=7).train(resume_from_checkpoint=True)
     assert "was written with" not in caplog.text
@@ -311,8 +311,8 @@ def test_a_disk_that_is_full_at_any_file_of_a_save(run_folder, monkeypatch, whic
     before = contents(last)
     run = runner(run_folder, save_total_limit=1, max_steps=7)
     begun = failing(monkeypatch, error, which, lambda: run.state.global_step == 7)
-    said = rf"checkpoint-7 could not be written and was removed: .*{str(error)[-12:]}.*bytes are free\). The latest "
-    with pytest.raises(OSError, match=said + rf"complete one is {last}: free some space and continue"):
+    message = rf"checkpoint-7 could not be written and was removed: .*{str(error)[-12:]}.*bytes are free\). The "
+    with pytest.raises(OSError, match=message + rf"latest complete one is {last}: free some space and continue"):
         run.train(resume_from_checkpoint=True)
     assert len(begun) >= which and run.args.save_total_limit == 1
     assert left(run_folder) == [2, 4, 6] and contents(last) == before and verify(last) == []
@@ -369,14 +369,14 @@ def test_a_file_that_was_not_written_stops_the_save(tmp_path, monkeypatch):
     def full(*args):
         raise NO_SPACE
 
-    for owner, name, instead, said in (
+    for owner, name, instead, message in (
         (checkpointing.Trainer, "_save_rng_state", lambda *args: None, r"\['rng_state.pth'\] of .* were not written"),
         (checkpointing.Trainer, "_save_scaler", full, "No space left on device"),
         (TrainerState, "save_to_json", lambda *args: None, "trainer_state.json is missing"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, instead)
-            with pytest.raises(OSError, match=rf"could not be written and was removed: .*{said}.*There is no other"):
+            with pytest.raises(OSError, match=rf"could not be written and was removed: .*{message}.*is no other"):
                 runner(tmp_path).train()
         assert left(tmp_path) == []
 
@@ -390,7 +390,7 @@ def test_outside_of_a_checkpoint_an_error_is_not_kept_back(tmp_path, monkeypatch
         runner(tmp_path).save_model(str(tmp_path / "final"))
 
 
-def test_the_weights_alone_are_whole_too(tmp_path):
+def test_the_weights_alone_are_complete_too(tmp_path):
     runner(tmp_path, save_only_model=True).train()
     assert verify(tmp_path / "checkpoint-6") == [] and not (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
     (tmp_path / "checkpoint-6" / STATE_TENSORS).unlink()
@@ -428,7 +428,7 @@ def test_signals_in_a_save_let_it_finish(tmp_path, monkeypatch, signals):
     assert verify(tmp_path / "checkpoint-4") == []
 
 
-def test_a_second_ctrl_c_in_a_save_leaves_the_last_whole_one(tmp_path, monkeypatch, finished):
+def test_a_second_ctrl_c_in_a_save_leaves_the_last_complete_one(tmp_path, monkeypatch, finished):
     run = runner(tmp_path, callbacks=[During(monkeypatch, INT, TERM, INT)], save_total_limit=1)
     with pytest.raises(KeyboardInterrupt, match="at once, at the second Ctrl-C"):
         run.train()
@@ -576,10 +576,10 @@ def test_a_best_checkpoint_that_was_damaged(tmp_path, finished, strategy):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
     settings |= {"metric_for_best_model": "loss", "greater_is_better": False, "eval_dataset": Images(4)}
     run = runner(tmp_path, **settings | {"callbacks": [Worse()], "save_strategy": strategy})
-    said = (
+    message = (
         r"best checkpoint .*checkpoint-2 cannot be loaded: model.safetensors has 1000 .*last step is in .*checkpoint-6"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         run.train()
     assert verify(tmp_path / "checkpoint-6") == []
     assert largest_difference(weights(run.distiller), finished[1]) == 0.0
@@ -588,7 +588,7 @@ def test_a_best_checkpoint_that_was_damaged(tmp_path, finished, strategy):
 # ---- Without distillation ----
 
 
-def test_any_trainer_can_have_whole_checkpoints(tmp_path, caplog):
+def test_any_trainer_can_have_complete_checkpoints(tmp_path, caplog):
     def run():
         settings = config(tmp_path, kind=TrainingArguments, **RUN)
         return CheckpointingTrainer(build("resnet"), settings, train_dataset=Images())

@@ -388,14 +388,14 @@ SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 def test_a_plain_checkpoint_is_continued_to_the_same_bits(tmp_path, caplog):
-    whole = run(Trainer, tmp_path, **SAVED)
+    full = run(Trainer, tmp_path, **SAVED)
     ours = DistillationTrainer(
         build("vit", seed=9), config(tmp_path / "ours", TASK, **RUN | SAVED), train_dataset=Images()
     )
     ours.train(resume_from_checkpoint=str(tmp_path / "Trainer/checkpoint-2"))
     assert "was written by a plain Trainer: weights, optimizer and scheduler are continued" in caplog.text
     assert ours.state.global_step == 4
-    assert largest_difference(weights(whole.model), weights(ours.model)) == 0.0
+    assert largest_difference(weights(full.model), weights(ours.model)) == 0.0
 
 
 def test_a_plain_checkpoint_can_be_the_best_one(tmp_path):

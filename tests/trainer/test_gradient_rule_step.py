@@ -161,13 +161,13 @@ def test_resume_is_bitwise_with_the_decay_and_the_history(tmp_path, rule):
         "save_steps": 2, "gradient_rule": rule, "logging_steps": 1,
     }  # fmt: skip
     student, teacher = pair()
-    whole = trainer(tmp_path, student, teacher, Images(8), _objectives(rule), **settings)
-    whole.train()
+    full = trainer(tmp_path, student, teacher, Images(8), _objectives(rule), **settings)
+    full.train()
     again = trainer(tmp_path, student, teacher, Images(8), _objectives(rule), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
-    assert len(whole.gradient_rule.history) == 6
-    assert again.gradient_rule.history == whole.gradient_rule.history
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
+    assert len(full.gradient_rule.history) == 6
+    assert again.gradient_rule.history == full.gradient_rule.history
     state = json.loads(Path(tmp_path, "checkpoint-4", STATE_JSON).read_text())
     assert state["gradient_rule"]["options"]["name"] == rule["name"]
 
@@ -277,11 +277,11 @@ def test_refusals(tmp_path, rule, objectives, says):
         config(tmp_path, objectives, gradient_rule=rule if isinstance(rule, dict) else json.dumps(rule))
 
 
-def test_a_rule_with_nothing_to_protect_from_is_said(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("hf_kdtl.config.logger.warning_once", said.append)
+def test_a_rule_with_nothing_to_protect_from_is_reported(tmp_path, monkeypatch):
+    message = []
+    monkeypatch.setattr("hf_kdtl.config.logger.warning_once", message.append)
     DistillationConfig(str(tmp_path), objectives=[{"name": "task"}], gradient_rule={"name": "never_hurt"})
-    assert said and "nothing to protect" in said[0]
+    assert message and "nothing to protect" in message[0]
 
 
 @pytest.mark.parametrize(

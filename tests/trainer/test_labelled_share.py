@@ -47,9 +47,9 @@ def test_every_micro_batch_has_its_share_and_a_resumed_run_has_the_same_ones(tmp
         made.train(**where)
         return made
 
-    whole, seen, rest = None, [], []
-    whole = run(seen)
+    full, seen, rest = None, [], []
+    full = run(seen)
     assert len(seen) == 9 and all(sum(label >= 0 for label in labels) == 1 for labels, _ in seen)
     again = run(rest, resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
     assert rest == seen[4:]
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0

@@ -131,7 +131,7 @@ def test_attention_costs_no_forward(tmp_path, rates, extra):
     student, teacher = pair()
     runner = trainer(tmp_path, student, teacher, layer_rates=rates, **SHORT)
     calls = Calls(runner.teacher.model), Calls(runner.model)
-    runner.create_optimizer()  # groups are told apart by a forward
+    runner.create_optimizer()  # groups are distinguished by a forward
     for counted in calls:
         counted.number = 0
     runner.train()
@@ -193,7 +193,7 @@ def test_under_autocast_and_checkpointing(tmp_path, rates, settings):
         assert b["multipliers"] == pytest.approx(a["multipliers"], rel=tolerance)
 
 
-def test_a_batch_of_which_some_images_are_differentiated_is_measured_whole(tmp_path):
+def test_a_batch_of_which_some_images_are_differentiated_is_measured_on_all(tmp_path):
     """An objective with a fraction runs the batch in two parts; the captures are put together again."""
     student, teacher = pair()
     objectives = [*KD, {"name": "jacobian", "fraction": 0.5}]
@@ -229,15 +229,15 @@ SAVED = SHORT | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "war
 def test_resume_is_bitwise(tmp_path, rates):
     student, teacher = pair()
     settings = SAVED | {"layer_rates": rates, "gradient_accumulation_steps": 2}
-    whole = trainer(tmp_path, student, teacher, **settings)
-    whole.train()
+    full = trainer(tmp_path, student, teacher, **settings)
+    full.train()
     for step in (3, 4) if rates == JACOBIAN else (3,):
         again = trainer(tmp_path, student, teacher, **settings)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0
-        assert again.layer_rates.state_dict() == whole.layer_rates.state_dict()
-        assert multipliers(again) == multipliers(whole) and len(set(multipliers(whole).values())) > 1
-    steps = [entry["step"] for entry in whole.layer_rates.history]
+        assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0
+        assert again.layer_rates.state_dict() == full.layer_rates.state_dict()
+        assert multipliers(again) == multipliers(full) and len(set(multipliers(full).values())) > 1
+    steps = [entry["step"] for entry in full.layer_rates.history]
     assert steps == ([0] if rates.get("mode") == "frozen" else [0, 2, 4])
 
 
@@ -247,12 +247,12 @@ def test_a_checkpoint_of_other_rates_is_refused(tmp_path):
     trainer(tmp_path / "with", student, teacher, layer_rates=ATTENTION, **settings).train()
     trainer(tmp_path / "without", student, teacher, **settings).train()
     settings["max_steps"] = 2
-    for folder, rates, said in (
+    for folder, rates, message in (
         ("with", None, "was trained with layer_rates and this run has none. Resume with the same layer_rates"),
         ("without", ATTENTION, "was trained with no layer_rates and this run has them"),
         ("with", {"mode": "llrd"}, "the state is of mode 'discrepancy' and this run has 'llrd'"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             trainer(tmp_path / folder, student, teacher, layer_rates=rates, **settings).train(True)
     changed = trainer(tmp_path / "with", student, teacher, layer_rates=ATTENTION | {"every": 1}, **settings)
     changed.train(resume_from_checkpoint=True)
@@ -304,10 +304,10 @@ def _two(tmp_path, settings):
     out = tmp_path / "two.safetensors"
     forked(work, 2, out, 2, 2, "hard", settings)
     with safe_open(out, "pt") as file:
-        said = file.metadata()
+        message = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two.safetensors.*.json"))]
-    return tensors, int(said["world"]), ranks, json.loads(said["logged"])
+    return tensors, int(message["world"]), ranks, json.loads(message["logged"])
 
 
 def test_an_exception_inside_the_step_leaves_the_rates(tmp_path, monkeypatch):
@@ -362,10 +362,10 @@ def test_a_foreign_optimizer_is_refused_with_the_call_that_makes_it_ours(tmp_pat
     def made(**given):
         return DistillationTrainer(student, arguments, teacher=teacher, train_dataset=Images(), **given)
 
-    said = r"the optimizer is AdamW, whose step .* hf_kdtl.optim.create_layerwise_optimizer\(student, args, objectives"
-    with pytest.raises(ValueError, match=said):
+    message = r"the optimizer is AdamW, whose step .* hf_kdtl.optim.create_layerwise_optimizer\(student, args, obj"
+    with pytest.raises(ValueError, match=message):
         made(optimizers=(torch.optim.AdamW(student.parameters()), None))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         made(optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-3})).train()
     for given in (
         {"optimizers": (create_layerwise_optimizer(student, arguments), None)},
@@ -407,7 +407,7 @@ def test_a_layerwise_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rates, said",
+    "rates, message",
     [
         ({"mode": "discrepency"}, "unknown mode of layer_rates: 'discrepency'. Did you mean 'discrepancy'"),
         ({"source": "gradient"}, "unknown source of layer_rates: 'gradient'"),
@@ -416,8 +416,8 @@ def test_a_layerwise_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
         ([{"mode": "llrd"}], "expected a mapping such as"),
     ],
 )
-def test_bad_settings_are_refused_by_the_config(tmp_path, rates, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_settings_are_refused_by_the_config(tmp_path, rates, message):
+    with pytest.raises(ValueError, match=message):
         DistillationConfig(str(tmp_path), layer_rates=rates)
 
 
@@ -444,6 +444,6 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path):
         (student, teacher, KD, {"layers": [[0, 0], [7, 1]]}, "block 7 of the student, which has the blocks 0 to 1"),
         (build("levit"), build("levit", seed=5), KD, {}, "the student's patches are a single cell"),
     ]
-    for model, of, objectives, rates, said in cases:
-        with pytest.raises(ValueError, match=said):
+    for model, of, objectives, rates, message in cases:
+        with pytest.raises(ValueError, match=message):
             trainer(tmp_path, model, of, objectives=objectives, layer_rates=rates, **SHORT).train()

@@ -1,4 +1,4 @@
-"""A stopped run continues as if it had never stopped, and the best checkpoint is loaded whole."""
+"""A stopped run continues as if it had never stopped, and the best checkpoint is loaded completely."""
 
 import importlib
 import json
@@ -31,18 +31,18 @@ RUN = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resume_is_bitwise(tmp_path, family):
     student, teacher = build(family), build("vit", seed=5)
-    whole = trainer(tmp_path, student, teacher, **RUN)
-    whole.train()
+    full = trainer(tmp_path, student, teacher, **RUN)
+    full.train()
     for step in (2, 4) if family == "vit" else (2,):
         again = trainer(tmp_path, student, teacher, **RUN)
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert again.state.global_step == 6
-        assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
-        assert whole.state.log_history[-2]["loss"] == again.state.log_history[-2]["loss"]
+        assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
+        assert full.state.log_history[-2]["loss"] == again.state.log_history[-2]["loss"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_best_model_is_loaded_whole(tmp_path, family):
+def test_the_best_model_is_loaded_completely(tmp_path, family):
     class Worse(TrainerCallback):
         """Report a loss that rises, so that the first checkpoint is the best."""
 
@@ -91,23 +91,23 @@ def test_a_run_that_is_finished_makes_no_further_step(tmp_path, steps, best, cap
         settings = RUN | {"save_steps": 1} | steps | (chosen if best else {})
         return trainer(tmp_path, build("vit", hidden_dropout_prob=0.1), build("vit", seed=5), **settings)
 
-    whole = run()
-    whole.train()
+    full = run()
+    full.train()
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = run()
-    assert again.train(resume_from_checkpoint=True).global_step == whole.state.global_step
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert again.train(resume_from_checkpoint=True).global_step == full.state.global_step
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
     assert "training is already complete, and the model is loaded" in caplog.text
     assert not best or again.state.best_global_step == 1
 
 
 def test_a_run_that_is_to_end_before_its_checkpoint_makes_no_step(tmp_path):
-    whole = trainer(tmp_path, build("vit"), **RUN)
-    whole.train()
+    full = trainer(tmp_path, build("vit"), **RUN)
+    full.train()
     again = trainer(tmp_path, build("vit"), **RUN | {"max_steps": 5})
     assert again.train(resume_from_checkpoint=True).global_step == 6
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
 
 
 def test_a_checkpoint_is_a_clean_student(tmp_path):
@@ -145,8 +145,8 @@ def test_a_checkpoint_of_other_objectives_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_architecture_or_a_newer_version_is_refused(tmp_path):
     trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
-    said = r"holds a ViTForImageClassification \(vit\) and the student is a DeiTForImageClassification. Resume with"
-    with pytest.raises(ValueError, match=said):
+    message = r"holds a ViTForImageClassification \(vit\) and the student is a DeiTForImageClassification. Resume with"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, build("deit"), build("vit", seed=5), **RUN).train(resume_from_checkpoint=True)
     path = tmp_path / "checkpoint-6" / STATE_JSON
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
@@ -159,22 +159,22 @@ def test_a_start_that_was_damaged_stops_the_resume(tmp_path):
     objectives = [{"name": "task"}, {"name": "l2_sp"}]
     trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train()
     weights_file, config_file = (tmp_path / "start" / name for name in ("model.safetensors", "config.json"))
-    whole = weights_file.read_bytes()
-    for path, content, said in (
+    full = weights_file.read_bytes()
+    for path, content, message in (
         (weights_file, b"", r"start cannot be read \(.*restore the folder"),
         (
             weights_file,
-            whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
+            full[:-2] + bytes([full[-2] ^ 1]) + full[-1:],
             r"are not those that .* or they were damaged",
         ),
         (config_file, b"{", r"start cannot be read \(.*restore the folder"),
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             trainer(tmp_path, build("vit"), objectives=objectives, **RUN).train(resume_from_checkpoint=True)
 
 
-def test_recipes_begin_anew_where_only_a_save_was_broken_off(tmp_path, monkeypatch):
+def test_recipes_start_again_where_only_a_save_was_interrupted(tmp_path, monkeypatch):
     train = importlib.import_module("hf_kdtl.commands.common.runs")._train
 
     class Asked:
@@ -204,8 +204,8 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
 
     student, teacher = build("vit"), build("vit", seed=5)
     settings = RUN | {"gradient_accumulation_steps": 2, "save_strategy": "no"}
-    whole = trainer(tmp_path / "whole", student, teacher, **settings)
-    whole.train()
+    full = trainer(tmp_path / "full", student, teacher, **settings)
+    full.train()
     stopped = trainer(tmp_path / "run", student, teacher, callbacks=[Interrupt()], **settings)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"after step 3, saved in .*checkpoint-3.*resume_from_checkpoint"):
@@ -213,7 +213,7 @@ def test_a_signal_saves_and_says_how_to_continue(tmp_path, number):
     assert signal.getsignal(signal.SIGINT) is before
     again = trainer(tmp_path / "run", student, teacher, **settings)
     again.train(resume_from_checkpoint=True)
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
 
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
@@ -239,29 +239,29 @@ def test_every_kind_of_state_resumes_bitwise(tmp_path, kind):
         extra = {"eval_dataset": Images(4), "callbacks": [Remember()]}
         return trainer(tmp_path, student, teacher, Images(20), objectives, **RUN | settings | extra)
 
-    whole = run()
-    whole.train()
+    full = run()
+    full.train()
     torch.manual_seed(99)  # what happens in between must not matter
     again = run()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
     assert rates[4:6] == rates[6:] and (kind != "a schedule that looks" or len({rate for _, rate in rates}) > 1)
 
 
 def test_projectors_are_trained_saved_and_resumed_and_stay_out_of_the_student(tmp_path):
     objectives = [{"name": "task"}, {"name": "hidden_states"}, {"name": "attention_map"}]
     student, teacher = build("vit"), build("vit", seed=5, hidden_size=48, num_attention_heads=3)
-    whole = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
-    start = weights(whole.distiller.objectives)
-    whole.train()
-    moved = largest_difference(start, weights(whole.distiller.objectives))
+    full = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
+    start = weights(full.distiller.objectives)
+    full.train()
+    moved = largest_difference(start, weights(full.distiller.objectives))
     assert len(start) == 4 and moved > 1e-4, "the projectors did not learn"
-    held = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in whole.distiller.parameters()}
+    held = {id(p) for group in full.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in full.distiller.parameters()}
     assert "projector" not in "".join(load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
     again = trainer(tmp_path, student, teacher, objectives=objectives, weight_decay=0.1, **RUN)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
 
 
 def test_an_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
@@ -299,7 +299,7 @@ def test_a_signal_during_an_evaluation_saves(tmp_path):
         runner.train()
 
 
-def test_resuming_with_another_option_is_said(tmp_path, caplog):
+def test_resuming_with_another_option_is_reported(tmp_path, caplog):
     trainer(tmp_path, build("vit"), build("vit", seed=5), **RUN).train()
     other = [{"name": "task", "weight": 0.3}, {"name": "logit_kd", "weight": 0.7, "temperature": 2.0}]
     runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=other, **RUN)

@@ -211,12 +211,12 @@ def test_a_resumed_run_is_as_if_never_stopped(tmp_path, adapter):
         options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["classifier"], "lora_dropout": 0.1}
         return get_peft_model(build("vit", **DROPOUT), LoraConfig(**options), adapter_name=adapter)
 
-    whole = run(tmp_path / "a", student(), "self", objectives, **every)
+    full = run(tmp_path / "a", student(), "self", objectives, **every)
     data = {"train_dataset": Images()}
     settings = config(tmp_path / "a", objectives, per_device_train_batch_size=4, learning_rate=1e-2, **every)
     resumed = DistillationTrainer(student(), settings, teacher="self", **data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    assert largest_difference(weights(whole.distiller), weights(resumed.distiller)) == 0
+    assert largest_difference(weights(full.distiller), weights(resumed.distiller)) == 0
     saved = {path.name for path in (tmp_path / "a" / "checkpoint-4").rglob("*.safetensors")}
     assert saved == {"adapter_model.safetensors", "distillation_state.safetensors"}, "adapters alone, no base"
 
@@ -266,9 +266,9 @@ def resnet(**settings):
 def test_batch_norm_is_kept_with_the_adapters_and_off_with_them(tmp_path):
     student, base = resnet(), build("resnet")
     pixels, settings = Images(4).pixels, {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = run(tmp_path, student, "self", **settings)
+    full = run(tmp_path, student, "self", **settings)
     with torch.no_grad():
-        now = whole.teacher.capture(pixels, Needs(logits=True)).logits
+        now = full.teacher.capture(pixels, Needs(logits=True)).logits
         assert torch.equal(now, base.eval()(pixel_values=pixels).logits), "the teacher has not moved"
     resumed = DistillationTrainer(
         resnet(),
@@ -277,7 +277,7 @@ def test_batch_norm_is_kept_with_the_adapters_and_off_with_them(tmp_path):
         train_dataset=Images(),
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert largest_difference(weights(resumed.model), weights(whole.model)) == 0
+    assert largest_difference(weights(resumed.model), weights(full.model)) == 0
 
 
 def test_what_no_adapter_file_holds_is_refused(tmp_path):

@@ -38,13 +38,13 @@ RUN = {
 @pytest.mark.parametrize("objectives", KEPT, ids=lambda entries: entries[1]["name"])
 def test_the_first_weights_are_kept_and_resumed(tmp_path, objectives):
     student = build("vit")
-    whole = trainer(tmp_path, student, objectives=objectives, **RUN)
-    whole.train()
+    full = trainer(tmp_path, student, objectives=objectives, **RUN)
+    full.train()
     kept = load_file(tmp_path / "start" / "model.safetensors")
     assert kept.keys() == load_file(tmp_path / "checkpoint-4" / "model.safetensors").keys()
     again = trainer(tmp_path, build("vit", seed=3), objectives=objectives, **RUN)  # other weights: not the start
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
     assert largest_difference(weights(again.distiller.start.model), weights(student)) == 0.0
 
 
@@ -192,10 +192,10 @@ def test_a_kept_start_has_its_image_processor(tmp_path):
 
     with pytest.raises(ValueError, match=r"start .* has its own image processor"):
         runner().train()
-    whole, again = runner(processing_class=mine), runner(processing_class=mine)
-    whole.train()
+    full, again = runner(processing_class=mine), runner(processing_class=mine)
+    full.train()
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
 
 
 def test_the_start_of_another_run_is_refused(tmp_path):
@@ -214,7 +214,7 @@ def test_a_trainer_that_has_trained_can_resume(tmp_path):
     assert largest_difference(end, weights(runner.distiller)) == 0.0
 
 
-def test_objectives_added_at_a_resume_are_said_before_the_start(tmp_path):
+def test_objectives_added_at_a_resume_are_reported_before_the_start(tmp_path):
     trainer(tmp_path, build("vit"), objectives=[TASK], **RUN).train()
     with pytest.raises(ValueError, match="was trained with the objectives"):
         again = trainer(tmp_path, build("vit"), objectives=L2_SP, **RUN)

@@ -157,9 +157,9 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_checkpoint(tmp_path):
     )
     with pytest.raises(FloatingPointError) as error:
         runner.train()
-    said = str(error.value)
-    assert "step 3" in said and "task, logit_kd is not finite" in said and "largest" in said
-    assert "checkpoint-2" in said and (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    message = str(error.value)
+    assert "step 3" in message and "task, logit_kd is not finite" in message and "largest" in message
+    assert "checkpoint-2" in message and (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
 
 
 def test_a_gradient_that_turns_nan_leaves_the_weights(tmp_path):
@@ -282,7 +282,7 @@ def test_paired_objectives_take_any_data_that_trainer_takes(tmp_path):
         assert len(runner.distiller.plans["teacher"].pairs) == 2
 
 
-def test_a_log_starts_anew_with_each_training(tmp_path):
+def test_a_log_starts_again_with_each_training(tmp_path):
     runner = trainer(tmp_path, build("vit"), max_steps=3, logging_steps=2)
     runner.train()
     runner.train()

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from hf_kdtl.utils import options
-from hf_kdtl.utils.options import check_known, check_option, is_number, is_whole
+from hf_kdtl.utils.options import check_known, check_option, is_integer, is_number
 
 
 def test_examples_in_docstrings_hold():
@@ -40,7 +40,7 @@ def test_values_out_of_range_are_refused():
 
 @pytest.mark.parametrize("value", [True, "1", None, float("nan"), float("inf"), -float("inf"), 1e39, 10**400, [1]])
 def test_no_number(value):
-    assert not is_number(value) and not is_whole(value if value != 10**400 else True)
+    assert not is_number(value) and not is_integer(value if value != 10**400 else True)
 
 
 @pytest.mark.parametrize("value", [0, -3, 0.5, 3.4e38])
@@ -49,5 +49,5 @@ def test_a_number(value):
 
 
 def test_whole_numbers():
-    assert is_whole(1) and is_whole(4, 4) and is_whole(0, 0)
-    assert not is_whole(0) and not is_whole(3, 4) and not is_whole(1.0)
+    assert is_integer(1) and is_integer(4, 4) and is_integer(0, 0)
+    assert not is_integer(0) and not is_integer(3, 4) and not is_integer(1.0)

@@ -45,14 +45,14 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
         raise ValueError("found train_images and labels_per_class; expected one of them.")
     labels = np.array(data.train["label"][:])
     if images is not None and images != len(labels):
-        rows, said = _stratified(labels, images, len(data.label_names), seed)
+        rows, message = _stratified(labels, images, len(data.label_names), seed)
     elif per_class is not None:
-        rows, said = _each_class(labels, per_class, data.label_names, seed)
+        rows, message = _each_class(labels, per_class, data.label_names, seed)
     else:
         return data
     rest = np.setdiff1d(np.arange(len(labels)), rows)
     left = without_labels(data.train.select(rest), data.label_names) if len(rest) else None
-    return replace(data, train=data.train.select(np.sort(rows)), rest=left, notes=[*data.notes, said])
+    return replace(data, train=data.train.select(np.sort(rows)), rest=left, notes=[*data.notes, message])
 
 
 def _stratified(labels: np.ndarray, number: int, classes: int, seed: int) -> tuple[np.ndarray, str]:
@@ -73,8 +73,8 @@ def _each_class(labels: np.ndarray, number: int, names: list[str], seed: int) ->
     rows = np.concatenate([own[:number] for own in of_class])
     short = [f"{name} {len(own)}" for name, own in zip(names, of_class, strict=True) if len(own) < number]
     fewer = f" Fewer of {', '.join(short[:8])}{', ...' if len(short) > 8 else ''}." if short else ""
-    said = f"{len(rows)} of {known.sum()} labelled images of train are used: {number} of each class, seed {seed}."
-    return np.concatenate([rows, np.flatnonzero(~known)]), said + fewer
+    message = f"{len(rows)} of {known.sum()} labelled images of train are used: {number} of each class, seed {seed}."
+    return np.concatenate([rows, np.flatnonzero(~known)]), message + fewer
 
 
 @dataclass

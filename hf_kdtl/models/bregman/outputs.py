@@ -32,7 +32,7 @@ def check_of(of: str, layer: int | None, link: str | None = None) -> str:
     if of in OF_BLOCK and not block:
         raise ValueError(f"layer is {layer!r}; {of} are of one block: give its number, counted from 0.")
     if of not in OF_BLOCK and layer is not None:
-        raise ValueError(f"layer is {layer!r}; {of} are of the whole model: leave layer out.")
+        raise ValueError(f"layer is {layer!r}; {of} are outputs of the model, not of a layer: leave layer out.")
     link = LINKS_OF[of][0] if link is None else find(link).name
     if link not in LINKS_OF[of]:
         raise ValueError(f"link is {link!r}; for {of} expected {' or '.join(map(repr, LINKS_OF[of]))}.")

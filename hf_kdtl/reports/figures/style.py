@@ -12,7 +12,7 @@ from hf_kdtl.utils import text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by colour-blind eyes too (Okabe and Ito).
+# Distinguishable with color blindness too (Okabe and Ito).
 COLORS = {"teacher": "#7f7f7f", "alone": "#E69F00", "labelled": "#56B4E9", "distilled": "#0072B2"}
 # Fonts with Chinese, Japanese, Korean and other glyphs that matplotlib's own font lacks, where installed.
 FALLBACK = ("Noto Sans CJK", "Noto Sans", "Noto Serif CJK", "WenQuanYi", "Source Han Sans", "IPAGothic", "IPAexGothic",
@@ -53,7 +53,7 @@ def new_figure(width: float, height: float) -> Figure:
     # Text takes the families when it is made, so they are set here and not while drawing. Only appended to.
     families = matplotlib.rcParams["font.sans-serif"]
     matplotlib.rcParams["font.sans-serif"] = [*families, *(name for name in fonts() if name not in families)]
-    # Not pyplot, which would choose a backend for the whole program and keep every figure.
+    # Not pyplot, which would choose a backend for the program and keep every figure.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

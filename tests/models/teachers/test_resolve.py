@@ -116,7 +116,7 @@ def test_a_head_of_another_size_is_a_missing_head(tmp_path):
         Teacher.from_pretrained(tmp_path, num_labels=3)
 
 
-def test_a_whole_model_opens_without_a_word(tmp_path):
+def test_a_complete_model_opens_without_a_warning(tmp_path):
     for name in ("vit", "levit", "efficientnet", "siglip"):
         model = build(name)
         model.save_pretrained(tmp_path / name)

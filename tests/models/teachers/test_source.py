@@ -135,7 +135,7 @@ def test_resuming_asks_a_store_for_the_same_images(tmp_path):
     data = Images(16)
     logits = stored(build("vit", seed=5), data)
     every = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = trained(tmp_path, first := Stored(logits), data=data, **every)
+    full = trained(tmp_path, first := Stored(logits), data=data, **every)
     runner = DistillationTrainer(
         build("vit"),
         config(tmp_path, KD, per_device_train_batch_size=4, **every),
@@ -145,7 +145,7 @@ def test_resuming_asks_a_store_for_the_same_images(tmp_path):
     runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     looked = 2  # images before training
     assert second.asked[looked:] == first.asked[looked + 8 :] and len(second.asked) == looked + 8
-    assert largest_difference(weights(whole.model), weights(runner.model)) == 0
+    assert largest_difference(weights(full.model), weights(runner.model)) == 0
 
 
 def test_what_a_source_does_not_give_is_refused_by_name_before_training(tmp_path):

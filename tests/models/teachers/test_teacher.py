@@ -48,7 +48,7 @@ def test_pixels_are_renormalised_to_what_its_own_processor_gives(mine, its):
     torch.testing.assert_close(seen.logits, model(pixel_values=expected).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_are_resized_to_its_size_and_that_is_said(caplog):
+def test_pixels_are_resized_to_its_size_and_that_is_reported(caplog):
     model = build("vit", image_size=64, seed=5)
     teacher = Teacher(model, _processor(64))
     teacher.match(build("vit"), _processor(32), compare_classes=False)
@@ -71,7 +71,7 @@ def _named(model, names):
     return model
 
 
-def test_labels_in_another_order_are_reordered_and_said():
+def test_labels_in_another_order_are_reordered_and_reported():
     student = _named(build("vit"), ["cat", "dog", "ship"])
     model = _named(build("vit", seed=5), ["ship", "cat", "dog"])
     teacher = Teacher(model)
