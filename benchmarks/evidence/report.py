@@ -1,0 +1,209 @@
+"""The tables and the figure of benchmarks/results, made from the runs' JSON lines alone.
+
+    python -m benchmarks.evidence.report
+
+Writes <table>.md beside each <table>.jsonl, and few_labels_many_images.png.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.evidence.runs import RESULTS
+from hf_kdtl.evaluation.statistics import holm, mean_and_std, mean_interval, paired_difference
+from hf_kdtl.reports.figures.style import new_figure, save
+from hf_kdtl.utils.text import markdown_table
+
+Lines = list[dict[str, Any]]
+
+
+class ArmRuns(NamedTuple):
+    """The runs of an arm at its chosen weight."""
+
+    setting: str
+    arm: str
+    weight: float
+    test: dict[int, float]  # seed -> per cent
+
+
+def arm_runs(lines: Lines) -> list[ArmRuns]:
+    """The runs of every arm in every setting, at the weight with the best mean validation of its first two seeds."""
+    found: dict[tuple[str, str], Lines] = {}
+    for line in lines:
+        found.setdefault((line["setting"], line["arm"]), []).append(line)
+    return [_at_chosen(setting, arm, runs) for (setting, arm), runs in found.items()]
+
+
+def _at_chosen(setting: str, arm: str, runs: Lines) -> ArmRuns:
+    first = sorted({run["seed"] for run in runs})[:2]
+    weights = sorted({run["weight"] for run in runs})
+
+    def validation(weight: float) -> float:
+        return fmean(r["validation"] for r in runs if r["weight"] == weight and r["seed"] in first)
+
+    chosen = max(weights, key=validation)
+    return ArmRuns(setting, arm, chosen, {r["seed"]: 100 * r["test"] for r in runs if r["weight"] == chosen})
+
+
+def comparison_table(runs: Sequence[ArmRuns], references: dict[str, str]) -> str:
+    """Markdown: each arm's mean, spread and paired difference to the reference arm of its setting, Holm over all.
+
+    Args:
+        references: {setting: "setting/arm"} that the setting's other arms are compared with.
+    """
+    by_name = {f"{run.setting}/{run.arm}": run for run in runs}
+    rows: list[list[str]] = []
+    differences = {name: _difference(run, by_name.get(references[run.setting])) for name, run in by_name.items()}
+    tested = {name: found["p_value"] for name, found in differences.items() if found and found["p_value"] is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True)) if tested else {}
+    for name, run in by_name.items():
+        mean, sd = mean_and_std(list(run.test.values()))
+        cells = [run.setting, run.arm, f"{run.weight:g}", str(len(run.test)), f"{mean:.2f}"]
+        cells.append("" if sd is None else f"{sd:.2f}")
+        rows.append(cells + _difference_cells(differences[name], corrected.get(name)))
+    head = [
+        "setting",
+        "arm",
+        "weight",
+        "seeds",
+        "test accuracy, %",
+        "sd",
+        "minus reference, 95 % interval",
+        "p (Holm)",
+    ]
+    return markdown_table([head, *rows])
+
+
+def _difference(run: ArmRuns, reference: ArmRuns | None) -> dict[str, Any] | None:
+    if reference is None or reference is run:
+        return None
+    seeds = sorted(run.test.keys() & reference.test.keys())
+    return paired_difference([run.test[s] for s in seeds], [reference.test[s] for s in seeds]) if seeds else None
+
+
+def _difference_cells(found: dict[str, Any] | None, p_value: float | None) -> list[str]:
+    if found is None:
+        return ["reference", ""]
+    if found["interval"] is None:
+        return [f"{found['mean']:+.2f} ({found['note']})", ""]
+    low, high = found["interval"]
+    return [f"{found['mean']:+.2f} ({low:+.2f} to {high:+.2f})", "" if p_value is None else f"{p_value:.2g}"]
+
+
+def labels_worth(accuracy: float, labels: Sequence[int], alone: Sequence[float]) -> str:
+    """How many labels a class the student alone needs for an accuracy, interpolated on the logarithm of the labels.
+
+    >>> labels_worth(50.0, [10, 1000], [40.0, 60.0])
+    '100'
+    """
+    if accuracy > max(alone):
+        return f"more than {max(labels)}"
+    return f"{math.exp(np.interp(accuracy, alone, np.log(labels))):.0f}"
+
+
+def few_labels_figure(runs: Sequence[ArmRuns], path: Path, names: dict[str, str]) -> None:
+    """Accuracy against labels a class: mean over seeds and its 95 % interval, a line an arm."""
+    figure = new_figure(7.2, 4.2)
+    axes = figure.subplots()
+    colors = dict(zip(names, ("#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    for arm, name in names.items():
+        points = sorted((int(run.setting.split("_")[-1]), list(run.test.values())) for run in runs if run.arm == arm)
+        means = [fmean(values) for _, values in points]
+        intervals = [mean_interval(values) or (m, m) for (_, values), m in zip(points, means, strict=True)]
+        errors = np.abs(np.array(intervals).T - means)
+        labels = [each for each, _ in points]
+        axes.errorbar(labels, means, errors, label=name, color=colors[arm], marker="o", capsize=3)
+    ticks = sorted({int(run.setting.split("_")[-1]) for run in runs})
+    axes.set(xscale="log", xlabel="labels of each class", ylabel="test accuracy, %")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save(figure, path, 150)
+
+
+FEW_LABELS = {
+    "alone": "student alone, on the labelled images",
+    "kd_labelled": "distilled, on the labelled images",
+    "kd_unlabelled": "distilled, with the unlabelled images",
+}
+
+
+def few_labels(lines: Lines) -> str:
+    """Table 1: against `kd_labelled`, and against `alone`."""
+    runs = arm_runs(lines)
+    settings = sorted({run.setting for run in runs}, key=lambda s: int(s.split("_")[-1]))
+    runs.sort(key=lambda run: settings.index(run.setting))
+    text = comparison_table(runs, {s: f"{s}/kd_labelled" for s in settings})
+    against_alone = comparison_table(
+        [run for run in runs if run.arm != "kd_labelled"], {s: f"{s}/alone" for s in settings}
+    )
+    return f"Reference `kd_labelled`:\n\n{text}\n\nReference `alone`:\n\n{against_alone}\n\n{_worth(runs)}"
+
+
+def _worth(runs: Sequence[ArmRuns]) -> str:
+    def curve(arm: str) -> dict[int, float]:
+        found = {int(run.setting.split("_")[-1]): fmean(run.test.values()) for run in runs if run.arm == arm}
+        return dict(sorted(found.items()))
+
+    alone = curve("alone")
+    if len(alone) < 2:
+        return "What labels are worth needs the student alone at two numbers of labels."
+    rows = [
+        [str(labels), name, f"{accuracy:.2f}", labels_worth(accuracy, list(alone), list(alone.values()))]
+        for arm, name in FEW_LABELS.items()
+        if arm != "alone"
+        for labels, accuracy in curve(arm).items()
+    ]
+    head = ["labels a class", "arm", "test accuracy, %", "labels a class that the student alone needs for it"]
+    return markdown_table([head, *rows])
+
+
+def never_hurt(lines: Lines) -> str:
+    """Table 5: each cell's arms against the student without the transfer term, and the rules against the plain sum."""
+    alone = {run.setting: run for run in arm_runs([line for line in lines if line["arm"] == "alone"])}
+    rest: dict[str, Lines] = {}
+    for line in lines:
+        if line["arm"] != "alone":
+            rest.setdefault(f"{line['setting']}, weight {line['weight']:g}", []).append(line)
+    runs = list(alone.values())
+    for setting, found in rest.items():
+        runs += [run._replace(setting=setting) for run in arm_runs(found)]
+    optimizer = {setting: setting.split("_")[0] for setting in [*rest, *alone]}
+    to_alone = comparison_table(runs, {s: f"{o}/alone" for s, o in optimizer.items()})
+    to_plain = comparison_table([r for r in runs if r.arm != "alone"], {s: f"{s}/plain" for s in rest})
+    return f"Reference `alone`:\n\n{to_alone}\n\nReference `plain`:\n\n{to_plain}"
+
+
+TABLES = {"few_labels_many_images": few_labels, "never_hurt_rules": never_hurt}
+
+
+def written(name: str, lines: Lines) -> str:
+    """The text of results/<name>.md."""
+    hours = sum(line["cpu_seconds"] for line in lines) / 3600
+    title = name.replace("_", " ").capitalize()
+    head = f"# {title}\n\nMade by `python -m benchmarks.evidence.report` from {name}.jsonl; the plan is ../plan.md.\n"
+    return f"{head}{len(lines)} runs, {hours:.1f} core hours.\n\n{TABLES[name](lines)}\n"
+
+
+def main() -> None:
+    for name in TABLES:
+        file = RESULTS / f"{name}.jsonl"
+        if not file.exists():
+            continue
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        file.with_suffix(".md").write_text(written(name, lines))
+        if name == "few_labels_many_images":
+            few_labels_figure(arm_runs(lines), file.with_suffix(".png"), FEW_LABELS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The evidence: runs are kept and not repeated, weights are chosen on validation, pages are what the lines give."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.evidence import report
+from benchmarks.evidence.few_labels_many_images import shuffled
+from benchmarks.evidence.runs import RESULTS, Run, Table
+from benchmarks.evidence.views import Views
+
+
+def line(arm, weight, seed, validation, test):
+    return {"table": "t", "setting": "s_4", "arm": arm, "weight": weight, "seed": seed, "validation": validation,
+            "test": test, "cpu_seconds": 3600.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in report.TABLES if (RESULTS / f"{name}.jsonl").exists()])
+def test_each_page_is_what_its_runs_give(name):
+    file = RESULTS / f"{name}.jsonl"
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    assert file.with_suffix(".md").read_text() == report.written(name, lines)
+
+
+def test_a_run_is_done_once_and_kept(tmp_path):
+    done = []
+
+    def measure(run):
+        done.append(run)
+        return {"validation": run.weight, "test": 0.5}
+
+    assert Table("t", measure, tmp_path).taken("s", "a", (1.0, 3.0, 2.0), (1, 2, 3))[2]["weight"] == 3.0
+    again = Table("t", measure, tmp_path).taken("s", "a", (1.0, 3.0, 2.0), (1, 2, 3))
+    assert [found["seed"] for found in again] == [1, 2, 3]
+    assert len(done) == 3 * 2 + 1  # three values for two seeds, the chosen one for the third
+    with pytest.raises(AssertionError, match="has not been done"):
+        Table("t", folder=tmp_path).once(Run("s", "a", 3.0, 9))
+
+
+def test_the_weight_is_chosen_on_validation_by_the_first_two_seeds_alone():
+    lines = [line("a", 1.0, 1, 0.6, 0.1), line("a", 1.0, 2, 0.6, 0.2), line("a", 1.0, 3, 0.0, 0.3)]
+    lines += [line("a", 2.0, 1, 0.7, 0.9), line("a", 2.0, 2, 0.4, 0.9)]
+    (runs,) = report.arm_runs(lines)
+    assert (runs.weight, runs.test) == (1.0, {1: 10.0, 2: 20.0, 3: 30.0})
+
+
+def test_differences_are_paired_by_seed():
+    runs = report.arm_runs([line("a", 1.0, s, 0.5, 0.5 + s / 100) for s in (1, 2, 3)])
+    runs += report.arm_runs([line("b", 1.0, s, 0.5, 0.4 + s / 100 + s / 1000) for s in (3, 2, 1)])
+    table = report.comparison_table(runs, {"s_4": "s_4/a"})
+    # d = -10 + 0.1 s: mean -9.8, sd 0.1, t(2) 4.303 / sqrt(3)
+    assert "-9.80 (-10.05 to -9.55)" in table
+
+
+def test_labels_worth_interpolates_the_logarithm():
+    assert report.labels_worth(50.0, [10, 1000], [40.0, 60.0]) == "100"
+    assert report.labels_worth(61.0, [10, 1000], [40.0, 60.0]) == "more than 1000"
+
+
+def test_the_answer_belongs_to_the_view_that_was_shown():
+    pixels = np.arange(5 * 3, dtype=np.uint8).reshape(5, 3, 1, 1, 1).repeat(3, axis=2)  # value = 3 image + view
+    images = Views(pixels, np.zeros(4), np.array([4, 2, 1, 0]), None, 0)
+    for _ in range(4):
+        shown = images.__getitems__([0, 3, 1])
+        values = [round(float(127.5 * (item["pixel_values"][0, 0, 0] + 1))) for item in shown]
+        assert values == [images.source_index(i) for i in (0, 3, 1)]
+    before = images.__getitems__([0])[0]["pixel_values"]
+    assert not torch.equal(before, images.__getitems__([0])[0]["pixel_values"])
+
+
+def test_shuffled_answers_are_another_images_view_by_view():
+    logits = torch.arange(12.0).reshape(6, 2)  # 3 images, 2 views
+    mixed = shuffled(logits, 3, seed=2).reshape(3, 2, 2)
+    rows = [logits.reshape(3, 2, 2).tolist().index(image.tolist()) for image in mixed]
+    assert sorted(rows) == [0, 1, 2] and rows != [0, 1, 2]
