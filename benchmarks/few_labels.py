@@ -84,7 +84,7 @@ def noisy(split: Dataset, std: float) -> Dataset:
         return {"bytes": file.getvalue(), "path": None}
 
     images = [image(index, row) for index, row in enumerate(split["image"])]
-    return Dataset.from_dict({"image": images, "label": split["label"][:]}, features=split.features)
+    return Dataset.from_dict({name: split[name][:] for name in split.column_names} | {"image": images}, split.features)
 
 
 class FewLabels:

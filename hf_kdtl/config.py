@@ -53,6 +53,7 @@ class DistillationConfig(TrainingArguments):
         start: the model that `l2_sp`, `delta` and `lwf` (source: start) hold the student to, as a folder or Hub name.
             None: the student as it is when the trainer first uses it, in `train` or `evaluate`; a second `train`
             keeps it. It is saved with the run, for resuming.
+        view_seed: of the augmentation, as in `hf_kdtl.data.ImageDataset`; `seed` does not change what images show.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
         license: the license under which `push_to_hub` publishes the student, such as "apache-2.0". None: its
             teacher's, which must then be known and allow it.
@@ -74,6 +75,7 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "A folder or Hub name: what the student is held to; by default its own first weights."},
     )
+    view_seed: int = field(default=0, metadata={"help": "Of the augmentation: runs with other seeds see the same."})
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )

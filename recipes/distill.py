@@ -35,7 +35,7 @@ def main(
     images = load_images(dataset).in_order(student)  # classes matched by name
 
     processor = teacher.processing_class  # the student may have another: the teacher's pixels are then converted
-    train = ImageDataset(images.train, processor, augmentation=Augmentation(augmentation), seed=config.seed)
+    train = ImageDataset(images.train, processor, augmentation=Augmentation(augmentation), view_seed=config.view_seed)
     validation, test = (ImageDataset(split, processor) for split in (images.validation, images.test))
     trainer = DistillationTrainer(
         student,

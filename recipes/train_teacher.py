@@ -33,7 +33,7 @@ def main(dataset=DATASET, vit=VIT, augmentation=AUGMENTATION, output_dir="runs/t
     processor = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
     # The image processor decides about size and values; augmentation comes before its normalization.
-    train = ImageDataset(images.train, processor, augmentation=Augmentation(augmentation), seed=config.seed)
+    train = ImageDataset(images.train, processor, augmentation=Augmentation(augmentation), view_seed=config.view_seed)
     validation, test = (ImageDataset(split, processor) for split in (images.validation, images.test))
     trainer = DistillationTrainer(
         model,

@@ -98,7 +98,7 @@ def train(
             settings,
             processor,
             "teacher",
-            train_dataset=builders.pixels(data.train, processor, data_options, config.seed),
+            train_dataset=builders.pixels(data.train, processor, data_options, config=config),
             eval_dataset=builders.pixels(data.validation, processor),
         )
 

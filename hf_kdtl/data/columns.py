@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from hf_kdtl.utils.options import suggestion
@@ -17,7 +18,7 @@ UNLABELLED = -100
 def with_two_columns(
     raw: dict[str, Dataset], image: str | None, label: str | None, notes: list[str]
 ) -> dict[str, Dataset]:
-    """Each split as the two columns `image` and `label`, with the class names of train; see `load_images`.
+    """Each split as the columns `image`, `label`, with the class names of train, and `row`; see `load_images`.
 
     Raises:
         ValueError: when a column cannot be identified, or a split holds a label that train does not know.
@@ -41,8 +42,18 @@ def with_two_columns(
         pixels = split.select_columns(image).rename_columns({image: "image"})
         pixels = pixels.cast_column("image", datasets.Image(decode=False))
         indices = _class_indices(split, name, label, names, notes)
-        splits[name] = pixels.add_column("label", indices, feature=ClassLabel(names=names))
+        splits[name] = with_rows(pixels.add_column("label", indices, feature=ClassLabel(names=names)))
     return splits
+
+
+def with_rows(split: Dataset, first: int = 0) -> Dataset:
+    """The split with the column `row`, counted from `first`, which stays with the images in every selection."""
+    return split.add_column("row", list(range(first, first + len(split))), feature=Value("int64"))
+
+
+def source_rows(split: Any) -> np.ndarray:
+    """The row of each image in the split that it was loaded from, int64; its place here where there is no `row`."""
+    return np.array(split["row"][:]) if "row" in split.features else np.arange(len(split))
 
 
 def images_alone(split: Dataset, image: str | None = None) -> Dataset:

@@ -11,8 +11,11 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from hf_kdtl.data.columns import source_rows
 from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.indexed import RowPass
 from hf_kdtl.data.labelled_share import LabelledShareSampler
+from hf_kdtl.utils.options import check_option, is_whole
 from hf_kdtl.utils.text import some
 
 if TYPE_CHECKING:
@@ -40,7 +43,9 @@ class ImageDataset(torch.utils.data.Dataset):
         image_processor: of the student; all images must come out in one size.
         augmentation: only for training.
         num_labels: K; by default the number of classes of the split.
-        seed: of the augmentation, and of the order where there is a `labelled_share`.
+        view_seed: of the augmentation. Not the training seed: runs of other seeds see the same views.
+        views: V, how many views there are of each image: its n-th pass shows view n mod V. None: a new one each pass.
+        seed: of the order where there is a `labelled_share`.
         labelled_share: of the images in each training batch, where the split has images without a label (-100). By
             default a batch has as many of them as chance will have it. DistillationTrainer takes the order from
             `train_sampler`.
@@ -57,6 +62,8 @@ class ImageDataset(torch.utils.data.Dataset):
         *,
         augmentation: Augmentation | None = None,
         num_labels: int | None = None,
+        view_seed: int = 0,
+        views: int | None = None,
         seed: int = 0,
         labelled_share: float | None = None,
     ):
@@ -64,7 +71,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_processor = image_processor
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes
-        self.seed = seed
+        check_option("ImageDataset", "view_seed", view_seed, is_whole(view_seed, 0), "a whole number from 0")
+        check_option("ImageDataset", "views", views, views is None or is_whole(views), "None, or 1 and more")
+        self.view_seed, self.views, self.seed = view_seed, views, seed
+        self._rows = source_rows(split)
         self.labelled_share = labelled_share
         # In shared memory, because persistent workers keep the copy of the dataset that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -72,8 +82,17 @@ class ImageDataset(torch.utils.data.Dataset):
             self._check_processor()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation again: the same epoch gives the same draws."""
+        """Begin an epoch, the pass over each image that a plain index means."""
         self._epoch.fill_(epoch)
+
+    def source_index(self, index: int) -> int:
+        """The row of item `index` in the split as it was loaded, before any selection."""
+        return int(self._rows[index])
+
+    def image_view(self, index: int) -> int:
+        """The view that item `index` shows: the number of its pass, mod V with `views=V`."""
+        number = index.number if isinstance(index, RowPass) else int(self._epoch)
+        return number if self.views is None else number % self.views
 
     def train_sampler(self, batch_size: int) -> LabelledShareSampler | None:
         """The order of training for batches of that many images; None where there is no `labelled_share`."""
@@ -89,20 +108,21 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        indices = [int(index) for index in indices]  # a sampler may give numpy's integers: other text, other draws
+        shown = [(self.source_index(index), self.image_view(index)) for index in indices]
+        indices = [int(index) for index in indices]  # a sampler may give numpy's integers
         rows = self.split[indices]
         images = [decode_row(image, i, len(self)) for image, i in zip(rows["image"], indices, strict=True)]
         labels: Iterable[Any] = rows["label"]
         if self.augmentation is None:
             pixels = self._pixels(images)
         else:
-            pixels, mixed = self._augment(self._pixels(images, do_normalize=False), torch.tensor(labels), indices)
+            pixels, mixed = self._augment(self._pixels(images, do_normalize=False), torch.tensor(labels), shown)
             labels = mixed if mixed.ndim == 2 else mixed.tolist()
         return [{"pixel_values": p, "labels": label} for p, label in zip(pixels, labels, strict=True)]
 
-    def _augment(self, pixels: Tensor, labels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def _augment(self, pixels: Tensor, labels: Tensor, shown: list[Any]) -> tuple[Tensor, Tensor]:
         assert self.augmentation is not None
-        key = f"{self.seed}/{self._epoch.item()}/{indices}".encode()
+        key = f"{self.view_seed}/{shown}".encode()
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the accelerator's generators too, fork_rng or not.
             torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))

@@ -1,4 +1,4 @@
-"""Training data whose batches carry the row of each image, for teacher signals that are looked up by it."""
+"""Training data whose batches carry the row and the view of each image, for signals that are looked up by them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,45 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-INDEX = "image_index"
+INDEX, VIEW = "image_index", "image_view"
+NOT_THE_STUDENTS = (INDEX, VIEW)
+"""What a batch holds that is no argument of the student's forward."""
+
+
+class RowPass(int):
+    """A row of a dataset, and which pass over it this is: an int that samplers yield where a row recurs in an epoch.
+
+    `ImageDataset` shows that pass's view: `images[RowPass(3, 7)]` is view 7 of item 3 (7 mod V with `views=V`).
+
+    >>> one = RowPass(3, 7)
+    >>> one + 1, one.number
+    (4, 7)
+    """
+
+    number: int
+
+    def __new__(cls, row: int, number: int) -> RowPass:
+        made = super().__new__(cls, row)
+        made.number = int(number)
+        return made
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]  # pickled to data-loading workers
+        return int(self), self.number
 
 
 class IndexedItem(NamedTuple):
-    """An item of the data, and its row."""
+    """An item of the data, its row, and its view (None where the data does not know it)."""
 
     item: Any
     row: int
+    view: int | None
 
 
 class IndexedDataset(Dataset):
-    """A map-style dataset whose items come with their row.
+    """A map-style dataset whose items come with their row and view.
 
     The row is that of the dataset, or what its `source_index(i)` gives: a subset can name the rows of the data that it
-    was taken from.
+    was taken from. The view is what its `image_view(i)` gives, where it has this method.
 
     Raises:
         ValueError: for data that has no index.
@@ -40,24 +64,26 @@ class IndexedDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, i: int) -> IndexedItem:
-        return IndexedItem(self.data[i], self._row(i))
+        return self._indexed(self.data[i], i)
 
     def __getitems__(self, rows: Sequence[int]) -> list[IndexedItem]:
         fetch: Any = getattr(self.data, "__getitems__", None)
         items = fetch(rows) if fetch else [self.data[i] for i in rows]
-        return [IndexedItem(item, self._row(i)) for item, i in zip(items, rows, strict=True)]
+        return [self._indexed(item, i) for item, i in zip(items, rows, strict=True)]
 
     def set_epoch(self, epoch: int) -> None:
         """Pass on which epoch begins, to data that is augmented by it."""
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
 
-    def _row(self, i: int) -> int:
-        return self.data.source_index(i) if hasattr(self.data, "source_index") else i
+    def _indexed(self, item: Any, i: int) -> IndexedItem:
+        row = self.data.source_index(i) if hasattr(self.data, "source_index") else int(i)
+        return IndexedItem(item, row, self.data.image_view(i) if hasattr(self.data, "image_view") else None)
 
 
 class IndexCollator:
-    """A collator of `IndexedItem`s: the given one's batch, and `image_index` (B,) int64. Others pass unchanged."""
+    """A collator of `IndexedItem`s: the given one's batch, and `image_index` (B,) and `image_view` (B,), int64, the
+    latter where the data knows it. Others pass unchanged."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
         self.collate = collate
@@ -65,5 +91,7 @@ class IndexCollator:
     def __call__(self, items: list[Any]) -> dict[str, Any]:
         if not items or not isinstance(items[0], IndexedItem):
             return self.collate(items)
-        batch = self.collate([one.item for one in items])
-        return {**batch, INDEX: torch.tensor([one.row for one in items])}
+        batch = self.collate([one.item for one in items]) | {INDEX: torch.tensor([one.row for one in items])}
+        if items[0].view is not None:
+            batch[VIEW] = torch.tensor([one.view for one in items])
+        return batch

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from hf_kdtl.data.indexed import RowPass
+
 
 def labelled_per_batch(share: float, batch_size: int) -> int:
     """The number of labelled images in a batch: the share, rounded, and at least one image of each kind.
@@ -25,7 +27,8 @@ def labelled_per_batch(share: float, batch_size: int) -> int:
 
 
 class LabelledShareSampler(torch.utils.data.Sampler[int]):
-    """Rows of a dataset in an order in which every batch has the same number of labelled images.
+    """Rows of a dataset in an order in which every batch has the same number of labelled images, each with the number
+    of times that it was drawn before, in all epochs (`RowPass`).
 
     An epoch ends when every image has been drawn at least once. Of the kind with fewer batches' worth of images, the
     images recur: all of them in a new random order, then again. Every batch is full, also the last of an epoch.
@@ -53,18 +56,36 @@ class LabelledShareSampler(torch.utils.data.Sampler[int]):
         number = labelled_per_batch(share, batch_size)
         self.per_batch = number, batch_size - number
         self.seed, self.epoch = seed, epoch
+        self._counted = 0, np.zeros(len(labelled), np.int64)
         self.batches = max(-(-len(rows) // count) for rows, count in zip(self.rows, self.per_batch, strict=True))
 
     def __len__(self) -> int:
         return self.batches * sum(self.per_batch)
 
     def __iter__(self) -> Iterator[int]:
-        draw = np.random.default_rng([self.seed, self.epoch()])
+        epoch = self.epoch()
+        order, passes = self._order(epoch), self._passes_before(epoch).copy()
+        for row in order.tolist():
+            yield RowPass(row, passes[row])
+            passes[row] += 1
+
+    def _passes_before(self, epoch: int) -> np.ndarray:
+        """How often each row is drawn in the epochs before this one."""
+        counted, passes = self._counted
+        if counted > epoch:
+            counted, passes = 0, np.zeros_like(passes)
+        for earlier in range(counted, epoch):
+            passes = passes + np.bincount(self._order(earlier), minlength=len(passes))
+        self._counted = epoch, passes
+        return passes
+
+    def _order(self, epoch: int) -> np.ndarray:
+        draw = np.random.default_rng([self.seed, epoch])
         kinds = [
             self._recurring(rows, count, draw).reshape(self.batches, count)
             for rows, count in zip(self.rows, self.per_batch, strict=True)
         ]
-        return iter(np.concatenate(kinds, axis=1).ravel().tolist())
+        return np.concatenate(kinds, axis=1).ravel()
 
     def _recurring(self, rows: np.ndarray, per_batch: int, draw: np.random.Generator) -> np.ndarray:
         wanted = self.batches * per_batch

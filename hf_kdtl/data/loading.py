@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImageData:
-    """Three splits of two columns, `image` (`datasets.Image(decode=False)`) and `label` (`ClassLabel`).
+    """Three splits of the columns `image` (`datasets.Image(decode=False)`), `label` (`ClassLabel`) and `row` (int64):
+    the place of the image in the split as it was loaded, which it keeps in every selection. Augmentation and stored
+    teacher outputs go by it.
 
     Attributes:
         train, validation, test: label i is label_names[i] in all three; -100 in train is an unlabelled image.
@@ -33,6 +35,7 @@ class ImageData:
         source: what was loaded.
         high_bit_depth: what was done to images of more than 8 bits, "clip" or "scale".
         rest: training images that were left out to train on fewer labels, each with the label -100.
+        train_rows: the number of images of train as it was loaded.
     """
 
     train: Dataset
@@ -43,6 +46,7 @@ class ImageData:
     source: str
     high_bit_depth: str = "clip"
     rest: Dataset | None = None
+    train_rows: int = 0
 
     def check_readable(self) -> None:
         """Decode every image once. Raises ValueError naming the first that cannot be read."""
@@ -137,6 +141,7 @@ def load_images(
     splits = with_two_columns(
         open_source(source, notes, image_column, label_column), image_column, label_column, notes
     )
+    rows = len(splits["train"])
     if on_bad_image == "skip":
         splits = {name: readable(split, name, notes) for name, split in splits.items()}
     missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
@@ -146,9 +151,8 @@ def load_images(
     check_duplicates(splits, notes)
     splits = check_bit_depths(splits, high_bit_depth, notes)
     names = splits["train"].features["label"].names
-    return ImageData(
-        splits["train"], splits["validation"], splits["test"], names, notes, source_name(source), high_bit_depth
-    )
+    three = splits["train"], splits["validation"], splits["test"]
+    return ImageData(*three, names, notes, source_name(source), high_bit_depth, train_rows=rows)
 
 
 def readable(split: Dataset, name: str, notes: list[str]) -> Dataset:

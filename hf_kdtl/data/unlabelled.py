@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from hf_kdtl.data.bit_depth import check_bit_depths
-from hf_kdtl.data.columns import UNLABELLED, images_alone
+from hf_kdtl.data.columns import UNLABELLED, images_alone, source_rows, with_rows
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.duplicates import check_duplicates
 from hf_kdtl.data.loading import ImageData, readable
@@ -29,7 +29,8 @@ def open_unlabelled(
     on_bad_image: Literal["error", "skip"] = "error",
     notes: list[str],
 ) -> Dataset:
-    """Images of a source as a training split of `data` in which no image has a label (-100).
+    """Images of a source as a training split of `data` in which no image has a label (-100); their rows come after
+    those of train as it was loaded.
 
     Args:
         source: a folder of images, in any sub-folders (their names mean nothing), or whatever `load_images` takes; the
@@ -58,13 +59,16 @@ def open_unlabelled(
     split = check_bit_depths({"unlabelled": split}, data.high_bit_depth, notes)["unlabelled"]
     check_duplicates({"unlabelled": split, "validation": data.validation, "test": data.test}, notes)
     notes.append(f"{len(split)} images without labels come from {name}.")
-    return without_labels(split, data.label_names)
+    splits = [one for one in (data.train, data.validation, data.test, data.rest) if one is not None]
+    first = max([data.train_rows, *(int(source_rows(one).max()) + 1 for one in splits)])  # rows that train has not
+    return without_labels(with_rows(split, first), data.label_names)
 
 
 def without_labels(split: Dataset, names: list[str]) -> Dataset:
     """The images of a split, each with the label -100."""
-    images = split.select_columns("image")
-    return images.add_column("label", [UNLABELLED] * len(images), feature=ClassLabel(names=names))
+    images = split.remove_columns("label") if "label" in split.features else split
+    labelled = images.add_column("label", [UNLABELLED] * len(images), feature=ClassLabel(names=names))
+    return labelled.select_columns(["image", "label", "row"])
 
 
 def by_label(split: Dataset) -> tuple[Dataset, Dataset]:

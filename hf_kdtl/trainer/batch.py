@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kdtl.data.indexed import INDEX
+from hf_kdtl.data.indexed import NOT_THE_STUDENTS
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.models.forward.capture import Capture
 
@@ -23,7 +23,7 @@ def of_student_alone(inputs: dict[str, Any], sources: Mapping[str, Any]) -> dict
     Raises:
         ValueError: for one that the sources would need too.
     """
-    rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values", INDEX)}
+    rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values", *NOT_THE_STUDENTS)}
     if sources and rest.get("interpolate_pos_encoding"):
         raise ValueError(
             f"the batch has 'interpolate_pos_encoding', which would reach the student and not the "

@@ -72,6 +72,12 @@ def check_setting(trainer: Trainer) -> None:
             "derivative objectives allow. Use bf16: accelerate launch --mixed_precision bf16."
         )
     problems += _too_few(trainer)
+    its = getattr(trainer.train_dataset, "view_seed", args.view_seed)
+    if its != args.view_seed:
+        problems.append(
+            f"view_seed is {args.view_seed} in the config and {its} in train_dataset, where the views are drawn. Give "
+            f"both the same: ImageDataset(..., view_seed={args.view_seed})."
+        )
     if args.layer_rates is not None and trainer.optimizer is not None:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.data.indexed import INDEX
+from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, VIEW
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             ValueError: when an objective needs labels and the batch has none.
         """
         if inputs is None or draws is None or counts is None:
-            return self.student(**{name: value for name, value in of_student.items() if name != INDEX})
+            return self.student(**{name: value for name, value in of_student.items() if name not in NOT_THE_STUDENTS})
         self.check_labels.present(inputs)
         student, values = self._values(inputs, draws, measuring=self.rates is not None and self.rates.measuring)
         here, sums, counted = micro_batch_counts(inputs), {}, {}
@@ -209,17 +209,14 @@ class Distiller(nn.Module):
         pixels = inputs["pixel_values"]
         none = pixels.new_zeros(0, dtype=torch.long)
         rows = select_images(draws, fraction, pixels).nonzero()[:, 0] if fraction else none
-        batch: Batch = {"draws": draws, "differentiated_rows": rows}
-        if inputs.get("labels") is not None:
-            batch["labels"] = inputs["labels"]
-        if INDEX in inputs:
-            batch["image_index"] = inputs[INDEX]
-        elif indexed := [name for name, source in self.sources.items() if source.needs_index]:
+        known: Any = {name: inputs[name] for name in ("labels", INDEX, VIEW) if inputs.get(name) is not None}
+        indexed = [name for name, source in self.sources.items() if source.needs_index]
+        if indexed and INDEX not in known:
             raise ValueError(
                 f"the {indexed[0]} looks its signals up by {INDEX!r}, and the batch has only {sorted(inputs)}. "
                 "DistillationTrainer adds it to the training data; an evaluation's has none."
             )
-        return batch
+        return Batch(draws=draws, differentiated_rows=rows, **known)
 
     @torch.no_grad()
     def _capture_sources(self, pixels: Tensor, batch: Batch, extra: Needs) -> dict[str, Capture]:

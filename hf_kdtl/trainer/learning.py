@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_kdtl.data.indexed import NOT_THE_STUDENTS
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
@@ -117,7 +118,7 @@ def _by_labels(trainer: Any, inputs: dict[str, Any]) -> list[str]:
     """Refuse a head that is not the config's, and a loss of the student's that cross-entropy would replace."""
     student, labels = trainer.model, inputs.get("labels")
     student.eval()
-    given = {name: value for name, value in inputs.items() if name not in ("labels", "image_index")}
+    given = {name: value for name, value in inputs.items() if name not in ("labels", *NOT_THE_STUDENTS)}
     own = None
     for further in ({"labels": labels}, {}) if _indices(labels) else ({},):
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from hf_kdtl.data.indexed import INDEX, IndexedDataset
+from hf_kdtl.data.indexed import INDEX, VIEW, IndexedDataset
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.teachers.source import SignalSource
 
@@ -62,7 +62,8 @@ class CapturedSample:
         for inputs in self.sample:
             if left <= 0:
                 return
-            known = {name: inputs[name][:left] for name in ("pixel_values", "labels", INDEX) if name in inputs}
+            names = ("pixel_values", "labels", INDEX, VIEW)
+            known = {name: inputs[name][:left] for name in names if name in inputs}
             left -= len(known["pixel_values"])
             batch: Any = {name: value for name, value in known.items() if name != "pixel_values"}
             with torch.set_grad_enabled(self.needs.input_gradient):

@@ -57,7 +57,8 @@ def sizes(data: ImageData) -> list[int]:
 
 def check(data: ImageData) -> None:
     for split in (data.train, data.validation, data.test):
-        assert split.features == Features(image=datasets.Image(decode=False), label=ClassLabel(names=data.label_names))
+        columns = {"label": ClassLabel(names=data.label_names), "row": datasets.Value("int64")}
+        assert split.features == Features(image=datasets.Image(decode=False), **columns)
 
 
 # ---- sources ----

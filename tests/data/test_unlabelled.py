@@ -1,5 +1,6 @@
 """Images without labels: where they come from, and how many of them are in every batch."""
 
+import pickle
 from pathlib import Path
 
 import datasets
@@ -9,6 +10,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
 
+from hf_kdtl.commands.common.labels import fewer_labels
 from hf_kdtl.data import load_images
 from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.data.labelled_share import LabelledShareSampler, labelled_per_batch
@@ -38,6 +40,36 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     first = list(sampler())
     assert first == list(sampler())
     assert first != list(sampler(epoch=1)) and first != list(sampler(seed=1))
+
+
+def test_each_image_is_drawn_with_the_number_of_its_passes_before_in_all_epochs():
+    passes = [[] for _ in range(23)]
+    one = sampler()
+    for epoch in (0, 1, 2):
+        one.epoch = lambda epoch=epoch: epoch
+        drawn = list(one)
+        # As a resumed run, or a data-loading worker, has it.
+        assert [(row, row.number) for row in sampler(epoch=epoch)] == [(row, row.number) for row in drawn]
+        for row in pickle.loads(pickle.dumps(drawn)):
+            passes[row].append(row.number)
+    assert all(seen == list(range(len(seen))) for seen in passes) and len(passes[0]) > 5 > len(passes[22])
+    one.epoch = lambda: 0
+    assert [row.number for row in one] == [row.number for row in sampler()]
+
+
+def test_rows_are_those_of_train_as_loaded_whatever_is_selected(data):
+    everything = load_images(data.train)  # 28 images
+    assert everything.train_rows == 28 and sorted(
+        row for split in (everything.train, everything.validation, everything.test) for row in split["row"]
+    ) == list(range(28))
+    few = fewer_labels(everything, None, 3, seed=0)
+    paths = data.train["image"][:]
+    for split in (few.train, few.rest, everything.test):
+        assert [paths[row] for row in split["row"]] == split["image"][:]
+    more = open_unlabelled("images", few, notes=[])
+    both = ImageDataset(datasets.concatenate_datasets([few.train, few.rest, more]), None)
+    rows = [both.source_index(index) for index in range(len(both))]
+    assert rows[-40:] == list(range(28, 68)) and len(set(rows)) == len(rows) == 20 + 40
 
 
 def test_two_processes_get_full_batches():
@@ -87,7 +119,7 @@ def test_a_parquet_file_a_saved_dataset_and_a_dataset_in_memory_whose_labels_do_
     table.save_to_disk("saved")
     for source in ("images.parquet", "saved", table):
         found = open_unlabelled(source, data, notes=[])
-        assert found["label"][:] == [-100] * len(images) and found.column_names == ["image", "label"]
+        assert found["label"][:] == [-100] * len(images) and found.column_names == ["image", "label", "row"]
 
 
 def test_images_of_the_test_split_are_reported(data):

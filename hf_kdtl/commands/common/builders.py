@@ -77,13 +77,14 @@ def pixels(
     split: Any,
     processor: Any,
     options: DataOptions | None = None,
-    seed: int = 0,
     labelled_share: float | None = None,
+    config: Any = None,
 ) -> ImageDataset:
-    """A split as what the model is fed; augmented where `options` are given."""
+    """A split as what the model is fed; augmented where `options` are given, with the seeds of the `config`."""
     settings = mapping("augmentation", options.augmentation) if options else {}
     augmentation = Augmentation(settings) if settings else None
-    return ImageDataset(split, processor, augmentation=augmentation, seed=seed, labelled_share=labelled_share)
+    seeds = {} if config is None else {"seed": config.seed, "view_seed": config.view_seed}
+    return ImageDataset(split, processor, augmentation=augmentation, labelled_share=labelled_share, **seeds)
 
 
 def labels_of(names: Sequence[str]) -> dict[str, Any]:

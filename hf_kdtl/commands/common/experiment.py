@@ -198,7 +198,7 @@ class Experiment:
             self.processor,
             f"{arm}, seed {seed}",
             teacher=self.source if this.taught else None,
-            train_dataset=builders.pixels(images, self.processor, self.data_options, seed, share),
+            train_dataset=builders.pixels(images, self.processor, self.data_options, share, settings),
             eval_dataset=builders.pixels(self.data.validation, self.processor),
         )
 

@@ -20,7 +20,8 @@ class Batch(TypedDict, total=False):
 
     labels: Tensor  # (B,) class indices, -100 unlabelled; or (B, K) distributions
     draws: Draws  # randomness that does not depend on how the batch was split
-    image_index: Tensor  # (B,) int64 rows of the training data; only where a source has `needs_index`
+    image_index: Tensor  # (B,) int64 rows of the source split as loaded; only where a source has `needs_index`
+    image_view: Tensor  # (B,) int64 views of these images; absent where the data does not know them
     differentiated_rows: Tensor  # (b,) the images that derivatives are taken of; absent: all of them
 
 
@@ -82,7 +83,8 @@ class SignalSource(Protocol):
     processing_class: Any = None
     """Its image processor, where known."""
     needs_index: bool = False
-    """Whether `capture` needs `batch["image_index"]`: the training data is then made to carry it."""
+    """Whether `capture` needs `batch["image_index"]` and `["image_view"]`: the training data is then made to carry
+    them."""
     order: list[int] | None = None
     """The source's class for each of the student's, by index; None where they are the same, or not compared."""
 

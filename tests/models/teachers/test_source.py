@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
+from transformers import ViTImageProcessor
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.data import ImageDataset
+from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.models import Capture, Needs, Teacher
 from hf_kdtl.models.teachers.source import SignalSource, SourceInfo
+from tests.data.test_dataset import noisy
 from tests.support.helpers import Images, config, largest_difference, weights
 from tests.support.tiny import build
 
@@ -129,6 +133,40 @@ def test_a_table_and_a_subset_carry_the_rows_that_they_stand_for(tmp_path):
         live = trained(tmp_path / "b", model, data=given)
         assert largest_difference(weights(by_store.model), weights(live.model)) < 1e-6
     assert all(i % 2 for i in store.asked)
+
+
+def test_batches_carry_row_and_view_of_images_that_recur(tmp_path):
+    """With workers and in a resumed epoch: labelled images recur, and each pass shows the next of 3 views."""
+    rows = {"image": noisy(12)["image"], "label": [0, 1, 2] + [-100] * 9, "row": list(range(40, 52))}
+    split = Dataset.from_dict(rows)
+    split = split.cast_column("label", ClassLabel(names=list("abc")))
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+
+    class Views(Stored):
+        def capture(self, pixel_values, needs, batch=None):
+            both = torch.stack([batch["image_index"], batch["image_view"]], 1)
+            self.seen = [*getattr(self, "seen", []), *map(tuple, both.tolist())]
+            return Capture(logits=torch.zeros(len(pixel_values), 3))
+
+    def run(**where):
+        data = ImageDataset(
+            split, processor, augmentation=Augmentation({"flip": True}), views=3, labelled_share=0.5, view_seed=5
+        )
+        settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+        settings |= {"view_seed": 5, "dataloader_num_workers": 1}
+        runner = DistillationTrainer(
+            build("vit"), config(tmp_path, KD, **settings), teacher=(store := Views(None)), train_dataset=data
+        )
+        runner.train(**where)
+        return store.seen[2:]  # two were looked at before training
+
+    whole = run()
+    views = {row: [view for one, view in whole if one == row] for row in range(40, 52)}
+    assert [len(views[row]) for row in range(40, 43)] == [4, 4, 4] and views[45] == [0]
+    assert all(seen == [0, 1, 2, 0][: len(seen)] for seen in views.values())
+    assert run(resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == whole[8:]
+    with pytest.raises(ValueError, match="view_seed is 0 in the config and 5 in train_dataset"):
+        trained(tmp_path, build("vit", seed=5), data=ImageDataset(split, processor, view_seed=5))
 
 
 def test_resuming_asks_a_store_for_the_same_images(tmp_path):
