@@ -15,7 +15,7 @@ from hf_kdtl.data.columns import source_rows
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.indexed import RowPass
 from hf_kdtl.data.labelled_share import LabelledShareSampler
-from hf_kdtl.utils.options import check_option, is_whole
+from hf_kdtl.utils.options import check_option, is_integer
 from hf_kdtl.utils.text import some
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_processor = image_processor
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes
-        check_option("ImageDataset", "view_seed", view_seed, is_whole(view_seed, 0), "a whole number from 0")
-        check_option("ImageDataset", "views", views, views is None or is_whole(views), "None, or 1 and more")
+        check_option("ImageDataset", "view_seed", view_seed, is_integer(view_seed, 0), "a whole number from 0")
+        check_option("ImageDataset", "views", views, views is None or is_integer(views), "None, or 1 and more")
         self.view_seed, self.views, self.seed = view_seed, views, seed
         self._rows = source_rows(split)
         self.labelled_share = labelled_share
