@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from hf_kdtl.config import DistillationConfig, entry_key
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.classifier import blank_pixels
-from hf_kdtl.models.pairing import plan
+from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.teachers import SignalSource, as_source
+from hf_kdtl.models.teachers.source import called
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.estimators import missing_derivative
 from hf_kdtl.optim import LayerRates
-from hf_kdtl.trainer.build import build_distiller
-from hf_kdtl.trainer.checks import setting_problems
+from hf_kdtl.trainer.build import build_distiller, match_teacher
+from hf_kdtl.trainer.checks import check_teacher_usage, setting_problems
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 from hf_kdtl.utils.distributed import fsdp_requested
 
@@ -76,7 +77,7 @@ def preflight(
     """Look at the pair and the settings without training. The models are left as they were.
 
     Args:
-        teacher: a model, a `Teacher`, a path, or None.
+        teacher: a model, a `Teacher`, a path, several of them by name, or None.
         pixel_values: (B, C, h, w) as the student will be given; by default blank ones of its config's image size.
         processing_class: the student's image processor.
 
@@ -88,10 +89,11 @@ def preflight(
     report.problems += setting_problems(config, student)
     start = None
     try:
+        check_teacher_usage(teacher, config)
         source = None if teacher is None else as_source(teacher)
         if source is not None:
-            source.match(student, processing_class, any(o.compares_classes for o in objectives.values()))
-            seen = {"student": pixels, "teacher": source.pixels(pixels)}
+            match_teacher(source, student, processing_class, objectives.values())
+            seen = {"the student": pixels} | {called(n): one.pixels(pixels) for n, one in source.members().items()}
             report.notes += [*source.notes, *(_pixel_note(who, values) for who, values in seen.items())]
         _pair(report, student, source, config, pixels)
         if any(objective.source == "start" for objective in objectives.values()):
@@ -110,21 +112,24 @@ def _pair(
     report: Report, student: nn.Module, source: SignalSource | None, config: DistillationConfig, pixels: Tensor
 ) -> None:
     """Report the pairs and the layers' rates. Only objectives that pair layers need a plan; others run without one."""
-    pairing = None
-    try:
-        if source is not None:
-            pairing = plan(student, source, pixel_values=pixels)
-            report.pairing = str(pairing)
+    tables, plans, options = [], dict[str, PairingPlan](), config.rate_options
+    for name, one in (source.members() if source is not None else {}).items():
+        title = "" if name == "teacher" else f"With {called(name)}\n"
+        try:
+            plans[name] = found = plan(student, one, pixel_values=pixels)
+            tables.append(f"{title}{found}")
             report.notes += [
-                f"the {who}'s attention comes as finished weights: objectives on it run the eager kernel."
-                for who, model in (("student", pairing.student), ("teacher", pairing.teacher))
+                f"{who}'s attention comes as finished weights: objectives on it run the eager kernel."
+                for who, model in (("the student", found.student), (called(name), found.teacher))
                 if model.weights_only
             ]
-    except ValueError as error:
-        report.pairing = f"none: {error}"
+        except ValueError as error:
+            tables.append(f"{title}none: {error}")
+    report.pairing = "\n\n".join(tables) or report.pairing
     try:
-        if config.rate_options is not None:
-            report.rates = LayerRates(config.rate_options, student, pairing, seed=config.seed).table(student)
+        if options is not None:
+            pairing = plans.get(options.teacher_name)
+            report.rates = LayerRates(options, student, pairing, seed=config.seed).table(student)
     except ValueError as error:
         report.problems.append(str(error))
 
@@ -241,7 +246,7 @@ def _held(distiller: Distiller, inputs: dict[str, Tensor]) -> int:
 
 def _pixel_note(who: str, pixels: Tensor) -> str:
     size = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
-    return f"the {who} sees {size}, mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}."
+    return f"{who} sees {size}, mean {pixels.mean():.2f}, standard deviation {pixels.std():.2f}."
 
 
 def _warnings(objectives: dict[str, Objective], config: DistillationConfig) -> list[str]:

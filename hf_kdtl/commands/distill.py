@@ -3,6 +3,8 @@
   hf-kdtl distill --config digits
   hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/student \\
       --objectives task logit_kd --baseline true --seeds 1 2 3
+  hf-kdtl distill --teacher '{"a": "runs/a/model", "b": "runs/b/model"}' --student google/vit-base-patch16-224 \\
+      --objectives '[{"name": "logit_kd", "teacher": "a"}, {"name": "hidden_states", "teacher": "b"}]'
   accelerate launch --config_file ddp.yaml -m hf_kdtl.commands.distill --config mine.yaml
 
 It leaves in output_dir: student/ (a plain transformers model), report.md, results.json, pictures, and a folder a run.
@@ -21,7 +23,7 @@ from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, sco
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, student_start
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, in_words, student_start
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.evaluation.cost import parameters
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
-    pushing = push.planned(config, options.teacher, options.student)
+    pushing = push.planned(config, options.teacher_paths.values(), options.student)
     experiment = Experiment(options, data_options, config, typed)
     begin(experiment, budget)
     for arm, seed, folder in experiment.runs():
@@ -66,9 +68,11 @@ def begin(experiment: Experiment, budget: float | None) -> None:
     assert experiment.chosen is not None
     duration = timing.settle_steps(experiment.chosen, experiment.makers(), len(experiment.seeds), budget)
     run = folders.describe_run("distill", config, options, data_options)
-    splits = builders.split_notes(options.teacher, experiment.data, data_options) if options.teacher else []
+    paths = options.teacher_paths.values()
+    splits = [note for path in paths for note in builders.split_notes(path, experiment.data, data_options)]
     notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
-    models = {"teacher": builders.summary(first.teacher.classifier())} if first.teacher else {}
+    members = first.teacher.members() if first.teacher else {}
+    models = {in_words(name): builders.summary(one.classifier()) for name, one in members.items()}
     models |= {"student": experiment.student_summary}
     sections = {
         "run": run,
@@ -119,7 +123,8 @@ def ending(experiment: Experiment) -> list[str]:
 def evaluation_command(experiment: Experiment, seed: int | None) -> str:
     """`hf-kdtl evaluate` for the student of this seed, on the same splits."""
     options, folder = experiment.options, experiment.folder
-    teacher = options.student if options.teacher == "self" else options.teacher
+    first = next(iter(experiment.scored), None)
+    teacher = options.student if options.teacher == "self" else options.teacher_paths.get(first or "")
     alone = folder / f"alone-seed{seed}" / "model"
     return command(
         "evaluate",

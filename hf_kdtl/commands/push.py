@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,12 @@ def push(options: PushOptions, token: str | None = None) -> CommitInfo:
         raise (HubError if isinstance(error, HubError) else ValueError)(f"{error} {command}") from error
 
 
-def planned(config: DistillationConfig, teacher: str | None, student: str | None) -> PushOptions | None:
+def planned(config: DistillationConfig, teachers: Iterable[str], student: str | None) -> PushOptions | None:
     """What hf-kdtl distill will push at its end, after checking everything that could refuse it then; None
     where it will not, and on other processes than the first.
 
     Args:
-        teacher, student: folders or Hub names of what the student is made from, where there are any.
+        teachers, student: folders or Hub names of what the student is made from, where there are any.
 
     Raises:
         ValueError, HubError: as `push`.
@@ -99,8 +99,8 @@ def planned(config: DistillationConfig, teacher: str | None, student: str | None
         return None
     folder, token = Path(str(config.output_dir)), config.hub_token
     models: dict[str, Any] = {}
-    if teacher not in (None, "self"):
-        models["teacher"] = {"licence": licenses.license_of(teacher, token)}
+    if found := {str(i): {"licence": licenses.license_of(path, token)} for i, path in enumerate(teachers)}:
+        models["teachers"] = found
     if student is not None:
         models["student"] = {"start": {"how": "pretrained", "licence": licenses.license_of(student, token)}}
     licenses.student_license(Models.of(models, "models"), config.license)

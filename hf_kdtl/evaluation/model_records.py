@@ -47,8 +47,15 @@ class ModelFacts(Origin):
 
 @dataclass(frozen=True)
 class Models(Record):
-    """The section `models`; `pairing` is {objectives: the table of the layers that they pair}."""
+    """The section `models`; `pairing` is {objectives: the table of the layers that they pair}. Several teachers stand
+    by name in `teachers`, one is `teacher`."""
 
     student: ModelFacts = field(default_factory=ModelFacts)
     teacher: ModelFacts | None = None
     pairing: dict[str, str] = field(default_factory=dict)
+    teachers: dict[str, ModelFacts] = field(default_factory=dict)
+
+    @property
+    def all_teachers(self) -> list[ModelFacts]:
+        """The teacher, or all of several."""
+        return [self.teacher] if self.teacher is not None else list(self.teachers.values())

@@ -103,9 +103,12 @@ def _sources(results: Results) -> tuple[set[str], set[str]]:
     """The local paths that the results name, and the names on the Hub."""
     models, settings, data = results.models or Models(), results.run.settings, results.data
     sources = [(settings.get("dataset"), data.source, data.hub), (None, data.source, data.hub)]
-    for setting, model in (("teacher", models.teacher), ("student", models.student.start)):
-        if model is not None:
-            sources += [(settings.get(setting), model.name, model.hub), (None, model.name, model.hub)]
+    asked = settings.get("teacher")
+    named = asked if isinstance(asked, dict) else {"teacher": asked}
+    teachers = models.teachers or ({"teacher": models.teacher} if models.teacher is not None else {})
+    for setting, model in ((settings.get("student"), models.student.start),
+                           *((named.get(name), model) for name, model in teachers.items())):  # fmt: skip
+        sources += [(setting, model.name, model.hub), (None, model.name, model.hub)]
     known = [(setting or name, hub) for setting, name, hub in sources if name]
     local = {name for name, hub in known if not hub and isinstance(name, str) and ("/" in name or "\\" in name)}
     return local | local_paths(settings), {name for name, hub in known if hub and isinstance(name, str)}
@@ -152,7 +155,8 @@ def _from_trainer(trainer: Any) -> JSON:
 def _folders(trainer: Any) -> set[str]:
     """The local folders that a trainer's notes may name, where they are not absolute."""
     names = [trainer.args.output_dir, getattr(trainer.model.config, "_name_or_path", None)]
-    names += [trainer.teacher.provenance().name_or_path] if trainer.teacher else []
+    members = trainer.teacher.members() if trainer.teacher else {}
+    names += [one.provenance().name_or_path for one in members.values()]
     return {str(name) for name in names if name and is_local(str(name))}
 
 
@@ -238,9 +242,10 @@ def _same_student(results: Results, evaluation: Evaluation) -> str:
 
 
 def _check_teacher(results: Results, evaluation: Evaluation) -> None:
-    teacher = None if results.models is None else results.models.teacher
+    teachers = [] if results.models is None else results.models.all_teachers
+    known = {teacher.fingerprint for teacher in teachers if teacher.fingerprint is not None}
     for model in models_with_role(evaluation, "teacher").values():
-        if teacher is None or teacher.fingerprint is None or model.fingerprint != teacher.fingerprint:
+        if model.fingerprint not in known:
             raise ValueError(
                 "the evaluation's teacher has other weights than the run's. Evaluate again with the run's --teacher."
             )

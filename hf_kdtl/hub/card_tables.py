@@ -31,6 +31,9 @@ def models_of(results: Results) -> Models:
     if results.models is not None:
         return results.models
     trained, teacher = results.evaluation.models, results.run.settings.get("teacher")
+    if isinstance(teacher, dict):
+        several = {name: ModelFacts(name=local_name(str(path))) for name, path in teacher.items()}
+        return Models(student=ModelFacts(parameters=_parameters(trained, ARM)), teachers=several)
     found = None
     if "teacher" in trained or "teacher" in results.pairing or teacher:
         found = ModelFacts(name=local_name(teacher) if teacher else None, parameters=_parameters(trained, "teacher"))
@@ -85,9 +88,9 @@ def _interval(accuracy: float, images: int | None) -> str:
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %" if bounds else "not measured"
 
 
-def teacher_scores(results: Results) -> Scores:
-    """The teacher's metrics on the split that the student's are shown of; empty where there are none."""
-    run: dict[str, Scores] = next(iter(runs_of(results, "teacher").values()), {})
+def teacher_scores(results: Results, name: str = "teacher") -> Scores:
+    """A teacher's metrics on the split that the student's are shown of; empty where there are none."""
+    run: dict[str, Scores] = next(iter(runs_of(results, name).values()), {})
     return run.get(split_scores(results)[0], {})
 
 

@@ -43,7 +43,8 @@ def facts(results: Results, title: str, license: str, usage: Markdown) -> dict[s
         "usage": usage,
         "classes": _classes(results),
         "student": _student(models.student, models.teacher),
-        "teacher": None if models.teacher is None else _teacher(models.teacher, models.student),
+        "teachers": [_teacher(model, models.student) for model in models.all_teachers],
+        "teachers_accuracy": _teachers_accuracy(results),
         "data": _data(results.data),
         "notes": [without_paths(note) for note in (*results.data.notes, *(results.pairing.get("notes") or []))],
         "scores": shown_scores(results),
@@ -114,6 +115,14 @@ def _teacher(model: ModelFacts, student: ModelFacts) -> dict[str, Any]:
         "ratio": f"{mine / its:.2f}" if mine and its else "an unknown number of",
         "license": model.license or "not known",
     }
+
+
+def _teachers_accuracy(results: Results) -> str:
+    """Of several teachers, each one's on the split that the student's accuracy is shown of."""
+    names = models_of(results).teachers
+    found = {name: teacher_scores(results, f"teacher {name}").get("accuracy") for name in names}
+    shown = [f"{without_paths(name)} {'not measured' if a is None else percent(a)}" for name, a in found.items()]
+    return ", ".join(shown)
 
 
 def _where(model: Origin) -> str:

@@ -56,10 +56,9 @@ def of_parents(models: Models) -> str | None:
 
 
 def parents(models: Models) -> list[Origin]:
-    """What a student was made from: its teacher, and what it started from. A teacher without a name is one too."""
+    """What a student was made from: its teachers, and what it started from. A teacher without a name is one too."""
     start = models.student.start
-    found = [models.teacher, start if start.how == "pretrained" else None]
-    return [model for model in found if model is not None]
+    return [*models.all_teachers, *([start] if start.how == "pretrained" else [])]
 
 
 def student_license(models: Models, asked: str | None) -> str:
@@ -68,8 +67,10 @@ def student_license(models: Models, asked: str | None) -> str:
     Raises:
         ValueError: as `resolve_license`, naming the models that bind it.
     """
-    key = models.teacher is not None, models.student.start.how == "pretrained"
+    key = bool(models.all_teachers), models.student.start.how == "pretrained"
     whose = {(True, False): TEACHERS, (False, True): STARTS, (False, False): ""}.get(key, EITHERS)
+    if len(models.all_teachers) > 1:
+        whose = whose.replace(TEACHERS, "the strictest license of the teachers")
     return resolve_license(of_parents(models), asked, whose)
 
 
@@ -121,9 +122,12 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
 
 
 def most_restrictive(licenses: list[str | None]) -> str | None:
-    """The license that binds a student with several parents (its teacher and what it started from).
+    """The license that binds a student with several parents (its teachers and what it started from): the strictest.
 
     None where one is not known. Of permissive ones the first.
+
+    >>> most_restrictive(["mit", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"])
+    'cc-by-nc-sa-4.0'
 
     Raises:
         ValueError: when two of them cannot both be kept.
@@ -132,9 +136,10 @@ def most_restrictive(licenses: list[str | None]) -> str | None:
         return None
     found = [word for one in licenses if (word := _word(one)) is not None]
     binding = [one for one in dict.fromkeys(found) if one not in PERMISSIVE]
-    if len(binding) > 1:
-        raise ValueError(f"teacher and start have the licenses {' and '.join(binding)}, which cannot both be kept.")
-    return (binding or found)[0]
+    keeping = [one for one in binding if all(one == other or _keeps(other, one) for other in binding)]
+    if binding and not keeping:
+        raise ValueError(f"teachers and start have the licenses {' and '.join(binding)}, which cannot all be kept.")
+    return (keeping or found)[0]
 
 
 def _keeps(its: str, wanted: str) -> bool:

@@ -122,7 +122,7 @@ def _license(results: Results, asked: str | None) -> tuple[str | None, str]:
 
 
 def _tags(results: Results, tags: str | Sequence[str] | None) -> list[str]:
-    taught = ["knowledge-distillation"] if models_of(results).teacher is not None else []
+    taught = ["knowledge-distillation"] if models_of(results).all_teachers else []
     names = [entry["name"] for entry in results.objectives if entry["name"] != "task" and entry.get("weight", 1.0)]
     return list(dict.fromkeys(["hf_kdtl", *taught, *map(one_line, names), *_list(tags)]))
 
@@ -136,9 +136,9 @@ def _datasets(results: Results, asked: str | Sequence[str] | None) -> list[str] 
 
 def _parents(results: Results, finetuned_from: str | None) -> dict[str, Any]:
     """base_model and, where the Hub has a word for it, base_model_relation."""
-    student, teacher = models_of(results).student, models_of(results).teacher
-    start, hub = student.start, teacher is not None and teacher.hub
-    names = [model.name for model in (start, teacher) if model is not None and model.hub and model.name]
+    student, teachers = models_of(results).student, models_of(results).all_teachers
+    start, hub = student.start, any(teacher.hub for teacher in teachers)
+    names = [model.name for model in (start, *teachers) if model.hub and model.name]
     finetuned_from = finetuned_from if finetuned_from and is_on_hub(finetuned_from) else None
     names = [*([finetuned_from] if finetuned_from else []), *names]
     if not names:
@@ -179,8 +179,8 @@ def _list(value: str | Sequence[str] | None) -> list[str]:
 def _title(results: Results, name: str | None) -> str:
     if name:
         return name
-    student, teacher = models_of(results).student, models_of(results).teacher
-    taught = f", distilled from {teacher.name}" if teacher is not None and teacher.name else ""
+    student, teachers = models_of(results).student, [one.name for one in models_of(results).all_teachers if one.name]
+    taught = f", distilled from {' and '.join(teachers)}" if teachers else ""
     return f"{student.architecture or 'An image classifier'} of {millions(student.parameters)} parameters{taught}"
 
 

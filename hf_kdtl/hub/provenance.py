@@ -72,9 +72,14 @@ def _made_from(trainer: Any) -> dict[str, Any]:
     start, teacher = origin_of(trainer.model), getattr(trainer, "teacher", None)
     # Without a name it is random or cut, and nobody knows which.
     found = {"student": {"start": {"how": "pretrained" if start["name"] else None, **start}}}
-    if teacher is None or isinstance(teacher, SelfTeacher):
-        return found
-    return {"teacher": origin_of_source(teacher)} | found
+    members = {} if teacher is None else teacher.members()
+    origins = {n: origin_of_source(one) for n, one in members.items() if not isinstance(one, SelfTeacher)}
+    return _by_name(origins) | found
+
+
+def _by_name(teachers: dict[str, Any]) -> dict[str, Any]:
+    """The part of the section `models` on the teacher, or on several."""
+    return teachers if teachers.keys() <= {"teacher"} else {"teachers": teachers}
 
 
 def is_on_hub(text: str) -> bool:
@@ -159,7 +164,8 @@ def models_section(trainer: Any, start: dict[str, Any] | None = None) -> dict[st
         student["image_size"] = size
     section: dict[str, Any] = {"student": student, "pairing": pairing_tables(distiller)}
     if trainer.teacher is not None:
-        section = {"teacher": _teacher(trainer.teacher, trainer.model)} | section
+        members = trainer.teacher.members().items()
+        section = _by_name({name: _teacher(one, trainer.model) for name, one in members}) | section
     return section
 
 
@@ -185,7 +191,9 @@ def pairing_tables(distiller: Any) -> dict[str, str]:
     choices = [(key, distiller.plans[one.source], getattr(one, "layers", None))
                for key, one in distiller.objectives.items() if getattr(one, "pairs", None)]  # fmt: skip
     if distiller.rates is not None and distiller.rates.pairs:
-        choices.append(("layer_rates", distiller.plans["teacher"], distiller.rates.options.layers))
+        choices.append(
+            ("layer_rates", distiller.plans[distiller.rates.options.teacher_name], distiller.rates.options.layers)
+        )
     for key, plan, layers in choices:
         users.setdefault(str(replace(plan, layers=layers)), []).append(key)
     return {", ".join(names): table for table, names in users.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from hf_kdtl.models.teachers.source import SignalSource, SourceFacts
+from hf_kdtl.models.teachers.source import SignalSource, SourceFacts, called
 from hf_kdtl.utils.versions import CHECKPOINTING
 
 NONSMOOTH = (
@@ -36,6 +36,7 @@ class RunContext:
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
         teacher: the source of an objective's signals, for objectives that were made for one teacher alone.
+        facts: {"student" or a source's name: what nonsmooth_layers and low_precision are said of}.
     """
 
     trainable: bool = True
@@ -48,6 +49,7 @@ class RunContext:
     tf32: bool = False
     coupled: str = ""
     teacher: SignalSource | None = None
+    facts: Mapping[str, SourceFacts] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,16 +73,26 @@ class RunContext:
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
             checkpointing=checkpointing or bool(getattr(student, f"is_{CHECKPOINTING}", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
-            nonsmooth_layers=tuple(
-                f"the {who} has {fact.nonsmooth_layers}" for who, fact in facts.items() if fact.nonsmooth_layers
-            ),
-            low_precision=tuple(
-                f"the {who} has {fact.low_precision} weights" for who, fact in facts.items() if fact.low_precision
-            ),
+            facts=facts,
+            **_in_words(facts),
             tf32=_tf32(),
             coupled=", ".join(sorted({type(m).__name__ for m in student.modules() if _coupled(m)})),
             teacher=sources.get("teacher"),
         )
+
+    def of_source(self, name: str, source: SignalSource | None) -> RunContext:
+        """The same for an objective that takes its signals from this source: the others' weights do not matter."""
+        others = self.facts.keys() - {"student", name}
+        mine = {who: fact for who, fact in self.facts.items() if who in ("student", name)}
+        return replace(self, teacher=source, **(_in_words(mine) if others else {}))
+
+
+def _in_words(facts: Mapping[str, SourceFacts]) -> dict[str, tuple[str, ...]]:
+    named = {("the student" if who == "student" else called(who)): fact for who, fact in facts.items()}
+    return {
+        "nonsmooth_layers": tuple(f"{who} has {f.nonsmooth_layers}" for who, f in named.items() if f.nonsmooth_layers),
+        "low_precision": tuple(f"{who} has {f.low_precision} weights" for who, f in named.items() if f.low_precision),
+    }
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ SOURCES = ("attention", "jacobian", "hessian")
 # the first design, jacobian by parameters costs 1.06 (benchmarks/RESULTS.md).
 EVERY = {"attention": 20, "jacobian": 150, "hessian": 200}
 EPS = 1e-6 * math.log(2)
-_MEASURED = ("source", "layers", "eps", "r_min", "r_max")
+_MEASURED = ("source", "layers", "eps", "r_min", "r_max", "teacher")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RateOptions:
             schedule, for which decays are published: 1 for head and final norm, decay^(L - l) for block l of L (from
             0), decay^(L + 1) for the embeddings.
         blocks: of llrd and uniform: names of the student's blocks in order, where they cannot be found.
+        teacher: of several teachers, by its name: the one that the student is compared with.
     """
 
     mode: str = "discrepancy"
@@ -57,6 +58,7 @@ class RateOptions:
     decay: float = 0.75
     normalize: bool = True
     blocks: Sequence[str] | None = None
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -93,6 +95,11 @@ class RateOptions:
         return self.mode not in ("llrd", "uniform")
 
     @property
+    def teacher_name(self) -> str:
+        """The name of the source that the student is compared with."""
+        return self.teacher or "teacher"
+
+    @property
     def interval(self) -> int:
         """Optimizer steps between measurements."""
         return EVERY[self.source] if self.every is None else self.every
@@ -119,6 +126,7 @@ class RateOptions:
             ("momentum", self.momentum, momentum, "a number in [0, 1)"),
             ("eps", self.eps, is_number(self.eps) and self.eps > 0, "a number above 0, in nats"),
             ("decay", self.decay, decay, "a number in (0, 1]"),
+            ("teacher", self.teacher, self.teacher is None or isinstance(self.teacher, str), "a teacher's name"),
             ("normalize", self.normalize, isinstance(self.normalize, bool), "true or false"),
             ("[r_min, r_max]", bounds, inside, "0 < r_min < 1 < r_max, such as 0.25 and 4, for a mean of 1"),
         ):

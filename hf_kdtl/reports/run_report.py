@@ -109,7 +109,7 @@ def table(evaluation: Evaluation) -> str:
     rows, names = [], arm_names(evaluation)
     for arm, model in evaluation.models.items():
         accuracy = [_accuracy(model, split) for split in SPLITS]
-        seeds = "-" if arm == "teacher" else str(len(model.runs))
+        seeds = "-" if arm.split()[0] == "teacher" else str(len(model.runs))
         size = "-" if model.parameters is None else f"{model.parameters:,}"
         speed = "-" if model.images_per_second is None else f"{model.images_per_second:,.0f}"
         rows.append([escape_markdown(names[arm]), *accuracy, seeds, size, speed])

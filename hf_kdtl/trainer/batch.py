@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_kdtl.data.indexed import NOT_THE_STUDENTS
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.models.forward.capture import Capture
+from hf_kdtl.models.teachers.source import called
 
 Counts = dict[str, Tensor]
 """{"images": n, "labelled": m}: what a window of micro-batches holds, over all ranks. Tensors, so that a GPU need not
@@ -26,9 +27,9 @@ def of_student_alone(inputs: dict[str, Any], sources: Mapping[str, Any]) -> dict
     rest = {k: v for k, v in inputs.items() if k not in ("labels", "pixel_values", *NOT_THE_STUDENTS)}
     if sources and rest.get("interpolate_pos_encoding"):
         raise ValueError(
-            f"the batch has 'interpolate_pos_encoding', which would reach the student and not the "
-            f"{' or the '.join(sources)}. Leave it out, and resize the images to the student's image_size with "
-            "its image processor; the teacher's size may be another, where its processor is known."
+            f"the batch has 'interpolate_pos_encoding', which would reach the student and not "
+            f"{' or '.join(map(called, sources))}. Leave it out, and resize the images to the student's image_size "
+            "with its image processor; the teacher's size may be another, where its processor is known."
         )
     return rest
 

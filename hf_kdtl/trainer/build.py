@@ -13,11 +13,11 @@ from transformers.utils import logging
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.models.teachers.chance import ChanceCheck
+from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
-from hf_kdtl.optim import LayerRates
+from hf_kdtl.optim import LayerRates, RateOptions
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.utils.versions import CHECKPOINTING
 
@@ -55,23 +55,26 @@ def build_distiller(
         ValueError: where the models, the data and the objectives do not fit.
     """
     objectives, options = config.build_objectives(), config.rate_options
-    sources = _sources(student, teacher, objectives.values(), processing_class)
+    sources: dict[str, SignalSource] = {}
+    compared: set[str] = set()
+    if teacher is not None:
+        compared = match_teacher(teacher, student, processing_class, objectives.values())
+        sources = dict(teacher.members())
     if any(objective.source == "start" for objective in objectives.values()):
         placed = device if place_student else None
         sources["start"] = start or _starting_point(student, config, processing_class, placed)
     if device is not None:
         sources = {name: source.to(device) for name, source in sources.items()}
-    plans = _plans(student, sources, objectives, options is not None and options.measured, images)
+    plans = _plans(student, sources, objectives, options if options and options.measured else None, images)
     compiled, checkpointing = bool(config.torch_compile), bool(getattr(config, CHECKPOINTING))
     teachers = {name: source for name, source in sources.items() if name != "start"}
     distiller = Distiller(
         student, objectives, config.weights(), sources, plans, task_loss,
         RunContext.of(student, teachers, compiled, checkpointing, sharded),
-        None if options is None else LayerRates(options, student, plans.get("teacher"), seed=config.seed),
+        None if options is None else LayerRates(options, student, plans.get(options.teacher_name), seed=config.seed),
         _split_terms(config),
     )  # fmt: skip
-    if any(objective.compares_classes and objective.source == "teacher" for objective in objectives.values()):
-        distiller.chance = ChanceCheck()
+    distiller.chance = ChanceChecks(name for name in teachers if name in compared)
     for note in distiller.notes:
         logger.info(note)
     if device is not None and place_student:
@@ -81,26 +84,29 @@ def build_distiller(
     return distiller
 
 
-def _sources(
-    student: nn.Module, teacher: SignalSource | None, objectives: Iterable[Objective], processing_class: Any
-) -> dict[str, SignalSource]:
-    """The teacher's members, matched to the student."""
-    compared = any(objective.compares_classes for objective in objectives)
-    if teacher is not None:
-        teacher.match(student, processing_class, compared)
-    return {} if teacher is None else dict(teacher.members())
+def match_teacher(
+    teacher: SignalSource, student: nn.Module, processing_class: Any, objectives: Iterable[Objective]
+) -> set[str]:
+    """`match`, of several teachers with the classes of those alone whose class outputs an objective compares.
+
+    Returns:
+        their names.
+    """
+    compared = {objective.source for objective in objectives if objective.compares_classes} & teacher.members().keys()
+    teacher.match(student, processing_class, bool(compared) if teacher.members().keys() == {"teacher"} else compared)
+    return compared
 
 
 def _plans(
     student: nn.Module,
     sources: Mapping[str, SignalSource],
     objectives: Mapping[str, Objective],
-    measured: bool,
+    rates: RateOptions | None,
     images: Images,
 ) -> dict[str, PairingPlan]:
     """A plan for each source that an objective or the layer rates pair blocks with."""
     users = {f"objective {key!r}": objective.source for key, objective in objectives.items() if objective.needs_plan}
-    users |= {"layer_rates": "teacher"} if measured else {}
+    users |= {"layer_rates": rates.teacher_name} if rates else {}
     wanted = {name: user for user, name in users.items() if name in sources}
     pair = images(2) if wanted else None
     pixels = None if pair is None else next(iter(pair))["pixel_values"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel, Trainer
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import adopt_class_names, class_problem, dataset_class_names
+from hf_kdtl.models.teachers import check_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.optim.layerwise import check_layerwise
+from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.versions import CHECKPOINTING
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
@@ -29,7 +32,7 @@ def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
             f"start is {config.start!r} and no objective holds the student to it. Add one, such as "
             '{"name": "l2_sp", "weight": 0.01}, or leave start out (the student is chosen by model=...).'
         )
-    needing = [key for key, objective in objectives.items() if objective.needs_teacher]
+    needing = {key: objective.source for key, objective in objectives.items() if objective.needs_teacher}
     options = config.rate_options
     measured = options is not None and options.measured
     if teacher is None and needing:
@@ -46,6 +49,36 @@ def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
         raise ValueError(
             'a teacher was given and no objective uses it. Add one, such as {"name": "logit_kd", "weight": 0.9}, or '
             "leave the teacher out."
+        )
+    if teacher is not None:
+        users = {f"objective {key!r}": name for key, name in needing.items()}
+        _check_teacher_names(teacher, users | ({"layer_rates": options.teacher_name} if options and measured else {}))
+
+
+def _check_teacher_names(teacher: Any, users: dict[str, str]) -> None:
+    """Raises ValueError unless every user names one of the teachers, and every teacher has a user.
+
+    Args:
+        users: {an objective or layer_rates: the name of its source}.
+    """
+    if isinstance(teacher, Mapping):
+        check_names(teacher)
+    members = teacher if isinstance(teacher, Mapping) else getattr(teacher, "members", dict)()
+    names = list(members) or ["teacher"]
+    for user, name in users.items():
+        if name in names:
+            continue
+        if names == ["teacher"]:
+            raise ValueError(
+                f"{user}: it takes its signals from teacher {name!r}, and there is one teacher, without a name. Leave "
+                f"its 'teacher' out, or pass several: teacher={{\"{name}\": <path>, ...}}."
+            )
+        found = "does not say which teacher" if name == "teacher" else f"takes its signals from {name!r}"
+        raise ValueError(f"{user}: it {found}; set its 'teacher' to one of {names}.{suggestion(name, names)}")
+    if names != ["teacher"] and (unused := [name for name in names if name not in users.values()]):
+        raise ValueError(
+            f'the teacher {unused[0]!r} is not used. Add an objective, such as {{"name": "logit_kd", "teacher": '
+            f'"{unused[0]}"}}, or leave that teacher out.'
         )
 
 

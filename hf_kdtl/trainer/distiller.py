@@ -17,8 +17,8 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
-from hf_kdtl.models.teachers.chance import ChanceCheck
-from hf_kdtl.models.teachers.source import Batch, SignalSource
+from hf_kdtl.models.teachers.chance import ChanceChecks
+from hf_kdtl.models.teachers.source import Batch, SignalSource, called
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective
@@ -43,7 +43,7 @@ class Distiller(nn.Module):
         student: the model being trained.
         objectives: key -> objective, in the order of the config.
         weights: key -> weight in the total.
-        sources: name -> where its signals come from: "teacher", "start" (what the student started from).
+        sources: name -> where its signals come from: "teacher" or those of several, and "start".
         plans: name -> what student and source give, for objectives that pair layers.
         task_loss: a user's own `compute_loss_func(outputs, labels, num_items_in_batch=)`, in place of `task`'s value.
         context: how the models are run; by default what can be read off them.
@@ -54,7 +54,7 @@ class Distiller(nn.Module):
         ValueError: where an objective does not fit the models, or its source does not give what it needs; naming it.
     """
 
-    chance = ChanceCheck(images=0)  # none, until a trainer asks for it
+    chance = ChanceChecks()  # none, until a trainer asks for them
 
     def __init__(
         self,
@@ -85,12 +85,13 @@ class Distiller(nn.Module):
             except ValueError as error:
                 raise ValueError(f"objective {key!r}: {error}") from error
         wanted = rates.source_needs[1] if rates else Needs()
-        if wanted and self.teacher is not None and (reason := self.teacher.unserved(wanted)):
+        measured = self.sources.get(rates.options.teacher_name) if rates and wanted else None
+        if measured is not None and (reason := measured.unserved(wanted)):
             raise ValueError(f"layer_rates: {reason}")
 
     @property
     def teacher(self) -> SignalSource | None:
-        """The source named "teacher"."""
+        """The source named "teacher"; None of several."""
         return self.sources.get("teacher")
 
     @property
@@ -186,17 +187,17 @@ class Distiller(nn.Module):
         batch = self._batch(inputs, draws, fraction)
         rates = self.rates if measuring else None
         if rates is not None:
-            rates.observe_models(self.student, self.sources["teacher"], pixels, draws)
+            rates.observe_models(self.student, self.sources[rates.options.teacher_name], pixels, draws)
         # First, while no graph of the student holds memory: measured 4 % of the step faster on a CPU.
-        captures = self._capture_sources(pixels, batch, rates.needs[1] if rates else Needs())
+        captures = self._capture_sources(pixels, batch, {rates.options.teacher_name: rates.needs[1]} if rates else {})
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
             student = self._capture_student(pixels, further, batch, rates.needs[0] if rates else Needs())
             if self.check_labels.needing:
                 self.check_labels(batch.get("labels"), student.logits.shape[-1])
-            self.chance.add(captures.get("teacher"), batch.get("labels"))
+            self.chance.add(captures, batch.get("labels"))
             if rates is not None:
-                rates.observe(student, captures["teacher"])
+                rates.observe(student, captures[rates.options.teacher_name])
             values = {
                 key: self._value(objective, student, captures.get(objective.source, Capture()), batch)
                 for key in self.objectives
@@ -213,17 +214,17 @@ class Distiller(nn.Module):
         indexed = [name for name, source in self.sources.items() if source.needs_index]
         if indexed and INDEX not in known:
             raise ValueError(
-                f"the {indexed[0]} looks its signals up by {INDEX!r}, and the batch has only {sorted(inputs)}. "
+                f"{called(indexed[0])} looks its signals up by {INDEX!r}, and the batch has only {sorted(inputs)}. "
                 "DistillationTrainer adds it to the training data; an evaluation's has none."
             )
         return Batch(draws=draws, differentiated_rows=rows, **known)
 
     @torch.no_grad()
-    def _capture_sources(self, pixels: Tensor, batch: Batch, extra: Needs) -> dict[str, Capture]:
+    def _capture_sources(self, pixels: Tensor, batch: Batch, extra: dict[str, Needs]) -> dict[str, Capture]:
         """One capture of each source that is needed. The start's weights need no forward."""
         found = {}
         for name, source in self.sources.items():
-            needs = self.source_needs[name] | (extra if name == "teacher" else Needs())
+            needs = self.source_needs[name] | extra.get(name, Needs())
             forward = replace(needs, weights=False)
             found[name] = source.capture(pixels, forward, batch) if forward else Capture()
             if needs.weights and self.start is not None:
@@ -272,7 +273,7 @@ class Distiller(nn.Module):
         if objective.needs_teacher and teachers and name not in teachers:
             raise ValueError(f"it takes its signals from {name!r}; expected one of {teachers}: set its 'teacher'.")
         source, plan = self.sources.get(name), self.plans.get(name)
-        notes = objective.prepare(replace(context, teacher=source))
+        notes = objective.prepare(context.of_source(name, source))
         build_objective(objective, plan)
         student, needs = objective.needs(plan)
         self.student_needs |= student

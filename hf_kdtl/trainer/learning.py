@@ -15,7 +15,7 @@ from hf_kdtl.data.indexed import NOT_THE_STUDENTS
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.models.teachers.chance import ChanceCheck
+from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.trainer.checks import reentrant
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.trainer.sample import training_sample
@@ -68,7 +68,7 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
     chance, rates, checked = distiller.chance, distiller.rates, vars(distiller.check_labels).copy()
     config: Any = getattr(distiller.student, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    distiller.chance, distiller.rates = ChanceCheck(images=0), None
+    distiller.chance, distiller.rates = ChanceChecks(), None
     device = next(distiller.parameters()).device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

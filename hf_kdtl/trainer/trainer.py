@@ -34,7 +34,7 @@ from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import checks, contracts
-from hf_kdtl.trainer.build import build_distiller
+from hf_kdtl.trainer.build import build_distiller, match_teacher
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.data_errors import explain_data_errors
 from hf_kdtl.trainer.distiller import Counts, Distiller
@@ -70,6 +70,7 @@ class DistillationTrainer(LossTrainer):
         args: a `DistillationConfig`.
         processing_class: the student's image processor. All other arguments are Trainer's.
         teacher: a model, a `hf_kdtl.models.Teacher`, or a path or Hub name (which brings its own image processor).
+            Several by name: {"a": ..., "b": ...}; every objective with a teacher, and layer_rates, say `teacher` then.
             None when neither an objective nor `layer_rates` needs one.
 
     Raises:
@@ -226,10 +227,9 @@ class DistillationTrainer(LossTrainer):
     def _match_teacher(self) -> None:
         assert self.teacher is not None
         adopt_class_names(self.model, dataset_class_names(self.train_dataset))  # model_init makes new ones
-        compare = any(objective.compares_classes for objective in self.args.build_objectives().values())
-        self.teacher.match(self.model, self.processing_class, compare)
-        if compare:
-            adopt_class_names(self.model, self.teacher.provenance().class_names)
+        objectives = self.args.build_objectives().values()
+        for name in match_teacher(self.teacher, self.model, self.processing_class, objectives):
+            adopt_class_names(self.model, self.teacher.members()[name].provenance().class_names)
         for note in self.teacher.notes if self.is_world_process_zero() else ():
             logger.warning_once(note)
 

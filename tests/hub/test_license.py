@@ -53,7 +53,7 @@ def test_of_several_parents_the_strictest_binds():
     assert most_restrictive(["mit", "apache-2.0"]) == "mit"
     assert most_restrictive(["mit", "cc-by-nc-4.0", "cc-by-nc-4.0"]) == "cc-by-nc-4.0"
     assert most_restrictive(["mit", None]) is None and most_restrictive([]) is None
-    with pytest.raises(ValueError, match=r"gpl-3.0 and cc-by-nc-4.0, which cannot both be kept"):
+    with pytest.raises(ValueError, match=r"gpl-3.0 and cc-by-nc-4.0, which cannot all be kept"):
         most_restrictive(["gpl-3.0", "cc-by-nc-4.0"])
 
 

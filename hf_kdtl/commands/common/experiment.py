@@ -19,6 +19,8 @@ from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.teachers import check_names
+from hf_kdtl.models.teachers.source import called
 from hf_kdtl.trainer.checks import check_teacher_usage
 
 
@@ -26,9 +28,9 @@ from hf_kdtl.trainer.checks import check_teacher_usage
 class DistillOptions(UnlabelledOptions):
     """Teacher, student, and how many runs."""
 
-    teacher: str | None = field(
+    teacher: dict | str | None = field(
         default=None,
-        metadata={"help": "An image classifier: a folder or Hub name; 'self': the student without its adapters."},
+        metadata={"help": "A folder or Hub name; several: {name: folder}; self: the student without its adapters."},
     )
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
     student_config: dict | str | None = field(
@@ -48,6 +50,18 @@ class DistillOptions(UnlabelledOptions):
     )
     time_budget: str | None = field(default=None, metadata={"help": "Steps that fit, all runs: 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, dict) or str(self.teacher).lstrip().startswith("{"):
+            self.teacher = {name: str(path) for name, path in cli.mapping("teacher", self.teacher).items()}
+            check_names(self.teacher)
+
+    @property
+    def teacher_paths(self) -> dict[str, str]:
+        """{name of the source: folder or Hub name} of the teacher, or of several; none of `self`."""
+        if isinstance(self.teacher, dict):
+            return self.teacher
+        return {} if self.teacher in (None, "self") else {"teacher": str(self.teacher)}
 
 
 def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
@@ -69,6 +83,11 @@ def plain_student(options: DistillOptions, teacher: Teacher | None, names: Seque
     if options.student_config is not None:
         return builders.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
     assert options.student_layers is not None
+    if len(options.teacher_paths) > 1:
+        raise ValueError(
+            "--student_layers cuts the student out of the teacher, and there are several. Cut it first: "
+            "hf_kdtl.make_student(teacher, layers).save_pretrained(folder); then type --student <folder>."
+        )
     if teacher is None:
         raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
     return builders.named(make_student(teacher, options.student_layers).float(), names)
@@ -90,6 +109,11 @@ def student_start(options: DistillOptions) -> dict[str, Any]:
     return (
         {"how": "random"} if options.student_config is not None else {"how": "cut", "layers": options.student_layers}
     )
+
+
+def in_words(name: str) -> str:
+    """What results and reports call a teacher, by the name of its source: "teacher", or "teacher a" of several."""
+    return name if name == "teacher" else f"teacher {name}"
 
 
 def _same_classes(student: Any, teacher: Teacher) -> bool:
@@ -133,19 +157,19 @@ class Experiment:
             raise ValueError(f"seeds are {self.seeds}, expected different ones.")
         self.notes: list[str] = []
         is_self = options.teacher == "self"
-        self.teacher = None if options.teacher is None or is_self else Teacher.from_pretrained(options.teacher)
-        self.source: Any = "self" if is_self else self.teacher
-        check_teacher_usage(self.source, config)
+        check_teacher_usage(options.teacher, config)  # before any is read
+        self.teachers = {name: Teacher.from_pretrained(path) for name, path in options.teacher_paths.items()}
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
         student = new_student(options, self.teacher, data.label_names, self.notes)
         if is_self:
             adapters.check_self(student, options.student, config)
         # A teacher of other classes (lwf) cannot be scored on these.
-        self.scored = self.teacher is not None and _same_classes(student, self.teacher)
-        if self.teacher is not None and not self.scored:
-            why = "has no trained head" if self.teacher.new_head else "answers in other classes"
-            self.notes.append(f"the teacher {why}: it is not scored on these images.")
+        self.scored = {name: one for name, one in self.teachers.items() if _same_classes(student, one)}
+        for name, teacher in self.teachers.items():
+            if name not in self.scored:
+                why = "has no trained head" if teacher.new_head else "answers in other classes"
+                self.notes.append(f"{called(name)} {why}: it is not scored on these images.")
         self.data = data.in_order(student)
         self.images = training_images(self.data, options, data_options, self.notes)
         self.arms = self._arms()
@@ -154,6 +178,18 @@ class Experiment:
         self.chosen = None if typed is None else self._choose(student, typed)
         self.notes += self.images.note(config.per_device_train_batch_size)
         self.student_summary = builders.summary(student)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The only teacher; None of several."""
+        return self.teachers.get("teacher")
+
+    @property
+    def source(self) -> Any:
+        """What a trainer is given as its teacher."""
+        if self.options.teacher == "self":
+            return "self"
+        return self.teacher if self.teachers.keys() <= {"teacher"} else dict(self.teachers)
 
     def _choose(self, student: Any, typed: Iterable[str]) -> Chosen:
         kind = "adapter" if self.options.adapter else student_start(self.options)["how"]
@@ -216,14 +252,17 @@ class Experiment:
         self._reopen_sharded()
         if self.source == "self":
             assert self.options.student is not None
-            self.teacher = Teacher.from_pretrained(self.options.student)
-            self.scored = _same_classes(self.teacher.classifier(), self.teacher)
+            teacher = Teacher.from_pretrained(self.options.student)
+            self.teachers = self.scored = {"teacher": teacher}
+            if not _same_classes(teacher.classifier(), teacher):
+                self.scored = {}
 
     def _reopen_sharded(self) -> None:
-        """Read the teacher again where a run has left it sharded (FSDP2)."""
-        if self.teacher is not None and self.teacher.facts().sharded:
-            assert self.options.teacher is not None
-            self.teacher = self.source = Teacher.from_pretrained(self.options.teacher)
+        """Read the teachers again that a run has left sharded (FSDP2)."""
+        for name, path in self.options.teacher_paths.items():
+            if self.teachers[name].facts().sharded:
+                self.teachers[name] = Teacher.from_pretrained(path)
+        self.scored = {name: self.teachers[name] for name in self.scored}
 
     def makers(self) -> list[Callable[[DistillationConfig], Any]]:
         """For each arm, its trainer with given settings."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.commands.common.experiment import in_words
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.predictions import save_predictions
@@ -29,24 +30,26 @@ def evaluate(study: Any) -> None:
     datasets = {split: builders.pixels(getattr(study.data, split), study.processor) for split in SPLITS}
     student = runs.load(study.runs()[-1][2])
     measured, models, taught = {"student": (student, datasets["test"])}, {}, {}
-    if study.scored:
-        teacher_data = _teacher_pixels(study)
-        taught = {split: _teacher_logits(study, student, data) for split, data in teacher_data.items()}
-        measured = {"teacher": (study.teacher.classifier(), teacher_data["test"])} | measured
-    by_arm, logits = _runs(study, datasets, {split: logits for split, (logits, _) in taught.items()})
+    for name, teacher in study.scored.items():
+        teacher_data = _teacher_pixels(study, teacher)
+        taught[name] = {s: _teacher_logits(study, teacher, student, data) for s, data in teacher_data.items()}
+        measured = {in_words(name): (teacher.classifier(), teacher_data["test"])} | measured
+    # Of several, agreement with the one is no better than with the other: it is not measured.
+    only = next(iter(taught.values())) if len(taught) == 1 else {}
+    by_arm, logits = _runs(study, datasets, {split: logits for split, (logits, _) in only.items()})
     seed = best_seed(by_arm["distilled"])
     cost = runs.measure(measured, study.config)
-    if study.scored:
-        teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in taught.items()}}
-        models = {"teacher": cost["teacher"] | {"runs": teacher_runs}}
+    for name, pairs in taught.items():
+        teacher_runs = {"teacher": {split: paired_scores(*pair) for split, pair in pairs.items()}}
+        models[in_words(name)] = cost[in_words(name)] | {"runs": teacher_runs}
     models |= {arm: cost["student"] | {"runs": found} for arm, found in by_arm.items()}
     value = {"models": models, "batch_size": study.config.per_device_eval_batch_size, "student_seed": seed}
     if study.config.process_index == 0:
         kept = study.folder / f"distilled-seed{seed}"
         shutil.rmtree(study.folder / "student", ignore_errors=True)
         shutil.copytree(kept / "model", study.folder / "student")
-        if study.scored:
-            value["sheet"] = _sheet(study, taught["test"][0], logits[seed])
+        if only:
+            value["sheet"] = _sheet(study, only["test"][0], logits[seed])
         else:
             _example(study, 0)
         value |= _maps(study, seed, runs.load(kept))
@@ -84,15 +87,15 @@ def best_seed(runs: dict[str, dict[str, dict[str, float]]]) -> int:
     return int(max(runs, key=lambda seed: (runs[seed]["validation"]["accuracy"], -runs[seed]["validation"]["nll"])))
 
 
-def _teacher_pixels(study: Any) -> dict[str, Any]:
+def _teacher_pixels(study: Any, teacher: Any) -> dict[str, Any]:
     """The images as the teacher's own image processor prepares them, if it has one."""
-    processor = study.teacher.processing_class or study.processor
+    processor = teacher.processing_class or study.processor
     return {split: builders.pixels(getattr(study.data, split), processor) for split in SPLITS}
 
 
-def _teacher_logits(study: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    logits, labels = runs.predict(study.teacher.classifier(), dataset, study.config)
-    order, _ = match_labels(student.config, study.teacher.provenance())
+def _teacher_logits(study: Any, teacher: Any, student: Any, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    logits, labels = runs.predict(teacher.classifier(), dataset, study.config)
+    order, _ = match_labels(student.config, teacher.provenance())
     return (logits if order is None else logits[:, order]), labels
 
 
@@ -120,25 +123,23 @@ def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]
     data = builders.pixels(study.data.test, study.processor)
     rows = data.__getitems__(spread(study.data.test["label"][:], count))
     pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
-    teacher, images = study.teacher, unnormalized(pixels, study.processor)
+    images = unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
-    shown = teacher.pixels(pixels.to(teacher.classifier().device)) if teacher else None
     try:
-        seen = {"teacher": attention_map(teacher.classifier(), shown)} if shown is not None else {}
+        seen = {
+            in_words(name): attention_map(one.classifier(), one.pixels(pixels.to(one.classifier().device)))
+            for name, one in study.teachers.items()
+        }
         seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
         about = "Where the last block looks"
         captions["attention"] = saliency_figure(study.folder / ATTENTION_SHEET, images, seen, about)
     except ValueError as error:  # a model without any map; the run must not end for want of a picture
         runs.say(study.config, f"no attention sheet: {error}")
     moved = {}
-    if study.scored:  # in its own order of classes
+    for name, teacher in study.scored.items():  # in its own order of classes
         order, _ = match_labels(student.config, teacher.provenance())
-        its = labels if order is None else torch.tensor(order)[labels]
-        moved = {
-            "teacher": input_saliency(
-                teacher.classifier(), pixels.to(teacher.classifier().device), its, teacher.pixels
-            )
-        }
+        its, model = labels if order is None else torch.tensor(order)[labels], teacher.classifier()
+        moved[in_words(name)] = input_saliency(model, pixels.to(model.device), its, teacher.pixels)
     moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
     about = "Which pixels move the log-probability of the image's class"
     return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}

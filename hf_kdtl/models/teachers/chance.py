@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.models.forward.capture import Capture
+from hf_kdtl.models.teachers.source import called
 
 logger = logging.get_logger(__name__)
 
@@ -21,10 +24,11 @@ class ChanceCheck:
 
     Args:
         images: labelled images to wait for.
+        who: what the teacher is called.
     """
 
-    def __init__(self, images: int = 128):
-        self.images, self._seen, self._parts = images, 0, list[tuple[Tensor, Tensor]]()
+    def __init__(self, images: int = 128, who: str = "the teacher"):
+        self.who, self.images, self._seen, self._parts = who, images, 0, list[tuple[Tensor, Tensor]]()
 
     def add(self, teacher: Capture | None, labels: Tensor | None) -> None:
         """Take in a batch: the teacher's logits (B, K), in the student's order, and labels (B,) or (B, K).
@@ -51,8 +55,20 @@ class ChanceCheck:
         expected = (shares[0] * shares[1]).sum().item() / n
         if n > expected and right <= expected + 2 * (expected * (1 - expected / n)) ** 0.5:
             logger.warning(
-                f"the teacher is right on {right} of the first {n} labelled images, and guessing would be on "
+                f"{self.who} is right on {right} of the first {n} labelled images, and guessing would be on "
                 f"{expected:.0f}: it answers at chance. Check that its head is trained for these classes (hf-kdtl "
                 "evaluate --models <teacher>), that class names are in the order of its outputs, and that "
                 "processing_class is its own image processor."
             )
+
+
+class ChanceChecks:
+    """A `ChanceCheck` for each of these teachers."""
+
+    def __init__(self, names: Iterable[str] = ()):
+        self.checks = {name: ChanceCheck(who=called(name)) for name in names}
+
+    def add(self, captures: Mapping[str, Capture], labels: Tensor | None) -> None:
+        """Take in a batch: what each source gave for it, and its labels."""
+        for name, check in self.checks.items():
+            check.add(captures.get(name), labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ class SelfTeacher(Teacher):
         self._hold(None)
         self._checked = False
 
-    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
         """Take the student whose adapters are turned off.
 
         Raises:

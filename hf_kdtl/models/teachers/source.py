@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -23,6 +23,15 @@ class Batch(TypedDict, total=False):
     image_index: Tensor  # (B,) int64 rows of the source split as loaded; only where a source has `needs_index`
     image_view: Tensor  # (B,) int64 views of these images; absent where the data does not know them
     differentiated_rows: Tensor  # (b,) the images that derivatives are taken of; absent: all of them
+
+
+def called(name: str) -> str:
+    """What messages call a source.
+
+    >>> called("teacher"), called("a")
+    ('the teacher', "the teacher 'a'")
+    """
+    return f"the {name}" if name in ("teacher", "start") else f"the teacher {name!r}"
 
 
 class SourceFacts(NamedTuple):
@@ -88,9 +97,12 @@ class SignalSource(Protocol):
     order: list[int] | None = None
     """The source's class for each of the student's, by index; None where they are the same, or not compared."""
 
-    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
         """Learn the student's pixel format, and its class order where class outputs are compared. Called again when
         the student changes.
+
+        Args:
+            compare_classes: whether they are; of a source with several `members` the names of those whose are.
 
         Raises:
             ValueError: when pixels or classes cannot be matched, saying what to type.

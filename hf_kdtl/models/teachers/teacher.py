@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ class Teacher(SignalSource):
         teacher.new_head = opened.new_head
         return teacher
 
-    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool) -> None:
+    def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
         """Learn the student's pixel format and class order.
 
         Args:
