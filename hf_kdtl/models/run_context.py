@@ -87,7 +87,7 @@ class RunContext:
         return replace(self, teacher=source, **(_in_words(mine) if others else {}))
 
 
-def _in_words(facts: Mapping[str, SourceFacts]) -> dict[str, tuple[str, ...]]:
+def _in_words(facts: Mapping[str, SourceFacts]) -> dict[str, Any]:
     named = {("the student" if who == "student" else called(who)): fact for who, fact in facts.items()}
     return {
         "nonsmooth_layers": tuple(f"{who} has {f.nonsmooth_layers}" for who, f in named.items() if f.nonsmooth_layers),

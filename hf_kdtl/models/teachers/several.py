@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_kdtl.models.teachers.source import SignalSource, SourceInfo
+from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
 
 
 class SeveralTeachers(SignalSource):
@@ -60,6 +61,10 @@ class SeveralTeachers(SignalSource):
                 one.match(student, processing_class, compared)
             except ValueError as error:
                 raise ValueError(f"teacher {name!r}: {error}") from error
+
+    def capture(self, pixel_values: Tensor, needs: Needs, batch: Batch | None = None) -> Capture:
+        """Of no single model: the trainer asks the `members`."""
+        raise ValueError(f"several teachers answer one by one; ask one of the members {list(self.teachers)}.")
 
     def members(self) -> dict[str, SignalSource]:
         return dict(self.teachers)
