@@ -45,8 +45,7 @@ class DistillationConfig(TrainingArguments):
     Args:
         objectives: the terms of the loss, each `{"name": ..., "weight": 1.0, "key": <name>, "role": "task" |
             "transfer", ...options}`. `key` names the term in logs (two entries of one name need distinct keys);
-            `role` overrides what a gradient rule takes it for, `teacher` names one of several. Default: task 0.1 and
-            logit_kd 0.9 at temperature 4.
+            `role` is what a gradient rule takes it for; `teacher` names one of several. Default: task and logit_kd.
         layer_rates: learning rates per layer, such as `{"mode": "discrepancy", "source": "attention"}`; the keys are
             those of `hf_kdtl.optim.RateOptions`. None: one rate for all.
         gradient_rule: how the gradients of task and transfer objectives are combined, such as
