@@ -67,7 +67,8 @@ def comparison_table(runs: Sequence[ArmRuns], references: dict[str, str]) -> str
         mean, sd = mean_and_std(list(run.test.values()))
         cells = [run.setting, run.arm, f"{run.weight:g}", str(len(run.test)), f"{mean:.2f}"]
         cells.append("" if sd is None else f"{sd:.2f}")
-        rows.append(cells + _difference_cells(differences[name], corrected.get(name)))
+        is_reference = name == references[run.setting]
+        rows.append(cells + _difference_cells(differences[name], corrected.get(name), is_reference))
     head = [
         "setting",
         "arm",
@@ -88,9 +89,9 @@ def _difference(run: ArmRuns, reference: ArmRuns | None) -> dict[str, Any] | Non
     return paired_difference([run.test[s] for s in seeds], [reference.test[s] for s in seeds]) if seeds else None
 
 
-def _difference_cells(found: dict[str, Any] | None, p_value: float | None) -> list[str]:
+def _difference_cells(found: dict[str, Any] | None, p_value: float | None, is_reference: bool) -> list[str]:
     if found is None:
-        return ["reference", ""]
+        return ["reference" if is_reference else "", ""]
     if found["interval"] is None:
         return [f"{found['mean']:+.2f} ({found['note']})", ""]
     low, high = found["interval"]
