@@ -15,11 +15,12 @@ from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
 from hf_kdtl.objectives import OBJECTIVES, Objective
+from hf_kdtl.objectives.entries import auto_ratio, check_weights, entry_key, entry_weight
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
 from hf_kdtl.optim.options import RateOptions
-from hf_kdtl.utils.options import check_known, check_option, is_number
+from hf_kdtl.utils.options import check_known, check_option
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +47,8 @@ class DistillationConfig(TrainingArguments):
         objectives: the terms of the loss, each `{"name": ..., "weight": 1.0, "key": <name>, "role": "task" |
             "transfer", ...options}`. `key` names the term in logs (two entries of one name need distinct keys);
             `role` is what a gradient rule takes it for; `teacher` names one of several. Default: task and logit_kd.
+            The weight "auto" is measured before training, so that the term's gradient is as large as that of the
+            first entry whose weight is a number; {"auto": 0.5}: half as large.
         layer_rates: learning rates per layer, such as `{"mode": "discrepancy", "source": "attention"}`; the keys are
             those of `hf_kdtl.optim.RateOptions`. None: one rate for all.
         gradient_rule: how the gradients of task and transfer objectives are combined, such as
@@ -140,8 +143,7 @@ class DistillationConfig(TrainingArguments):
             built[key] = _build_entry(entry)
             if isinstance(task := built[key], Task):
                 self._share_smoothing(task, key)
-        if all(entry_weight(entry) == 0 for entry in entries):
-            raise ValueError("objectives: every weight is 0, so nothing would be learned; set one above 0.")
+        check_weights(entries)
         return built
 
     def build_rule(self) -> GradientRule | None:
@@ -179,8 +181,13 @@ class DistillationConfig(TrainingArguments):
             )
 
     def weights(self) -> dict[str, float]:
-        """Weight of each objective, by key."""
+        """Weight of each objective, by key; nan where it is "auto", which `train` measures."""
         return {entry_key(entry): entry_weight(entry) for entry in self.entries}
+
+    def auto_ratios(self) -> dict[str, float]:
+        """r of each objective whose weight is "auto" (1) or {"auto": r}, by key."""
+        ratios = {entry_key(entry): auto_ratio(entry) for entry in self.entries}
+        return {key: ratio for key, ratio in ratios.items() if ratio is not None}
 
     def with_dotted(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a hyperparameter search, with dotted names such as `objectives.logit_kd.temperature` or
@@ -209,24 +216,6 @@ class DistillationConfig(TrainingArguments):
             vars(checked).update(found)
             checked.check()
         return found
-
-
-def entry_key(entry: Mapping[str, Any]) -> str:
-    """The key that names an entry's term: its `key`, by default its `name`."""
-    if "name" not in entry:
-        raise ValueError(f"objectives: {dict(entry)} has no name; expected one of {', '.join(OBJECTIVES)}.")
-    key = entry.get("key", entry["name"])
-    if not isinstance(key, str) or not key or "." in key:
-        raise ValueError(f"objectives: key is {key!r}; expected a word without dots, for the log.")
-    return key
-
-
-def entry_weight(entry: Mapping[str, Any]) -> float:
-    """The weight of an entry, by default 1."""
-    weight = entry.get("weight", 1.0)
-    valid = is_number(weight) and weight >= 0
-    check_option(f"objective {entry_key(entry)!r}", "weight", weight, valid, "a number of at least 0")
-    return float(weight)
 
 
 def _build_entry(entry: Mapping[str, Any]) -> Objective:

@@ -213,6 +213,25 @@ class History(Record):
 
 
 @dataclass(frozen=True)
+class MeasuredTerm(Record):
+    """A term's mean gradient at the start of a run, and the weight that it was given."""
+
+    norm: float
+    weight: float
+    standard_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class AutoWeights(Record):
+    """The weights that one run measured; `terms` by key, with the reference's."""
+
+    reference: str
+    steps: int = 0
+    ratios: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, MeasuredTerm] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Results(Record):
     """A complete results.json."""
 
@@ -225,6 +244,7 @@ class Results(Record):
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     layer_rates: dict[str, History] = field(default_factory=dict)
     gradient_rule: dict[str, History] = field(default_factory=dict)
+    auto_weights: dict[str, AutoWeights] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     comparison: list[Comparison] = field(default_factory=list)
     student_evaluation: StudentEvaluation | None = None

@@ -149,6 +149,8 @@ def _from_trainer(trainer: Any) -> JSON:
         results["layer_rates"] = {"run": {"options": asdict(rates.options), "history": rates.history}}
     if (rule := trainer.gradient_rule) is not None:
         results["gradient_rule"] = {"run": rule.state_dict()}
+    if (weights := trainer.auto_weights.state_dict()) is not None:
+        results["auto_weights"] = {"run": weights}
     return anonymous(to_json(results), _folders(trainer))
 
 

@@ -10,7 +10,7 @@ from hf_kdtl.evaluation.records import Results
 from hf_kdtl.hub.card_citations import citations
 from hf_kdtl.hub.card_tables import models_of
 from hf_kdtl.hub.markdown import Markdown, fenced, table
-from hf_kdtl.reports.run_report import conflict_note, first_with_history, rates_note
+from hf_kdtl.reports.run_report import conflict_note, first_with_history, rates_note, weight_text
 from hf_kdtl.utils.redaction import anonymous
 
 # Settings of a run, and not of what it trains: a reader has other folders.
@@ -23,7 +23,7 @@ def training_section(results: Results) -> dict[str, Any]:
     """The template's values from `objectives` to `citations`."""
     found = citations(results)
     return {
-        "objectives": _objectives(results.objectives),
+        "objectives": _objectives(results),
         "pairing": {users: fenced(pairs) for users, pairs in models_of(results).pairing.items()},
         "layer_rates": _layer_rates(results),
         "gradient_rule": _gradient_rule(results),
@@ -32,14 +32,14 @@ def training_section(results: Results) -> dict[str, Any]:
     }
 
 
-def _objectives(entries: list[dict[str, Any]]) -> Markdown:
-    if not entries:
+def _objectives(results: Results) -> Markdown:
+    if not results.objectives:
         return Markdown("Not recorded.")
     rows: list[list[Any]] = [["name", "weight", "options"]]
-    for entry in entries:
+    for entry in results.objectives:
         options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
         shown = ", ".join(f"{key} {value}" for key, value in options.items()) or "defaults"
-        rows.append([entry["name"], entry.get("weight", 1.0), shown])
+        rows.append([entry["name"], weight_text(entry, results), shown])
     return table(rows)
 
 

@@ -72,7 +72,7 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
         lines += [sentence, ""]
     lines += _figures(results, figures)
     if results.objectives:
-        lines += ["## Objectives", "", objectives_table(results.objectives), ""]
+        lines += ["## Objectives", "", objectives_table(results), ""]
     models = [f"{who}: {what}" for who, what in results.pairing.items() if who != "notes"]
     lines += _list("Models", models + results.pairing.get("notes", []))
     sizes = ", ".join(f"{count} {name}" for name, count in data.sizes.items())
@@ -188,14 +188,29 @@ def conflict_note(name: str, found: History) -> str:
     )
 
 
-def objectives_table(objectives: list[dict[str, Any]]) -> str:
+def objectives_table(results: Results) -> str:
     """One row for each term of the loss."""
     rows = [["name", "weight", "options"]]
-    for entry in objectives:
+    for entry in results.objectives:
         options = {key: value for key, value in entry.items() if key not in ("name", "weight")}
         text = escape_markdown(", ".join(f"{key} {value}" for key, value in options.items())) or "-"
-        rows.append([entry["name"], str(entry.get("weight", 1.0)), text])
+        rows.append([entry["name"], escape_markdown(weight_text(entry, results)), text])
     return markdown_table(rows)
+
+
+def weight_text(entry: dict[str, Any], results: Results) -> str:
+    """An entry's weight; where it is auto, with what the runs measured.
+
+    >>> weight_text({"name": "logit_kd", "weight": 0.9}, Results())
+    '0.9'
+    """
+    weight, key = entry.get("weight", 1.0), entry.get("key", entry["name"])
+    if isinstance(weight, int | float):
+        return str(weight)
+    asked = weight if isinstance(weight, str) else ", ".join(f"{name} x {ratio}" for name, ratio in weight.items())
+    found = [run.terms[key].weight for run in results.auto_weights.values() if key in run.terms]
+    ends = [f"{end:.3g}" for end in (min(found), max(found))] if found else []
+    return f"{asked}: {' to '.join(dict.fromkeys(ends)) or 'not measured'}"
 
 
 def _accuracy(model: EvaluatedModel, split: str) -> str:

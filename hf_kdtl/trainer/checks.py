@@ -141,6 +141,7 @@ def sharding_problems(trainer: Any) -> list[str]:
     unfit = {
         "a gradient_rule, which compares full gradients": args.gradient_rule is not None,
         "measured layer_rates": measured,
+        'the weight "auto" (measure it once under DDP, and give the number)': bool(args.auto_ratios()),
         "torch_compile": args.torch_compile,
         "activation checkpointing together with derivatives": getattr(args, CHECKPOINTING) and derived,
         "fp16": trainer.accelerator.scaler is not None,
@@ -224,6 +225,11 @@ def _objective_problems(args: DistillationConfig) -> list[str]:
         found.append(
             "layer_rates: mode 'loss_weight' weights the losses of pairs of layers, and no objective has any. Add "
             'one, such as {"name": "attention_transfer"}, or take mode \'discrepancy\'.'
+        )
+    if args.auto_ratios() and reentrant(args):
+        found.append(
+            'the weight "auto" takes the gradient of each term apart, which reentrant checkpointing does not support; '
+            f'use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
         )
     if derived and args.ddp_static_graph:
         found.append(static_graph_problem(derived))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.trainer.checks import reentrant
 from hf_kdtl.trainer.distiller import Distiller
-from hf_kdtl.trainer.sample import training_sample
+from hf_kdtl.trainer.sample import random_state, set_random_state, training_sample
 from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,7 @@ def check_learning(trainer: Any) -> None:
         )
     inputs = None if trainer.sharded else _first_images(trainer)
     if inputs is not None:
-        with _untouched(trainer.distiller), trainer.accelerator.autocast():
+        with untouched(trainer.distiller), trainer.accelerator.autocast():
             notes += _by_labels(trainer, inputs)
             notes += _by_gradient(trainer, inputs)
     for note in notes if trainer.is_world_process_zero() else ():
@@ -60,7 +61,7 @@ def _first_images(trainer: Any) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _untouched(distiller: Distiller) -> Iterator[None]:
+def untouched(distiller: Distiller) -> Iterator[None]:
     """Put back what a forward and a backward pass change: random streams, buffers, gradients, modes, checks."""
     modes = {module: module.training for module in distiller.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in distiller.buffers()]
@@ -69,11 +70,12 @@ def _untouched(distiller: Distiller) -> Iterator[None]:
     config: Any = getattr(distiller.student, "config", None)
     problem_type = getattr(config, "problem_type", None)
     distiller.chance, distiller.rates = ChanceChecks(), None
-    device = next(distiller.parameters()).device
+    device, outside = next(distiller.parameters()).device, random_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
+        set_random_state(outside)
         distiller.chance, distiller.rates = chance, rates
         vars(distiller.check_labels).update(checked)
         for parameter, gradient in gradients:
@@ -200,7 +202,8 @@ def _gradients(distiller: Distiller, inputs: dict[str, Any], seed: int) -> tuple
     def total() -> Tensor:
         # Not the container's forward, which adds 0 * logits so that DDP finds every parameter.
         terms = distiller.terms(inputs, draws)[1]
-        return torch.stack([distiller.weights[key] * value.float().mean() for key, value in terms.items()]).sum()
+        weights = {key: 1.0 if math.isnan(weight) else weight for key, weight in distiller.weights.items()}  # auto
+        return torch.stack([weights[key] * value.float().mean() for key, value in terms.items()]).sum()
 
     loss = total()
     trained = {name: p for name, p in distiller.student.named_parameters() if p.requires_grad}

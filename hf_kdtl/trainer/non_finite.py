@@ -16,6 +16,8 @@ def check_finite(trainer: Any, result: dict[str, Any]) -> None:
     if not torch.isfinite(result["loss"]):
         counted, weights = result["counted"], trainer.distiller.weights
         terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
+        if unknown := [key for key, weight in weights.items() if math.isnan(weight)]:
+            raise ValueError(f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that.")
         step, folder = trainer.state.global_step, trainer.args.output_dir
         raise non_finite_loss_error(step, result["loss"].item(), terms, folder)
 

@@ -35,19 +35,19 @@ class TrainingSample:
         self.data, self.collate, self.device = data, collate, device
         self.rows = [i * len(data) // number for i in range(number)]
         self.batch_size = batch_size
-        self._begin = _random_state()
+        self._begin = random_state()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         state = self._begin
         for first in range(0, len(self.rows), self.batch_size):
             rows = self.rows[first : first + self.batch_size]
-            outside = _random_state()
-            _set_random_state(state)
+            outside = random_state()
+            set_random_state(state)
             try:
                 batch = self.collate([self.data[i] for i in rows])
-                state = _random_state()
+                state = random_state()
             finally:
-                _set_random_state(outside)
+                set_random_state(outside)
             yield {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -96,11 +96,11 @@ def without_unused_columns(trainer: Any, data: Any) -> Any:
     return trainer._remove_unused_columns(data, description="training") if is_table else data
 
 
-def _random_state() -> tuple[Any, Any, Tensor]:
+def random_state() -> tuple[Any, Any, Tensor]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
-def _set_random_state(state: tuple[Any, Any, Tensor]) -> None:
+def set_random_state(state: tuple[Any, Any, Tensor]) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])

@@ -33,12 +33,12 @@ from hf_kdtl.models.adapters import adapted, load_adapters
 from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
 from hf_kdtl.models.teachers import as_source
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
-from hf_kdtl.trainer import checks, contracts
+from hf_kdtl.trainer import auto_weights, checks, contracts
 from hf_kdtl.trainer.build import build_distiller, match_teacher
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
 from hf_kdtl.trainer.data_errors import explain_data_errors
 from hf_kdtl.trainer.distiller import Counts, Distiller
-from hf_kdtl.trainer.gradient_rule_step import Parts, build_accumulator
+from hf_kdtl.trainer.gradient_rule_step import build_accumulator
 from hf_kdtl.trainer.learning import check_learning
 from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
@@ -102,12 +102,11 @@ class DistillationTrainer(LossTrainer):
         checks.check_teacher_usage(teacher, args)
         self.teacher = None if teacher is None else as_source(teacher)
         self._distiller: Distiller | None = None
+        self.auto_weights = auto_weights.AutoWeights(self)
         self._built_from: tuple[Any, ...] = ()
-        self._gradients: GradientAccumulator | None = None
         self._counted: tuple[Tensor | None, Counts] = None, {}
-        self._term_losses: Parts = {}
-        self._meter = TermMeter()
-        self._stop = StopOnSignal()
+        self._term_losses, self._gradients = {}, None
+        self._meter, self._stop = TermMeter(), StopOnSignal()
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, compute_loss_func,
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
@@ -191,6 +190,7 @@ class DistillationTrainer(LossTrainer):
             self.model = student
         self.callback_handler.model = student
         checks.check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
+        self.auto_weights.settle(resumed=resume_from_checkpoint is not None)
         return prepared
 
     def _wrap_model(self, model, training=True, dataloader=None):
@@ -269,6 +269,7 @@ class DistillationTrainer(LossTrainer):
         return {
             "objectives": ObjectiveEntries(self.args.entries),
             "start": StartState(self, folder.parent / START),
+            "auto_weights": self.auto_weights,
             TENSORS: ObjectiveTensors(self, self._full_state.get("objectives")),
             "layer_rates": LayerRatesState(self),
             "gradient_rule": GradientRuleState(self),

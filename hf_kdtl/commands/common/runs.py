@@ -107,6 +107,8 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
             sections["layer_rates"] = {"options": dataclasses.asdict(rates.options), "history": rates.history}
         if (gradients := trainer.gradient_rule) is not None:
             sections["gradient_rule"] = gradients.state_dict()
+        if (weights := trainer.auto_weights.state_dict()) is not None:
+            sections["auto_weights"] = weights
         for section, value in sections.items():
             update_results(results, section, read_results(results).get(section, {}) | {name: value})
         (folder / "model.part" / "training_args.bin").unlink(missing_ok=True)
