@@ -118,6 +118,13 @@ def test_resume_is_bitwise(tmp_path):
     assert largest_difference(weights(whole.distiller), weights(again.distiller)) == 0.0
 
 
+def test_a_second_training_measures_again(tmp_path):
+    runner = trained(tmp_path, AUTO)
+    first = runner.auto_weights.found
+    runner.train()
+    assert runner.auto_weights.found["terms"] != first["terms"]
+
+
 def test_resuming_with_another_ratio_measures_again(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, **RUN}
     whole = trained(tmp_path, AUTO, **settings)
