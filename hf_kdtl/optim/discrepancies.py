@@ -109,11 +109,25 @@ def attention_discrepancies(options: RateOptions, pairs: Sequence[Pair], student
     gives to other tokens left out. The teacher's map is brought to the student's grid with its sums kept.
     """
     found = []
-    for pair in (pair.at(student.geometry, teacher.geometry) for pair in pairs):
+    for pair in _at(options, pairs, student, teacher):
         p = _map(options, student, pair.student_layer, pair.student, _grid(pair.student))
         q = _map(options, teacher, pair.teacher_layer, pair.teacher, _grid(pair.student))
         found.append(discrepancy(distribution(p), distribution(q)))
     return torch.stack(found, 1)
+
+
+def _at(
+    options: RateOptions, pairs: Sequence[Pair], student: Capture, teacher: Capture | None = None
+) -> list[Pair]:
+    """The pairs with the grids of these captures, checked again where the images are of another size than the plan's.
+
+    Raises:
+        ValueError: as `check_pairs`.
+    """
+    here = [pair.at(student.geometry, None if teacher is None else teacher.geometry) for pair in pairs]
+    if here != list(pairs):
+        check_pairs(options, here)
+    return here
 
 
 def _map(options: RateOptions, captured: Capture, layer: int, geometry: LayerGeometry, grid: Grid) -> Tensor:
@@ -157,6 +171,9 @@ def input_discrepancies(
         draws = Draws(draws.seed, draws.step, tuple(p for p in draws.positions if p % 2 == 0))
         if not len(x):
             return x.new_zeros(0, len(pairs), dtype=torch.float64)
+    if (x.shape[-2], x.shape[-1]) != geometry.image:
+        with torch.no_grad(), evaluating(student):
+            pairs = _at(options, pairs, capture(student, x[:1], needs(options, pairs)[0].plain(), geometry))
     grids = [_grid(pair.student) for pair in pairs]
 
     def mine(z: Tensor) -> list[Tensor]:

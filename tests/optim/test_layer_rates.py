@@ -136,11 +136,12 @@ def test_attention_against_the_reference():
     assert discrepancies(found) == pytest.approx(expected, rel=1e-5)
 
 
-def test_attention_at_another_size_is_compared_on_its_own_grid():
+@pytest.mark.parametrize("options", [option for option in SOURCES if option.get("map") != "class"], ids=name)
+def test_images_of_another_size_are_compared_on_their_own_grid(options):
     """64 x 128 pixels by rates that were planned for 128 x 64: as many patches, on another grid."""
     student, teacher = build("dinov2", patch_size=16, image_size=64), build("dinov2", image_size=64, seed=5)
     x = torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))
-    found = [rates({"source": "attention"}, student, teacher, planned) for planned in (x, x.transpose(2, 3))]
+    found = [rates(options, student, teacher, planned) for planned in (x, x.transpose(2, 3))]
     for one in found:
         one.measure(student, teacher, [x])
     assert discrepancies(found[1]) == pytest.approx(discrepancies(found[0]), rel=1e-6) and min(discrepancies(found[0]))
@@ -289,6 +290,14 @@ def test_pairs_that_a_source_cannot_compare(options, key, message):
     with pytest.raises(ValueError, match=f"^layer_rates: student block 0 <-> teacher block 0: .*{message}"):
         rates(options, student, teacher)
     rates({"source": "jacobian"}, student, teacher)
+
+
+@pytest.mark.parametrize("options", [SOURCES[0], SOURCES[4]], ids=name)
+def test_pairs_are_checked_again_at_another_size(options):
+    student, teacher = build("convnext"), build("convnext", seed=5)
+    found = rates(options, student, teacher, pixels(2, 64))
+    with pytest.raises(ValueError, match=r"student block \d <-> .*: the student's patches are a single cell"):
+        found.add(student, teacher, pixels(2, 8))
 
 
 def test_a_nan_keeps_the_rate_and_is_logged():
