@@ -84,9 +84,10 @@ def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
         unnamed = "student and teacher have" if names_s is None and names_t is None else f"{who} has"
         if student.num_labels != teacher.num_labels:
             raise ValueError(
-                f"the student has {student.num_labels} classes and the teacher {teacher.num_labels}, and {unnamed} no "
-                "class names. Give the student the teacher's classes (id2label=teacher.config.id2label), or use "
-                "objectives that compare no class outputs."
+                f"the student has {student.num_labels} classes and the teacher {teacher.num_labels} (num_labels of "
+                f"their configs, also where a head was replaced by hand), and {unnamed} no class names. Give the "
+                "student the teacher's classes (id2label=teacher.config.id2label), or use objectives that compare no "
+                "class outputs."
             )
         return None, f"labels matched by position: {unnamed} no class names."
     order = label_order(names_s, names_t)

@@ -116,9 +116,7 @@ def attention_discrepancies(options: RateOptions, pairs: Sequence[Pair], student
     return torch.stack(found, 1)
 
 
-def _at(
-    options: RateOptions, pairs: Sequence[Pair], student: Capture, teacher: Capture | None = None
-) -> list[Pair]:
+def _at(options: RateOptions, pairs: Sequence[Pair], student: Capture, teacher: Capture | None = None) -> list[Pair]:
     """The pairs with the grids of these captures, checked again where the images are of another size than the plan's.
 
     Raises:

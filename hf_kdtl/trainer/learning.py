@@ -16,6 +16,7 @@ from hf_kdtl.data.indexed import NOT_THE_STUDENTS
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.forward.classifier import check_outputs
 from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.trainer.checks import reentrant
 from hf_kdtl.trainer.distiller import Distiller
@@ -130,14 +131,7 @@ def _by_labels(trainer: Any, inputs: dict[str, Any]) -> list[str]:
         except Exception:  # a forward without labels, or one that the first step explains
             continue
     loss, logits = _get(own, "loss"), _get(own, "logits")
-    named = getattr(getattr(student, "config", None), "num_labels", None)
-    if logits is not None and logits.ndim == 2 and named not in (None, logits.shape[-1]):
-        raise ValueError(
-            f"the head of {type(student).__name__} gives {logits.shape[-1]} outputs and its config has {named} "
-            "classes, so the saved student could not be loaded. Set both: "
-            f"from_pretrained(..., num_labels={logits.shape[-1]}, ignore_mismatched_sizes=True), or model.config."
-            "id2label and label2id."
-        )
+    check_outputs(student, logits)
     used = "task" in trainer.distiller.objectives and trainer.compute_loss_func is None
     if not used or loss is None or logits is None or not (_indices(labels) and labelled(labels).any()):
         return []

@@ -189,6 +189,25 @@ def test_an_overridden_compute_loss_is_the_loss(tmp_path, family, change, accumu
         assert ours.evaluate(Images(8))["eval_loss"] == pytest.approx(plain.evaluate(Images(8))["eval_loss"], rel=1e-6)
 
 
+def _overridden(folder):
+    torch.set_num_threads(1)
+    found = {}
+    for change in (weighted, penalised, counted):
+        made = [run(kind, folder / change.__name__, change=change, per_device_train_batch_size=2)
+                for kind in (Trainer, DistillationTrainer)]  # fmt: skip
+        moved = largest_difference(weights(build("vit")), weights(made[1].model))
+        found[change.__name__] = [largest_difference(*(weights(one.model) for one in made)), moved]
+    (folder / f"{made[1].args.process_index}.json").write_text(json.dumps(found))
+    leave()
+
+
+def test_an_overridden_compute_loss_is_the_loss_on_two_processes(tmp_path):
+    forked(_overridden, 2, tmp_path)
+    for rank in (0, 1):
+        for difference, moved in json.loads((tmp_path / f"{rank}.json").read_text()).values():
+            assert difference < 1e-7 and moved > 1e-4
+
+
 def test_an_override_that_leaves_objectives_out_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"does not call super\(\).compute_loss.*objectives logit_kd are not trained"):
         run(DistillationTrainer, tmp_path, None, weighted, KD, build("vit", seed=5))

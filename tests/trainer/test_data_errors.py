@@ -58,3 +58,26 @@ def test_other_errors_are_left_alone(tmp_path):
 
     with pytest.raises(KeyError, match="mine"):
         trainer(tmp_path, build("vit"), data=Broken(4), max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("channels", "says"), [(1, r"1 channels; .*mean\(0, keepdim=True\)"), (3, r"3 channels; .*expand")]
+)
+def test_a_student_of_other_channels_is_explained(tmp_path, channels, says):
+    data = [{"pixel_values": torch.zeros(4 - channels, 32, 32), "labels": 0}] * 4
+    with pytest.raises(ValueError, match=says):
+        trainer(tmp_path, build("vit", num_channels=channels), data=data, max_steps=1).train()
+
+
+class Distances(torch.nn.Module):
+    """An operation without a second derivative in torch."""
+
+    def forward(self, x):
+        return x + 0.01 * torch.cdist(x, x).mean(-1, keepdim=True)
+
+
+def test_an_operation_without_a_second_derivative_is_explained(tmp_path):
+    student = build("vit")
+    student.vit.layers[0].layernorm_after = torch.nn.Sequential(student.vit.layers[0].layernorm_after, Distances())
+    with pytest.raises(ValueError, match=r"no second derivative in torch.*_cdist_backward.*noisy_kd"):
+        trainer(tmp_path, student, build("vit", seed=5), objectives=[{"name": "jacobian"}], max_steps=1).train()

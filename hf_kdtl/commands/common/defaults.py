@@ -91,7 +91,7 @@ def _learning_rate(case: Case, known: Mapping[str, Any]) -> list[Default]:
     rate = LEARNING_RATES[case.kind][not case.transformer]
     why = f"{STARTS[case.kind]}, {'a transformer' if case.transformer else 'a convolutional net'}"
     if case.kind == "pretrained" and case.parameters < SMALL_MODEL:
-        rate, why = 3 * rate, f"{why} of less than {SMALL_MODEL // 10**6} M parameters"
+        rate, why = round(3 * rate, 7), f"{why} of less than {SMALL_MODEL // 10**6} M parameters"
     return [Default("learning_rate", rate, why)]
 
 

@@ -15,7 +15,7 @@ from hf_kdtl.functional import derivatives, hessian
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, first_row, recording, run
 from hf_kdtl.models.forward.block_calls import BlockCall, block_calls
-from hf_kdtl.models.forward.classifier import pooled_features
+from hf_kdtl.models.forward.classifier import check_outputs, pooled_features
 from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.needs import Needs
@@ -215,6 +215,8 @@ def _forward(
             stack.enter_context(attention_setting(model, "eager"))
             inputs = {**inputs, "output_attentions": True}
         outputs = run(model, pixel_values, inputs)
+    if needs.logits:
+        check_outputs(model, outputs.logits)
     attention = recorder.attention
     if by_weights:
         weights = flat_attentions(outputs)

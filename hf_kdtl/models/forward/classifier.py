@@ -42,6 +42,18 @@ def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn
     return _classifiers[model][1]
 
 
+def check_outputs(model: nn.Module, logits: Any) -> None:
+    """Raises ValueError for (B, K) class outputs of another number than the config's, as after a head was replaced by
+    hand: which of them is which class is then unknown."""
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if torch.is_tensor(logits) and logits.ndim == 2 and labels not in (None, logits.shape[-1]):
+        raise ValueError(
+            f"the head of {type(model).__name__} gives {logits.shape[-1]} outputs and its config has {labels} "
+            f"classes, so it is unknown which is which, and a saved copy could not be loaded. Set both: "
+            f"from_pretrained(..., num_labels={logits.shape[-1]}, ignore_mismatched_sizes=True), or model.config.id2label and label2id."
+        )
+
+
 @torch.no_grad()
 def _inner_layers(model: nn.Module, found: list[nn.Linear], pixel_values: Tensor | None) -> list[nn.Linear]:
     """Those of the layers whose output reaches another one of them, or does not change the logits.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,11 +73,11 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
     source = locate(path, role)
     options = {_TRUST: False} | options
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
+        with _without_report():
+            model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise OSError(
-            f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, options)}"
-        ) from error
+        said = str(error).replace(" For details look at the above report!", "")
+        raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
     mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
     lacking = sorted({*info["missing_keys"], *mismatched})
     lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]
@@ -91,6 +93,21 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
     note = f"{role} {str(path)!r} has no trained head in its file: {_few(head, mismatched)} start from random values."
     return Opened(model, head, [note] if head else [])
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing weights: what it shows is an error here, or a note."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def missing_head(who: str, head: Sequence[str], mismatched: dict[str, Any] | None = None) -> str:

@@ -1,6 +1,7 @@
 """A saved model is opened with every weight of its file, or the message says which are missing and what to type."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -112,8 +113,26 @@ def test_a_head_of_another_size_is_a_missing_head(tmp_path):
     assert teacher.new_head == ["classifier.bias", "classifier.weight"]
     with pytest.raises(ValueError, match=r"classifier\.bias.*leave num_labels and ignore_mismatched_sizes out"):
         teacher.match(build("vit"), None, compare_classes=True)
-    with pytest.raises(OSError, match=r"The sizes asked for \(\{'num_labels': 3\}\) are not the file's"):
+    with pytest.raises(
+        OSError, match=r"thus raising an error\.\)\. The sizes asked for \(\{'num_labels': 3\}\) are not the file's"
+    ):
         Teacher.from_pretrained(tmp_path, num_labels=3)
+
+
+def test_what_a_note_says_is_not_printed_as_a_table_too(tmp_path):
+    build("vit").vit.save_pretrained(tmp_path)
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        open_classifier(tmp_path, keep_head=False)
+        assert not seen
+        type(build("vit")).from_pretrained(tmp_path)
+        assert "LOAD REPORT" in seen[0]  # left as it was for others
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_complete_model_opens_without_a_warning(tmp_path):

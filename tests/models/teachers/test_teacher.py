@@ -142,3 +142,15 @@ def test_one_forward_of_each_model_a_step(tmp_path):
     assert calls == {"student": 3, "teacher": 3}
     runner.evaluate(Images(8))
     assert calls == {"student": 4, "teacher": 3}
+
+
+@pytest.mark.parametrize("names", [None, ["c", "b", "a"]], ids=["by position", "by name"])
+@pytest.mark.parametrize("outputs", [2, 5])
+def test_a_head_that_was_replaced_by_hand_is_refused(tmp_path, names, outputs):
+    """Its config still says 3 classes: some columns would be taken for them, or torch would complain."""
+    student, model = build("vit", id2label=dict(enumerate("abc"))), build("vit", seed=5)
+    model.classifier = torch.nn.Linear(32, outputs)
+    if names is not None:
+        model.config.id2label = dict(enumerate(names))
+    with pytest.raises(ValueError, match=f"gives {outputs} outputs and its config has 3 classes.*which is which"):
+        trainer(tmp_path, student, model, max_steps=1, logging_steps=1).train()
