@@ -50,7 +50,8 @@ def check_outputs(model: nn.Module, logits: Any) -> None:
         raise ValueError(
             f"the head of {type(model).__name__} gives {logits.shape[-1]} outputs and its config has {labels} "
             f"classes, so it is unknown which is which, and a saved copy could not be loaded. Set both: "
-            f"from_pretrained(..., num_labels={logits.shape[-1]}, ignore_mismatched_sizes=True), or model.config.id2label and label2id."
+            f"from_pretrained(..., num_labels={logits.shape[-1]}, ignore_mismatched_sizes=True), or "
+            "model.config.id2label and label2id."
         )
 
 
