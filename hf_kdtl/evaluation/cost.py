@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,12 +18,10 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
-from hf_kdtl.functional.derivatives import math_attention
+from hf_kdtl.models.measure import Models, flops, latency, measuring, parameters, seconds
 
-Models = Mapping[str, tuple[nn.Module, Tensor]]
-WARM_UP = 2  # turns that are not timed: the first ones choose kernels and fill the allocator
+__all__ = ["cost", "file_size", "flops", "images_per_second", "latency", "parameters", "peak_memory"]
 
 
 def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
@@ -71,49 +68,6 @@ def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
     return found
 
 
-def parameters(model: nn.Module) -> int:
-    """Number of parameters, each counted once where it is shared."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops(model: nn.Module, pixel_values: Tensor) -> int:
-    """Floating-point operations of a forward of one image, a multiply-add counted as 2. [ours]
-
-    Of matrix products, convolutions and attention, as torch counts them; norms, activations and softmax are left out.
-    For a ViT of L blocks of width D and inner width M, over T tokens of which P are patches of p x p pixels:
-
-        2 P D C p^2 + L (8 T D^2 + 4 T^2 D + 4 T D M) + 2 D K.
-
-    Args:
-        model: with attention of torch ("eager" or "sdpa"); other kernels (flash_attention_2) are not seen.
-        pixel_values: (B, C, h, w) on its device; the first image is used.
-
-    Cost: one forward of one image.
-    """
-    counter = FlopCounterMode(display=False)
-    # torch counts the CPU's fused attention as 0.
-    with _measuring([model]), math_attention(), counter:
-        model(pixel_values=pixel_values[:1])
-    return counter.get_total_flops()
-
-
-def latency(models: Models, repeats: int = 30) -> dict[str, dict[str, float]]:
-    """{name: {"median": ..., "p95": ...}}: milliseconds of a forward pass of the batch, after a warm-up. [ours]
-
-    Args:
-        models: name -> (model, its pixel_values (B, C, h, w) on its device).
-        repeats: timings for each model. The 95th percentile is interpolated between them.
-
-    Raises:
-        ValueError: when `repeats` is below 1.
-    """
-    seconds = _seconds(models, repeats)
-    return {
-        name: {"median": 1000 * median(taken), "p95": 1000 * float(np.percentile(taken, 95))}
-        for name, taken in seconds.items()
-    }
-
-
 def images_per_second(models: Models, repeats: int = 7) -> dict[str, float]:
     """Images per second of a forward in eval mode, as the median of `repeats` timings after a warm-up.
 
@@ -125,7 +79,7 @@ def images_per_second(models: Models, repeats: int = 7) -> dict[str, float]:
     Raises:
         ValueError: when `repeats` is below 1.
     """
-    return {name: len(models[name][1]) / median(taken) for name, taken in _seconds(models, repeats).items()}
+    return {name: len(models[name][1]) / median(taken) for name, taken in seconds(models, repeats).items()}
 
 
 def peak_memory(model: nn.Module, pixel_values: Tensor) -> int:
@@ -142,7 +96,7 @@ def peak_memory(model: nn.Module, pixel_values: Tensor) -> int:
     """
     held = sum(t.nbytes for t in chain(model.parameters(), model.buffers(), [pixel_values]))
     allocated = _allocated_on_gpu if pixel_values.is_cuda else _allocated_on_cpu
-    with _measuring([model]):
+    with measuring([model]):
         model(pixel_values=pixel_values)
         return held + allocated(model, pixel_values)
 
@@ -185,42 +139,6 @@ def _silent_profiler() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _seconds(models: Models, repeats: int) -> dict[str, list[float]]:
-    """Timings of each model. They take turns, so that a machine that slows down slows all of them."""
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}, expected 1 or more.")
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    with _measuring([model for model, _ in models.values()]):
-        for turn in range(WARM_UP + repeats):
-            for name, (model, pixel_values) in models.items():
-                elapsed = _forward(model, pixel_values)
-                if turn >= WARM_UP:
-                    seconds[name].append(elapsed)
-    return seconds
-
-
-def _forward(model: nn.Module, pixel_values: Tensor) -> float:
-    start = time.perf_counter()
-    model(pixel_values=pixel_values)
-    if pixel_values.is_cuda:  # else only the launch of its kernels was timed
-        torch.cuda.synchronize(pixel_values.device)
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _measuring(models: list[nn.Module]) -> Iterator[None]:
-    """Inside: eval mode and no graph; the mode of each module is put back."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        with torch.no_grad():
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _device(device: torch.device) -> str:

@@ -1,122 +1,167 @@
 """A student cut out of its teacher."""
 
-import copy
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_kdtl.models.blocks import find_blocks, stated_depth, uniform_layers, vision_config
+from hf_kdtl.models.cutting.budget import Budget, solve
+from hf_kdtl.models.cutting.families import cut_config, family_of, sizes_of
+from hf_kdtl.models.cutting.importance import Scores, first_order
+from hf_kdtl.models.cutting.plan import CutPlan, cost_of, neurons_of, on_meta
+from hf_kdtl.models.cutting.request import Number, kept_blocks, requested_sizes
+from hf_kdtl.models.cutting.weights import copy_weights
 from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.forward.classifier import blank_pixels
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.utils.options import check_known
+
+LAYERS = 6  # where nothing is asked for
 
 
-def make_student(teacher: PreTrainedModel | Teacher | str | Path, layers: int = 6) -> PreTrainedModel:
-    """A smaller model of the teacher's class: every k-th block, the embeddings, the norm and the head, copied.
+@dataclass(frozen=True)
+class Cut:
+    """What is asked of a student: `make_student`'s arguments but for teacher and data."""
 
-    Works for families whose depth is one number, `config.num_hidden_layers`: ViT, DeiT, DINOv2, BEiT, data2vec-vision,
-    ViT-MSN, I-JEPA, SigLIP, CLIP ... The blocks are those of `uniform_layers`, so that block s of the student starts
-    as the teacher block that later objectives pair it with: 6 of 12 copies 1, 3, ... 11. What depends on depth alone
-    (stochastic depth) is the student's own, from its config. With all layers the logits are the teacher's.
+    layers: Number | Sequence[int] | None = None
+    heads: Number | None = None
+    mlp: Number | None = None
+    width: Number | None = None
+    importance: str = "uniform"
+    flops: Number | None = None
+    parameters: Number | None = None
+    latency_ms: Number | None = None
+
+    def __post_init__(self):
+        check_known("importance", self.importance, ["uniform", "first_order"])
+        if len(given := self.budgets) > 1:
+            raise ValueError(f"found {' and '.join(b.kind for b in given)}; expected one budget at most.")
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The budget, if any."""
+        kinds = ("flops", "parameters", "latency_ms")
+        return [Budget(kind, getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None]
+
+
+def make_student(
+    teacher: PreTrainedModel | Teacher | str | Path,
+    layers: Number | Sequence[int] | None = None,
+    *,
+    heads: Number | None = None,
+    mlp: Number | None = None,
+    width: Number | None = None,
+    importance: str = "uniform",
+    data: Sequence[dict[str, Any]] | None = None,
+    flops: Number | None = None,
+    parameters: Number | None = None,
+    latency_ms: Number | None = None,
+) -> PreTrainedModel:
+    """A smaller model of the teacher's class, cut out of it: blocks, heads, neurons and channels are left out.
+
+    A whole number is a count, a number with a point in (0, 1] a share of the teacher's: `heads=2`, `mlp=0.5`. The
+    student computes what the teacher does with the outputs of the removed blocks, heads and neurons set to zero,
+    exactly; with everything kept, the teacher's logits. A cut `width` has no such law: layer norms mix all channels.
+
+    What a family can lose: ViT, DeiT, DINOv2 (with and without registers), BEiT, ViT-MSN, I-JEPA: all four. SigLIP,
+    CLIP, DINOv3: blocks, MLP and width, whose heads follow (a head is width // heads there). Swin: blocks of each
+    stage and MLP. ConvNeXt: blocks of each stage. Others whose depth is config.num_hidden_layers: blocks.
 
     Args:
-        teacher: an image classifier, a Teacher, or a path or Hub name. It is left as it was.
-        layers: blocks of the student, 1 to the teacher's number.
+        teacher: a vision model of transformers with or without a classifier, a Teacher, or the path or Hub name of an
+            image classifier. It is left as it was.
+        layers: blocks to keep, a count or a share; for Swin and ConvNeXt a count for each stage in a list, or a share.
+            By default 6 where nothing else is asked for, otherwise all.
+        heads: attention heads of each block to keep.
+        mlp: neurons of each block's MLP to keep. DINOv2 has whole multiples of its width alone.
+        width: channels of the residual stream to keep, evenly spaced, the same everywhere. Heads and neurons stay;
+            where the MLP is a ratio of the width (DINOv2), it follows.
+        importance: which blocks, heads and neurons stay. "uniform": evenly spaced ones; of the blocks those of
+            `uniform_layers`, so that block s of the student starts as the teacher block that objectives pair it with:
+            6 of 12 keeps 1, 3, ... 11. "first_order": those of the highest `importance.first_order` on `data` (in
+            each block as many); for Swin, whose blocks alternate, the blocks are evenly spaced nevertheless.
+        data: for "first_order": rows with pixel_values, as the teacher reads them, and labels; 256 are used.
+        flops, parameters, latency_ms: a budget, one of them: up to 1 a share of the teacher's (of the first two),
+            above it the number. Depth, heads and MLP, as far as they are not given, are chosen so that the most
+            reduced is reduced least; the plan is printed. Latency is measured here, on the teacher's device, of one
+            image.
 
     Returns:
         The student, in eval mode, every parameter trainable, on the device of the teacher and in its dtype, but of a
         teacher in half precision a float32 one, because half-precision weights do not train. It shares no memory with
-        the teacher, and `save_pretrained` and `from_pretrained` work as for any model of its class.
+        the teacher, and `save_pretrained` and `from_pretrained` work as for any model of its class. What depends on
+        depth alone (stochastic depth) is the student's own, from its config.
 
     Raises:
-        TypeError: `teacher` is not an image classifier of transformers.
-        ValueError: `layers` outside the range; a model built in stages; blocks not found; a teacher whose tensors are
-            not those of its own config (adapters, a replaced head), so that the student would not be a copy; a file
-            that lacks weights.
+        TypeError: `teacher` is not a vision model of transformers.
+        ValueError: a number out of range or one that does not divide; what the family cannot lose; a budget that
+            cannot be met, with the nearest that can; first_order without data; blocks not found; a teacher whose
+            tensors are not those of its own config (adapters, a replaced head), so that the student would not be a
+            copy; a file that lacks weights.
+
+    Sources: removing heads, Michel et al. 2019, arXiv 1905.10650; first-order scores, Molchanov et al. 2019, arXiv
+    1906.10771; evenly spaced channels, Xu et al. 2023, "Initializing models with larger ones", arXiv 2311.18823
+    [its code]; the choice under a budget is ours.
+
+    Example:
+        make_student(teacher, heads=2, mlp=0.5)
+        make_student(teacher, flops=0.5, importance="first_order", data=train_dataset)
     """
+    cut = Cut(layers, heads, mlp, width, importance, flops, parameters, latency_ms)
+    model = _vision_model(teacher)
+    scores = first_order(model, data) if cut.importance == "first_order" else None  # type: ignore[arg-type]
+    plan = plan_cut(model, cut, scores)
+    if cut.budgets:
+        print(plan)
+    return build(model, plan, scores)
+
+
+def plan_cut(teacher: Any, cut: Cut, scores: Scores | None = None) -> CutPlan:
+    """The student that `make_student` would build; raises what it would raise."""
+    model = _vision_model(teacher)
+    full, family = sizes_of(model), family_of(model.config)
+    asked = (cut.heads, cut.mlp, cut.width, *cut.budgets)
+    layers = LAYERS if cut.layers is None and all(value is None for value in asked) else cut.layers
+    sizes, taken = requested_sizes(model, full, layers, cut.heads, cut.mlp, cut.width), None
+    for budget in cut.budgets:
+        given = {"depths": cut.layers, "heads": cut.heads, "mlp": cut.mlp}
+        sizes, taken = solve(model, full, sizes, {name for name, value in given.items() if value is None}, budget)
+    alternate = family is not None and family.alternate
+    blocks = kept_blocks(full, sizes, alternate, None if scores is None else scores.blocks)
+    config = cut_config(model.config, sizes, blocks)
+    before, after = (on_meta(type(model), this) for this in (model.config, config))
+    pixels = blank_pixels(model, default=224)
+    neurons = neurons_of(before), neurons_of(after)
+    costs = cost_of(before, pixels), cost_of(after, pixels)
+    return CutPlan(config, blocks, full, sizes, *costs, neurons, cut.importance, taken)
+
+
+def build(teacher: PreTrainedModel, plan: CutPlan, scores: Scores | None = None) -> PreTrainedModel:
+    """The student of a plan."""
+    with torch.random.fork_rng(devices=[]):  # its own weights are all replaced, so the caller's draws go on as before
+        student: Any = type(teacher)(plan.config)
+    copy_weights(teacher, student, plan.blocks, plan.full, scores)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
+    return (student.float() if half else student).to(teacher.device).eval()
+
+
+def _vision_model(teacher: Any) -> Any:
     if isinstance(teacher, str | Path):
         teacher = open_classifier(teacher, role="the teacher").model
-    if isinstance(teacher, Teacher) and (problem := teacher.unserved(Needs(logits=True))):
-        raise ValueError(problem)
-    model = teacher.classifier() if isinstance(teacher, Teacher) else teacher
-    if not isinstance(model, PreTrainedModel) or not _classifies_images(model):
+    if isinstance(teacher, Teacher):
+        if problem := teacher.unserved(Needs(logits=True)):
+            raise ValueError(problem)
+        return teacher.classifier()
+    if not isinstance(teacher, PreTrainedModel) or teacher.main_input_name != "pixel_values":
         raise TypeError(
-            f"a student can be cut out of an image classifier of transformers, found {type(model).__name__}. Load the "
+            f"a student can be cut out of a vision model of transformers, found {type(teacher).__name__}. Load the "
             "teacher with AutoModelForImageClassification.from_pretrained; if it is wrapped by PEFT, pass "
             "teacher.merge_and_unload()."
         )
-    blocks = [name for name, _ in find_blocks(model)]
-    _check_one_depth(model, len(blocks))
-    picks = uniform_layers(layers, len(blocks))
-    with torch.random.fork_rng(devices=[]):  # its own weights are all replaced, so the caller's draws go on as before
-        student: Any = type(model)(_cut_config(model.config, picks))
-    _copy_weights(model, student, [blocks[pick] for pick in picks], blocks)
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
-    return (student.float() if half else student).to(model.device).eval()
-
-
-def _classifies_images(model: PreTrainedModel) -> bool:
-    return any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__)
-
-
-def _check_one_depth(model: PreTrainedModel, found: int) -> None:
-    depths, depth = stated_depth(model.config)
-    if depths is None and depth == found:
-        return
-    name, config = type(model).__name__, type(model.config).__name__
-    raise ValueError(
-        f"{name} is built in stages ({f'depths {depths}' if depths else f'{found} entries, no single depth'}), so "
-        "blocks cannot be left out by number; layers= works where config.num_hidden_layers is the depth (ViT, DeiT, "
-        f"DINOv2, BEiT, CLIP ...). Type student_config=<a {config} file with smaller depths or widths> in a recipe, "
-        f"or {name}({config}(...)) in Python."
-    )
-
-
-def _cut_config(config: Any, picks: list[int]) -> Any:
-    """A copy of `config` for a model that keeps the blocks `picks`."""
-    config = copy.deepcopy(config)
-    config.name_or_path = ""  # it is no longer what was loaded from there
-    vision = vision_config(config)
-    outputs = vision.num_hidden_layers + 1
-    vision.num_hidden_layers = len(picks)
-    for key in ("layer_types", "mlp_layer_types"):
-        if types := getattr(vision, key, None):
-            setattr(vision, key, [types[pick] for pick in picks])
-    if getattr(vision, "stage_names", None):
-        vision.stage_names = vision.stage_names[: len(picks) + 1]
-    if getattr(vision, "out_indices", None):
-        # Output 0 is the embeddings, output i block i - 1: it becomes the last kept block up to there. Backbone
-        # configs (BEiT, DINOv2) rename out_features when out_indices is set.
-        vision.out_indices = sorted({sum(pick < index % outputs for pick in picks) for index in vision.out_indices})
-    type(config).from_dict(config.to_dict())  # a config that could not be read back fails now, not after training
-    return config
-
-
-def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, kept: list[str], blocks: list[str]) -> None:
-    """Give every tensor of `student` the value, dtype and device of its source in `teacher`."""
-    renamed = dict(zip(kept, (name for name, _ in find_blocks(student)), strict=True))
-    source: dict[str, Tensor] = {}
-    for key, tensor in teacher.state_dict().items():
-        block = next((name for name in blocks if key.startswith(f"{name}.")), None)
-        if block is None:
-            source[key] = tensor.clone()
-        elif block in renamed:
-            source[renamed[block] + key.removeprefix(block)] = tensor.clone()
-    expected = {key: tensor.shape for key, tensor in student.state_dict().items()}
-    found = {key: tensor.shape for key, tensor in source.items()}
-    if expected != found:
-        differing = sorted(key for key in expected | found if expected.get(key) != found.get(key))
-        lines = [f"{key}: expected {_shape(expected, key)}, found {_shape(found, key)}" for key in differing[:5]]
-        raise ValueError(
-            f"{len(differing)} tensors of the teacher are not those that a {type(teacher).__name__} of its config has:"
-            f" {'; '.join(lines)}. The student would not be a copy. Merge adapters, or put the config right "
-            "(num_labels for a replaced head) and load the teacher again."
-        )
-    student.load_state_dict(source, assign=True)
-
-
-def _shape(shapes: dict[str, torch.Size], key: str) -> str:
-    return str(tuple(shapes[key])) if key in shapes else "none"
+    return teacher

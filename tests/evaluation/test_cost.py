@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -6,7 +7,6 @@ from torch import nn
 
 from hf_kdtl.evaluation import cost as module
 from hf_kdtl.evaluation.cost import (
-    WARM_UP,
     cost,
     file_size,
     flops,
@@ -15,6 +15,7 @@ from hf_kdtl.evaluation.cost import (
     parameters,
     peak_memory,
 )
+from hf_kdtl.models.measure import WARM_UP
 from tests.support.tiny import build
 
 
@@ -44,7 +45,7 @@ class Log(list):
 @pytest.fixture
 def log(monkeypatch):
     log = Log()
-    monkeypatch.setattr(module.time, "perf_counter", lambda: log.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: log.now)
     return log
 
 
