@@ -25,8 +25,8 @@ class Scores:
 
     Args:
         blocks: (L,), of what each block adds to the residual stream.
-        heads: {block: (H,)}; empty where heads cannot be removed.
-        neurons: {block: (M,)}.
+        heads: {block: (H,)}; empty where heads differ by stage.
+        neurons: {block: (M,)}. For parts outside the blocks (SigLIP's pooling) there are no scores.
     """
 
     blocks: Tensor
@@ -64,7 +64,9 @@ def first_order(model: Any, data: Sequence[dict[str, Any]]) -> Scores:
         for start in range(0, len(rows), _BATCH):
             _add_batch(model, rows[start : start + _BATCH], sums)
     blocks = torch.stack([sums["block", i] for i in range(len(find_blocks(model)))])
-    parts = {kind: {i: value.abs() for (k, i), value in sums.items() if k == kind} for kind in ("heads", "neurons")}
+    parts: dict[str, dict[int | None, Tensor]] = {"heads": {}, "neurons": {}, "block": {}}
+    for (kind, i), value in sums.items():
+        parts[kind][i] = value.abs()
     return Scores(blocks.abs(), parts["heads"], parts["neurons"])
 
 

@@ -88,8 +88,8 @@ def cost_of(model: nn.Module, pixels: torch.Tensor) -> Cost:
 def neurons_of(model: nn.Module) -> int:
     """Neurons of the first block's MLP; 0 where it is none that is known."""
     _, block = find_blocks(model)[0]
-    ends = (name for name in dict(block.named_modules()) if name.endswith(MLP_OUT) and "attention" not in name)
-    return next((block.get_submodule(name).in_features for name in ends), 0)  # type: ignore[misc]
+    ends = [m for name, m in block.named_modules() if name.endswith(MLP_OUT) and "attention" not in name]
+    return ends[0].in_features if ends and isinstance(ends[0], nn.Linear) else 0
 
 
 def _pair(before: Any, after: Any) -> tuple[str, str, str]:
