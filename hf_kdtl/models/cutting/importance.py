@@ -44,7 +44,7 @@ def first_order(model: Any, data: Sequence[dict[str, Any]]) -> Scores:
     Args:
         model: an image classifier; it runs in eval mode and its weights get no gradient.
         data: rows with pixel_values (C, h, w), as the model reads them, and labels; at most `SAMPLE` of them are
-            used, evenly spaced.
+            used, evenly spaced, without those that have no label.
 
     Cost: one forward and one backward of these images.
 
@@ -57,8 +57,9 @@ def first_order(model: Any, data: Sequence[dict[str, Any]]) -> Scores:
             "data=hf_kdtl.data.ImageDataset(split, processor); or type importance='uniform'."
         )
     rows = [data[i * len(data) // min(SAMPLE, len(data))] for i in range(min(SAMPLE, len(data)))]
-    if any(row.get("labels") is None or int(row["labels"]) < 0 for row in rows):
-        raise ValueError("importance='first_order' needs a label for each image; or type importance='uniform'.")
+    rows = [row for row in rows if row.get("labels") is not None and int(row["labels"]) >= 0]
+    if not rows:
+        raise ValueError("importance='first_order' needs images with labels; or type importance='uniform'.")
     sums: dict[tuple[str, int], Tensor] = {}
     with evaluating(model):
         for start in range(0, len(rows), _BATCH):
