@@ -14,6 +14,7 @@ published at the end, after access and license were checked at the start.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -126,9 +127,11 @@ def evaluation_command(experiment: Experiment, seed: int | None) -> str:
     first = next(iter(experiment.scored), None)
     teacher = options.student if options.teacher == "self" else options.teacher_paths.get(first or "")
     alone = folder / f"alone-seed{seed}" / "model"
+    texts = [" ".join(["--templates", *map(shlex.quote, options.templates)])] if options.templates else []
     return command(
         "evaluate",
         split_flags(experiment.data_options),
+        *texts,
         models=folder / "student",
         teacher=teacher if experiment.scored else None,
         baseline=alone if options.baseline else None,

@@ -43,6 +43,9 @@ class EvaluateOptions:
 
     models: list[str] = field(metadata={"help": "Folders or Hub names of the students to be judged."})
     teacher: str | None = field(default=None, metadata={"help": "A folder or Hub name."})
+    templates: list[str] | None = field(
+        default=None, metadata={"help": "Of a teacher of images and texts: its texts, as in distill."}
+    )
     baseline: str | None = field(
         default=None, metadata={"help": "A folder or Hub name: the model that is in use and would be replaced."}
     )
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = images_of(data_options)
     notes: list[str] = []
     references = {"teacher": options.teacher, "baseline": options.baseline}
-    candidates = open_candidates(options.models, references, data, notes)
+    candidates = open_candidates(options.models, references, data, notes, options.templates)
     for candidate in candidates:
         notes += [note.replace("the teacher", candidate.name)
                   for note in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip

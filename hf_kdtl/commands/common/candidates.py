@@ -28,7 +28,8 @@ from hf_kdtl.evaluation.scoring import correct, diagnostics
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import class_names, label_order
-from hf_kdtl.models.teachers.resolve import open_classifier
+from hf_kdtl.models.teachers.resolve import open_classifier, open_config
+from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
 from hf_kdtl.reports.evaluation_sections import figure_name
 from hf_kdtl.reports.evaluation_values import REFERENCES
 from hf_kdtl.reports.figures.samples import choose_samples, sample_figure
@@ -57,16 +58,22 @@ class Candidate:
 
 
 def open_candidates(
-    students: Sequence[str], references: dict[str, str | None], data: ImageData, notes: list[str]
+    students: Sequence[str],
+    references: dict[str, str | None],
+    data: ImageData,
+    notes: list[str],
+    templates: Sequence[str] | None = None,
 ) -> list[Candidate]:
     """The students in the order in which they were typed, then the teacher and the baseline ({role: path or None}).
+
+    A teacher of images and texts has the data's classes, as texts made by the templates.
 
     Raises:
         ValueError, OSError: when one cannot be opened, or has other classes than the data.
     """
     given = [("student", name, path) for name, path in zip(student_names(students), students, strict=True)]
     given += [(role, role, path) for role, path in references.items() if path is not None]
-    return [_open(role, name, path, data, notes) for role, name, path in given]
+    return [_open(role, name, path, data, notes, templates) for role, name, path in given]
 
 
 def student_names(paths: Sequence[str]) -> list[str]:
@@ -81,8 +88,14 @@ def student_names(paths: Sequence[str]) -> list[str]:
     raise ValueError(f"models are {', '.join(paths)}; expected different ones.")
 
 
-def _open(role: str, name: str, path: str, data: ImageData, notes: list[str]) -> Candidate:
-    model = open_classifier(path, role=name).model.eval()
+def _open(
+    role: str, name: str, path: str, data: ImageData, notes: list[str], templates: Sequence[str] | None
+) -> Candidate:
+    if role == "teacher" and (templates or has_text_tower(open_config(path, role=name))):
+        teacher = TextHeadTeacher.from_pretrained(path, class_names=data.label_names, templates=templates)
+        model = teacher.classifier()
+    else:
+        model = open_classifier(path, role=name).model.eval()
     unnamed = class_names(model.config) is None
     try:
         data.in_order(model)  # checks the classes, and names those of a model that does not

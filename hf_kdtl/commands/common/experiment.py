@@ -17,10 +17,12 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
+from hf_kdtl.commands.common.teachers import name_classes, open_teachers
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.models.teachers.source import called
+from hf_kdtl.models.teachers.text_head import TextHeadTeacher
 from hf_kdtl.trainer.checks import check_teacher_usage
 
 
@@ -32,6 +34,10 @@ class DistillOptions(UnlabelledOptions):
         default=None,
         metadata={"help": "A folder or Hub name; several: {name: folder}; self: the student without its adapters."},
     )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Of a teacher of images and texts (CLIP, SigLIP); by default the data's."}
+    )
+    templates: list[str] | None = field(default=None, metadata={"help": 'Its texts, such as "a photo of a {}".'})
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
     student_config: dict | str | None = field(
         default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
@@ -90,6 +96,11 @@ def plain_student(options: DistillOptions, teacher: Teacher | None, names: Seque
         )
     if teacher is None:
         raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
+    if isinstance(teacher, TextHeadTeacher):
+        raise ValueError(
+            "--student_layers cuts a trained classifier, and the teacher's classes are texts. Type --student <folder "
+            "or Hub name> or --student_config '{\"model_type\": ...}'."
+        )
     return builders.named(make_student(teacher, options.student_layers).float(), names)
 
 
@@ -158,9 +169,10 @@ class Experiment:
         self.notes: list[str] = []
         is_self = options.teacher == "self"
         check_teacher_usage(options.teacher, config)  # before any is read
-        self.teachers = {name: Teacher.from_pretrained(path) for name, path in options.teacher_paths.items()}
+        self.teachers = self._open(options.teacher_paths)
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
+        name_classes(self.teachers, data.label_names)
         student = new_student(options, self.teacher, data.label_names, self.notes)
         if is_self:
             adapters.check_self(student, options.student, config)
@@ -178,6 +190,10 @@ class Experiment:
         self.chosen = None if typed is None else self._choose(student, typed)
         self.notes += self.images.note(config.per_device_train_batch_size)
         self.student_summary = builders.summary(student)
+
+    def _open(self, paths: dict[str, str]) -> dict[str, Teacher]:
+        compared = {one.source for one in self.config.build_objectives().values() if one.compares_classes}
+        return open_teachers(paths, compared, self.options.class_names, self.options.templates) if paths else {}
 
     @property
     def teacher(self) -> Teacher | None:
@@ -259,9 +275,11 @@ class Experiment:
 
     def _reopen_sharded(self) -> None:
         """Read the teachers again that a run has left sharded (FSDP2)."""
-        for name, path in self.options.teacher_paths.items():
-            if self.teachers[name].facts().sharded:
-                self.teachers[name] = Teacher.from_pretrained(path)
+        paths = self.options.teacher_paths
+        self.teachers |= self._open(
+            {name: path for name, path in paths.items() if self.teachers[name].facts().sharded}
+        )
+        name_classes(self.teachers, self.data.label_names)
         self.scored = {name: self.teachers[name] for name in self.scored}
 
     def makers(self) -> list[Callable[[DistillationConfig], Any]]:

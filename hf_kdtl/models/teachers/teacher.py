@@ -63,10 +63,16 @@ class Teacher(SignalSource):
     def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
         """A folder or Hub name, with the image processor saved with the model, where present.
 
+        With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP).
+
         Raises:
             OSError: when nothing is there or it cannot be read, with what to type.
             ValueError: when the file lacks weights of the backbone.
         """
+        if {"class_names", "templates"} & model_options.keys():
+            from hf_kdtl.models.teachers.text_head import TextHeadTeacher  # which is a Teacher
+
+            return TextHeadTeacher.from_pretrained(path, **model_options)
         opened = open_classifier(path, role="the teacher", keep_head=False, **model_options)
         teacher = cls(opened.model, open_processor(path, role="the teacher", **model_options))
         teacher.new_head = opened.new_head

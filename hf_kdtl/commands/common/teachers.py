@@ -1,0 +1,48 @@
+"""The teachers of a command: opened from folders and Hub names, with class names where their classes are texts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.teachers.resolve import open_config
+from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
+
+
+def open_teachers(
+    paths: Mapping[str, str],
+    compared: Collection[str],
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+) -> dict[str, Teacher]:
+    """{name: teacher}. One of images and texts gets a text head where class names or templates are given, or where its
+    class outputs are compared; its class names are then those of the data (`name_classes`).
+
+    Args:
+        paths: {name: folder or Hub name}.
+        compared: names of those whose class outputs an objective compares.
+
+    Raises:
+        ValueError: for class names or templates that no teacher takes; and as `Teacher.from_pretrained`.
+    """
+    given = class_names is not None or templates is not None
+    texts = {n for n, path in paths.items() if has_text_tower(open_config(path, role="the teacher"))}
+    if given and not texts:
+        raise ValueError(
+            "--class_names and --templates are texts, for a teacher of images and texts such as "
+            f"openai/clip-vit-base-patch32; found {', '.join(paths.values()) or 'no teacher'}. Leave them out."
+        )
+    chosen = {name for name in texts if given or name in compared}
+    return {
+        name: TextHeadTeacher.from_pretrained(path, class_names=class_names, templates=templates)
+        if name in chosen
+        else Teacher.from_pretrained(path)
+        for name, path in paths.items()
+    }
+
+
+def name_classes(teachers: Mapping[str, Teacher], names: Sequence[str]) -> None:
+    """Give those whose classes are texts, and that have none, the names of the data's classes."""
+    for teacher in teachers.values():
+        if isinstance(teacher, TextHeadTeacher) and not teacher.named:
+            teacher.name_classes(names)
