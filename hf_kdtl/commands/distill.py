@@ -3,8 +3,6 @@
   hf-kdtl distill --config digits
   hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/student \\
       --objectives task logit_kd --baseline true --seeds 1 2 3
-  hf-kdtl distill --teacher '{"a": "runs/a/model", "b": "runs/b/model"}' --student google/vit-base-patch16-224 \\
-      --objectives '[{"name": "logit_kd", "teacher": "a"}, {"name": "hidden_states", "teacher": "b"}]'
   accelerate launch --config_file ddp.yaml -m hf_kdtl.commands.distill --config mine.yaml
 
 It leaves in output_dir: student/ (a plain transformers model), report.md, results.json, pictures, and a folder a run.

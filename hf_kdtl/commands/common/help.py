@@ -36,6 +36,8 @@ MOST_USED = {
 # What the commands that train choose by model and images: hf_kdtl/commands/common/defaults.py.
 CHOSEN = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "eval_strategy",
           "save_strategy", "augmentation")  # fmt: skip
+# Rarely needed: only `--help-all` shows them.
+RARE = ("image_column", "label_column", "on_bad_image", "high_bit_depth", "eval_objectives")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -91,7 +93,7 @@ def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, e
             parts.append(objective_lines(width))
         if not everything:
             chosen = "(chosen): by model and images, see hf-kdtl init. " if "time_budget" in actions else ""
-            parts.append(f"{chosen}--help-all adds every setting of transformers' TrainingArguments.")
+            parts.append(f"{chosen}--help-all adds rare settings, and all of transformers' TrainingArguments.")
     return "\n\n".join(parts)
 
 
@@ -105,6 +107,7 @@ def _groups(types: Sequence[Any], everything: bool) -> Iterator[tuple[str, Any]]
     for kind in types:
         title = (inspect.getdoc(kind) or "").split("\n")[0].rstrip(".")
         names = [field.name for field in dataclasses.fields(kind) if field.init]
+        names = [name for name in names if everything or name not in RARE]
         if not issubclass(kind, TrainingArguments):
             yield title, names
             continue
