@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -173,19 +174,23 @@ def input_discrepancies(
         with torch.no_grad(), evaluating(student):
             pairs = _at(options, pairs, capture(student, x[:1], needs(options, pairs)[0].plain(), geometry))
     grids = [_grid(pair.student) for pair in pairs]
-
-    def mine(z: Tensor) -> list[Tensor]:
-        return _output_energies(partial(capture, student, geometry=geometry), [p.student_layer for p in pairs], z)
-
-    def its(z: Tensor) -> list[Tensor]:
-        return _output_energies(teacher.capture, [p.teacher_layer for p in pairs], z)
-
     teacher.geometry(x)  # looked up now: not inside the transforms below
-    with torch.enable_grad(), evaluating(student):
-        p = [distribution(e) for e in _input_energies(options, mine, x, grids, draws)]
-    with torch.enable_grad(), teacher.eval_context():
-        q = [distribution(e) for e in _input_energies(options, its, x, grids, draws)]
-    return torch.stack([discrepancy(*both) for both in zip(p, q, strict=True)], 1)
+    found = []
+    for run, context, layers in _sides(pairs, geometry, student, teacher):
+        with torch.enable_grad(), context:
+            energies = _input_energies(options, partial(_output_energies, run, layers), x, grids, draws)
+        found.append([distribution(e) for e in energies])
+    return torch.stack([discrepancy(*both) for both in zip(*found, strict=True)], 1)
+
+
+def _sides(
+    pairs: Sequence[Pair], geometry: ModelGeometry, student: nn.Module, teacher: SignalSource
+) -> list[tuple[Callable[..., Capture], AbstractContextManager, list[int]]]:
+    """Of student and teacher: how it is captured, the mode it is measured in, and its layers in the pairs."""
+    return [
+        (partial(capture, student, geometry=geometry), evaluating(student), [pair.student_layer for pair in pairs]),
+        (teacher.capture, teacher.eval_context(), [pair.teacher_layer for pair in pairs]),
+    ]
 
 
 def _output_energies(run: Callable[..., Capture], layers: Sequence[int], z: Tensor) -> list[Tensor]:
@@ -217,16 +222,15 @@ def parameter_energies(
     draws: Draws,
 ) -> Tensor:
     """(B, pairs, 2) energies of student and teacher by the blocks' own parameters, each block's input held fixed."""
-    wanted = needs(options, pairs)
-    with evaluating(student):
-        with torch.no_grad():
-            captured = capture(student, x, wanted[0], geometry)
-        mine = _block_energies(options, captured, [pair.student_layer for pair in pairs], draws)
-    with teacher.eval_context():
-        with torch.no_grad():
-            captured = teacher.capture(x, wanted[1])
-        its = _block_energies(options, captured, [pair.teacher_layer for pair in pairs], draws)
-    return torch.stack([mine, its], 2)
+    found = []
+    for (run, context, layers), wanted in zip(
+        _sides(pairs, geometry, student, teacher), needs(options, pairs), strict=True
+    ):
+        with context:
+            with torch.no_grad():
+                captured = run(x, needs=wanted)
+            found.append(_block_energies(options, captured, layers, draws))
+    return torch.stack(found, 2)
 
 
 def _block_energies(options: RateOptions, captured: Capture, layers: Sequence[int], draws: Draws) -> Tensor:

@@ -1,9 +1,10 @@
 """The derivative objectives' options: those under which every law is tried, and every valid combination.
 
-VARIANTS goes through all laws, EVERY only through value and gradient against the reference.
+VARIANTS goes through all laws, EVERY only through value and gradient against the reference: in the fast suite those
+that have each pair of settings, in the slow one all.
 """
 
-from itertools import product
+from itertools import combinations, product
 
 OF = (None, "logprob", "centred")
 OUTPUTS = ("teacher_top1", "label")
@@ -86,6 +87,18 @@ VARIANTS = {
     ],
     "noisy_kd": [{}, {"probes": 2, "fraction": 0.5}],
 }
+
+
+def pairwise(every):
+    """Few of them in which each pair of settings that occurs in any occurs: the next is that with most new pairs."""
+    keys = sorted({k for options in every for k in options})
+    left = [(options, set(combinations([(k, repr(options.get(k))) for k in keys], 2))) for options in every]
+    seen, found = set(), []
+    while left and not all(pairs <= seen for _, pairs in left):
+        options, pairs = max(left, key=lambda one: len(one[1] - seen))
+        seen |= pairs
+        found.append(options)
+    return found
 
 
 def takes_differences(options):

@@ -91,17 +91,18 @@ def _reference(name, options, distiller, student, teacher, inputs, draws):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_value_and_gradient_agree_with_the_reference(name, options):
-    _agrees(name, options, _inputs(), DRAWS)
+    _agrees(name, options)
 
 
 @pytest.mark.parametrize(("name", "options"), FURTHER)
 def test_every_combination_agrees_with_the_reference(name, options):
-    """On three of the images, one of them without a label: there are many combinations."""
+    _agrees(name, options)
+
+
+def _agrees(name, options):
+    """On three of the images, one of them without a label: the references are slow."""
     some = torch.tensor([0, 2, 3])
-    _agrees(name, options, {k: v[some] for k, v in _inputs().items()}, DRAWS.permuted(some))
-
-
-def _agrees(name, options, inputs, draws):
+    inputs, draws = {k: v[some] for k, v in _inputs().items()}, DRAWS.permuted(some)
     student, teacher = _models()
     distiller = _distiller(name, options, student, teacher)
     value = _value(distiller, inputs, draws)

@@ -5,6 +5,7 @@ import pytest
 from hf_kdtl.objectives import OBJECTIVES
 from tests.objectives import derivative_variants
 
+SLOW = pytest.mark.slow
 VARIANTS = derivative_variants.VARIANTS | {
     "task": [{}, {"label_smoothing": 0.1}],
     "logit_kd": [
@@ -48,9 +49,9 @@ VARIANTS = derivative_variants.VARIANTS | {
 }
 
 
-def _cases(variants):
+def _cases(variants, fast=None):
     return [
-        pytest.param(name, options, id=_id(name, options))
+        pytest.param(name, options, id=_id(name, options), marks=() if fast is None or options in fast[name] else SLOW)
         for name in OBJECTIVES
         for options in variants.get(name, [{}])
     ]
@@ -63,4 +64,5 @@ def _id(name, options):
 
 
 CASES = _cases(VARIANTS)
-FURTHER = _cases({name: derivative_variants.EVERY.get(name, []) for name in OBJECTIVES})
+EVERY = {name: derivative_variants.EVERY.get(name, []) for name in OBJECTIVES}
+FURTHER = _cases(EVERY, fast={name: derivative_variants.pairwise(options) for name, options in EVERY.items()})

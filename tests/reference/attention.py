@@ -15,7 +15,7 @@ def attention(query, key, scale, bias=None):
     for b, h, q in _places(images, heads, queries):
         powers = []
         for k in range(keys):
-            score = scale * sum(x * y for x, y in zip(query[b, h, q], key[b, h, k], strict=True))
+            score = scale * (query[b, h, q] * key[b, h, k]).sum()
             powers.append(torch.exp(score if bias is None else score + bias[b, h, q, k]))
         rows.append(torch.stack([p / sum(powers) for p in powers]))
     return torch.stack(rows).reshape(images, heads, queries, keys)

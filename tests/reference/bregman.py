@@ -107,7 +107,7 @@ def bregman(student, teacher, pixel_values, labels, representation="", coefficie
         terms = []
         for feature, a in zip(features, rows, strict=True):
             c = objective.head.weight @ feature + objective.head.bias
-            at = torch.stack([sum(w * x for w, x in zip(line, c, strict=True)) for line in v]) + m
+            at = v @ c + m
             y = f(name, a)
             term = F[name](at) - F[name](a) - sum(p * (x - b) for p, x, b in zip(y, at, a, strict=True))
             if coefficients:

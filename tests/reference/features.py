@@ -47,7 +47,7 @@ def attention_transfer(student, teacher, grid_student, grid_teacher, mode="code"
     for h_s, h_t in zip(student, teacher, strict=True):
         maps = []
         for h, grid in ((h_s, grid_student), (h_t, grid_teacher)):
-            energy = torch.stack([sum(v * v for v in patch) / len(patch) for patch in h])
+            energy = torch.stack([(patch * patch).sum() / len(patch) for patch in h])
             energy = redistribute(energy, grid, grid_student)
             length = sum(e * e for e in energy) ** 0.5
             maps.append([e / length for e in energy])
@@ -64,23 +64,19 @@ def feature_distance(student, teacher, normalize="both", distance="mse"):
             s = _normed(s) if normalize == "both" else s
             t = t if normalize == "none" else _normed(t)
             if distance == "cosine":
-                dot = sum(a * b for a, b in zip(s, t, strict=True))
-                tokens.append(1 - dot / (sum(a * a for a in s) * sum(b * b for b in t)) ** 0.5)
+                tokens.append(1 - (s * t).sum() / ((s * s).sum() * (t * t).sum()) ** 0.5)
+            elif distance == "mse":
+                tokens.append(((s - t) ** 2).sum() / len(s))
             else:
-                measure = _square if distance == "mse" else _huber
-                tokens.append(sum(measure(a - b) for a, b in zip(s, t, strict=True)) / len(s))
+                tokens.append(sum(_huber(d) for d in s - t) / len(s))
         values.append(sum(tokens) / len(tokens))
     return torch.stack(values)
 
 
 def _normed(x):
-    mean = sum(x) / len(x)
-    variance = sum((v - mean) ** 2 for v in x) / len(x)
-    return [(v - mean) / (variance + 1e-6) ** 0.5 for v in x]
-
-
-def _square(d):
-    return d * d
+    mean = x.sum() / len(x)
+    variance = ((x - mean) ** 2).sum() / len(x)
+    return (x - mean) / (variance + 1e-6) ** 0.5
 
 
 def _huber(d):

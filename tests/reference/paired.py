@@ -107,7 +107,7 @@ def _project(projector, token):
     if not hasattr(projector, "weight"):
         return token
     bias = projector.bias if projector.bias is not None else torch.zeros(len(projector.weight), dtype=token.dtype)
-    return torch.stack([sum(w * v for w, v in zip(row, token, strict=True)) for row in projector.weight]) + bias
+    return torch.stack([(row * token).sum() for row in projector.weight]) + bias
 
 
 PAIRED = {

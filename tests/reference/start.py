@@ -30,10 +30,7 @@ def l2_sp(student, start, pixel_values, labels, head_weight=0.0):
 def channel_distance(student, start, weights):
     values = []
     for s_image, t_image in zip(student, start, strict=True):
-        tokens = [
-            sum(w * (a - b) ** 2 for w, a, b in zip(weights, s, t, strict=True))
-            for s, t in zip(s_image, t_image, strict=True)
-        ]
+        tokens = [(weights * (s - t) ** 2).sum() for s, t in zip(s_image, t_image, strict=True)]
         values.append(sum(tokens) / len(tokens))
     return torch.stack(values)
 
@@ -73,7 +70,7 @@ def lwf(student, model, pixel_values, labels, head, source="teacher", temperatur
     values = []
     for f, image in zip(pooled(student, pixel_values), pixel_values, strict=True):
         z_t = model(pixel_values=image[None]).logits[0].detach()
-        z_s = torch.stack([sum(w * v for w, v in zip(row, f, strict=True)) for row in head.weight]) + head.bias
+        z_s = head.weight @ f + head.bias
         p, q = ((z / temperature).exp() / (z / temperature).exp().sum() for z in (z_t, z_s))
         values.append(temperature**2 * sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True)))
     return torch.stack(values)
