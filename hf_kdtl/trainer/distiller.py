@@ -138,12 +138,10 @@ class Distiller(nn.Module):
         for key, (value, pairs) in values.items():
             total = self._total(key, _over_pairs(value), student, inputs, counts, here)
             divisor = counts[self.objective(key).counts].clamp(min=1)
-            share = self.weights[key] / divisor
             loss = loss + self.weights[key] * (total / divisor)
-            if pairs:
-                terms[key] = [share * world_size * pair.sum() / len(pairs) for pair in pairs]
-            elif self.split_terms:
-                terms[key] = share * world_size * total
+            if self.split_terms:
+                share = self.weights[key] / divisor * world_size
+                terms[key] = [share * pair.sum() / len(pairs) for pair in pairs] if pairs else share * total
             sums[key], counted[key] = total.detach(), here[self.objective(key).counts]
         if not self.student_needs.logits:
             # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.

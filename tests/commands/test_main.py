@@ -112,7 +112,7 @@ def test_what_is_printed_runs(images, capsys):
     ((name, *flags),) = printed(text := capsys.readouterr().out)
     assert "it may have seen images that are test images here" not in text
     assert name == "evaluate" and "--baseline" in flags and "my runs/teacher/model" in flags
-    assert main([name, *flags, "--degradations", "none", "--disable_tqdm", "true"]) == 0
+    assert main([name, *flags, "--degradations", "none", "--speed", "eager", "--disable_tqdm", "true"]) == 0
     assert Path("my runs/student/evaluation/report.md").is_file()
 
 

@@ -55,15 +55,18 @@ def test_a_budget_together_with_steps_is_refused(command, images, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "model"),
-    [("train_teacher", TRAIN, "model"), ("distill", [*DISTILL, "--baseline", "true"], "student")],
+    ("name", "flags", "runs", "model"),
+    [
+        ("distill", DISTILL, 1, "student"),
+        pytest.param("distill", [*DISTILL, "--baseline", "true"], 2, "student", marks=pytest.mark.slow),
+        pytest.param("train_teacher", TRAIN, 1, "model", marks=pytest.mark.slow),
+    ],
 )
-def test_measuring_leaves_no_trace(command, images, teacher, monkeypatch, capsys, name, flags, model):
+def test_measuring_leaves_no_trace(command, images, teacher, monkeypatch, capsys, name, flags, runs, model):
     main = command(name).main
     monkeypatch.setattr(timing, "fitting_steps", lambda *args: 3)
     main([*flags, "--output_dir", "budget", "--time_budget", "1min"])
     printed = capsys.readouterr().out
-    runs = 2 if name == "distill" else 1
     assert f"Training will take about 1 s: {runs} x 3 steps, measured on {MEASURED}." in printed
     assert printed.count("'eval_loss'") == runs  # of the run itself, at its end; measuring prints nothing
     assert "max_steps: 3  " in printed and read_results("budget")["run"]["settings"]["max_steps"] == 3

@@ -49,8 +49,9 @@ def discrepancies(found):
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        *((options, key) for options in SOURCES for key in ("vit", "swin", "convnext", "resnet")),
+        *((options, key) for options in SOURCES for key in ("vit", "swin", "resnet")),
         *((options, key) for options in SOURCES[:2] for key in ("deit", "dinov2")),
+        *(pytest.param(options, "convnext", marks=pytest.mark.slow) for options in SOURCES),
     ],
     ids=lambda x: x if isinstance(x, str) else name(x),
 )

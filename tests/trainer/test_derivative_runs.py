@@ -65,7 +65,7 @@ def test_checkpointing_changes_nothing(tmp_path, entry):
     assert largest_difference(weights(ran[False].model), weights(ran[True].model)) < 1e-6
 
 
-@pytest.mark.parametrize("arch", and_slow(["vit", "swin", "convnext", "resnet"], ["deit", "dinov2"]))
+@pytest.mark.parametrize("arch", and_slow(["vit", "convnext", "resnet"], ["deit", "dinov2"]))
 @pytest.mark.parametrize("name", ["jacobian", "attention_jacobian"])
 def test_split_equals_double_backward_as_student_and_as_teacher(arch, name):
     other = "vit" if arch != "vit" else "swin"

@@ -15,7 +15,7 @@ from hf_kdtl.checkpoints.state import STATE_JSON
 from hf_kdtl.trainer.checks import setting_problems
 from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.distributed.split_worker import run, work
-from tests.support.helpers import KD, Images, config, forked, largest_difference, pair, trainer, weights
+from tests.support.helpers import KD, Images, and_slow, config, forked, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
 
 RULES = [
@@ -57,7 +57,7 @@ def test_how_the_batch_is_split_changes_nothing(tmp_path, rule):
     assert largest_difference(weights(one.distiller), weights(without.distiller)) > 1e-4  # the rule did something
 
 
-@pytest.mark.parametrize("rule", [RULES[0], RULES[-1]], ids=_id)
+@pytest.mark.parametrize("rule", and_slow([RULES[0]], [RULES[-1]]), ids=_id)
 def test_two_processes_equal_one(tmp_path, rule):
     settings = {"gradient_rule": rule, "objectives": _objectives(rule), "number": 40}
     single = run(tmp_path / "single", 8, 1, "some", **settings)

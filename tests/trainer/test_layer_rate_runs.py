@@ -15,7 +15,7 @@ from hf_kdtl.models import Teacher, plan
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.optim import LayerRates, LayerwiseOptimizer, create_layerwise_optimizer
 from tests.distributed.split_worker import run, work
-from tests.support.helpers import KD, Images, config, forked, largest_difference, pair, trainer, weights
+from tests.support.helpers import KD, Images, and_slow, config, forked, largest_difference, pair, trainer, weights
 from tests.support.tiny import build
 
 TASK = [{"name": "task"}]
@@ -180,7 +180,7 @@ def test_loss_weight_weighs_the_pairs_and_leaves_the_rates(tmp_path):
     assert not torch.allclose(found, (alone[0] + alone[1]) / 2, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rates", [ATTENTION, JACOBIAN, JACOBIAN | {"wrt": "inputs"}], ids=str)
+@pytest.mark.parametrize("rates", and_slow([ATTENTION, JACOBIAN], [JACOBIAN | {"wrt": "inputs"}]), ids=str)
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
 def test_under_autocast_and_checkpointing(tmp_path, rates, settings):
     student, teacher = pair()
@@ -225,7 +225,9 @@ def test_lora(tmp_path):
 SAVED = SHORT | {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 2}
 
 
-@pytest.mark.parametrize("rates", [ATTENTION, JACOBIAN, {"mode": "permuted", "every": 2}, {"mode": "frozen"}], ids=str)
+@pytest.mark.parametrize(
+    "rates", and_slow([ATTENTION, {"mode": "permuted", "every": 2}, {"mode": "frozen"}], [JACOBIAN]), ids=str
+)
 def test_resume_is_bitwise(tmp_path, rates):
     student, teacher = pair()
     settings = SAVED | {"layer_rates": rates, "gradient_accumulation_steps": 2}
@@ -272,7 +274,7 @@ def test_the_best_model_does_not_bring_its_rates_back(tmp_path):
 SPLIT = {"objectives": [*KD, {"name": "attention_transfer"}], "max_steps": 3, "learning_rate": 0.5}
 
 
-@pytest.mark.parametrize("rates", [ATTENTION | {"every": 1}, JACOBIAN | {"every": 1}], ids=str)
+@pytest.mark.parametrize("rates", and_slow([ATTENTION | {"every": 1}], [JACOBIAN | {"every": 1}]), ids=str)
 def test_two_processes_equal_one(tmp_path, rates):
     settings = SPLIT | {"layer_rates": rates}
     single = run(tmp_path / "single", 8, 1, "hard", **settings)

@@ -44,11 +44,13 @@ class Needs:
     weights: bool = False
 
     def __or__(self, other: Needs) -> Needs:
+        if not other:
+            return self
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return Needs(**{k: max(a, b) if k in ("order", "fraction") else a | b for k, (a, b) in pairs.items()})
 
     def __bool__(self) -> bool:
-        return any(getattr(self, f.name) for f in fields(self))
+        return self != NOTHING
 
     @property
     def derivative(self) -> bool:
@@ -69,3 +71,6 @@ class Needs:
         """What one ordinary forward serves."""
         none: frozenset = frozenset()
         return replace(self, input_gradient=False, order=0, directions=none, sketches=none, fraction=0.0)
+
+
+NOTHING = Needs()
