@@ -24,6 +24,13 @@ def _train_teacher() -> Main:
     return main
 
 
+def _cut() -> Main:
+    """cut a student out of a teacher, to sizes or to a budget"""
+    from hf_kdtl.commands.cut import main
+
+    return main
+
+
 def _distill() -> Main:
     """train a student from a teacher, and alone for comparison"""
     from hf_kdtl.commands.distill import main
@@ -89,7 +96,7 @@ def _configs() -> Main:
 
 COMMANDS: dict[str, Callable[[], Main]] = {
     load.__name__.strip("_").replace("_", "-"): load
-    for load in (_init, _train_teacher, _distill, _preflight, _evaluate, _compare, _export, _push, _model_card,
+    for load in (_init, _train_teacher, _cut, _distill, _preflight, _evaluate, _compare, _export, _push, _model_card,
                  _fit_representation, _configs)
 }  # fmt: skip
 

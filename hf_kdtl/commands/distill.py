@@ -25,6 +25,7 @@ from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, in_words, student_start
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
+from hf_kdtl.commands.common.stages import train_run
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.hub.provenance import models_section
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(options, data_options, config, typed)
     begin(experiment, budget)
     for arm, seed, folder in experiment.runs():
-        runs.train_and_save(experiment.trainer(arm, seed, folder), folder.name, experiment.folder)
+        train_run(experiment, arm, seed, folder)
     experiment.open_teacher()
     scores.evaluate(experiment)
     if config.process_index == 0:
@@ -79,7 +80,7 @@ def begin(experiment: Experiment, budget: float | None) -> None:
         "data": builders.facts(experiment.data, data_options)
         | experiment.images.facts(config.per_device_train_batch_size),
         "objectives": config.objectives,
-        "models": models_section(first, student_start(options)),
+        "models": models_section(first, student_start(options, first.model)),
         "pairing": models | {"notes": notes},
     }
     folders.begin(first, sections)

@@ -17,7 +17,7 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, new_student
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.preflight import preflight
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(options, data_options, config, cli.typed_names(*types, argv=argv))
     rows = builders.pixels(experiment.data.train, experiment.processor).__getitems__(list(range(8)))
     pixels = torch.stack([row["pixel_values"] for row in rows])
-    student = new_student(options, experiment.teacher, experiment.data.label_names, [])
+    student = experiment.new_student()
     say(config, str(preflight(student, experiment.source, config, pixels, experiment.processor)))
 
 

@@ -242,6 +242,7 @@ class Results(Record):
     models: Models | None = None
     pairing: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    stages: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of a student that was cut in steps
     layer_rates: dict[str, History] = field(default_factory=dict)
     gradient_rule: dict[str, History] = field(default_factory=dict)
     auto_weights: dict[str, AutoWeights] = field(default_factory=dict)

@@ -21,6 +21,7 @@ SECTIONS = (
     "models",
     "pairing",
     "curves",
+    "stages",
     "layer_rates",
     "gradient_rule",
     "auto_weights",

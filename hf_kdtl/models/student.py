@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kdtl.models.cutting.budget import Budget, solve
-from hf_kdtl.models.cutting.families import cut_config, family_of, sizes_of
+from hf_kdtl.models.cutting.families import Sizes, cut_config, family_of, sizes_of
 from hf_kdtl.models.cutting.importance import Scores, first_order
 from hf_kdtl.models.cutting.plan import CutPlan, cost_of, neurons_of, on_meta
 from hf_kdtl.models.cutting.request import Number, kept_blocks, requested_sizes
@@ -39,6 +39,8 @@ class Cut:
     latency_ms: Number | None = None
 
     def __post_init__(self):
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         check_known("importance", self.importance, ["uniform", "first_order"])
         if len(given := self.budgets) > 1:
             raise ValueError(f"found {' and '.join(b.kind for b in given)}; expected one budget at most.")
@@ -125,13 +127,21 @@ def make_student(
 def plan_cut(teacher: Any, cut: Cut, scores: Scores | None = None) -> CutPlan:
     """The student that `make_student` would build; raises what it would raise."""
     model = _vision_model(teacher)
-    full, family = sizes_of(model), family_of(model.config)
+    full = sizes_of(model)
     asked = (cut.heads, cut.mlp, cut.width, *cut.budgets)
     layers = LAYERS if cut.layers is None and all(value is None for value in asked) else cut.layers
     sizes, taken = requested_sizes(model, full, layers, cut.heads, cut.mlp, cut.width), None
     for budget in cut.budgets:
         given = {"depths": cut.layers, "heads": cut.heads, "mlp": cut.mlp}
         sizes, taken = solve(model, full, sizes, {name for name, value in given.items() if value is None}, budget)
+    return plan_sizes(model, sizes, scores, taken)
+
+
+def plan_sizes(
+    model: Any, sizes: Sizes, scores: Scores | None = None, latency_ms: tuple[float, float] | None = None
+) -> CutPlan:
+    """The student of given sizes."""
+    full, family = sizes_of(model), family_of(model.config)
     alternate = family is not None and family.alternate
     blocks = kept_blocks(full, sizes, alternate, None if scores is None else scores.blocks)
     config = cut_config(model.config, sizes, blocks)
@@ -139,7 +149,8 @@ def plan_cut(teacher: Any, cut: Cut, scores: Scores | None = None) -> CutPlan:
     pixels = blank_pixels(model, default=224)
     neurons = neurons_of(before), neurons_of(after)
     costs = cost_of(before, pixels), cost_of(after, pixels)
-    return CutPlan(config, blocks, full, sizes, *costs, neurons, cut.importance, taken)
+    importance = "uniform" if scores is None else "first_order"
+    return CutPlan(config, blocks, full, sizes, *costs, neurons, importance, latency_ms)
 
 
 def build(teacher: PreTrainedModel, plan: CutPlan, scores: Scores | None = None) -> PreTrainedModel:

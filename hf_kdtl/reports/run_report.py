@@ -73,6 +73,9 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
     lines += _figures(results, figures)
     if results.objectives:
         lines += ["## Objectives", "", objectives_table(results), ""]
+    for name, rows in results.stages.items():
+        about = [f"stage {row['stage']}, {row['steps']} steps: {row['kept']}" for row in rows]
+        lines += _list(f"Stages of {name}", about)
     models = [f"{who}: {what}" for who, what in results.pairing.items() if who != "notes"]
     lines += _list("Models", models + results.pairing.get("notes", []))
     sizes = ", ".join(f"{count} {name}" for name, count in data.sizes.items())

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
-from hf_kdtl import DistillationConfig, make_student
+from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import adapters, builders, runs
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen
+from hf_kdtl.commands.common.cutting import CutOptions, cut_student, planned
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.commands.common.teachers import name_classes, open_teachers
+from hf_kdtl.data import ImageData
 from hf_kdtl.models import Teacher
+from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.models.teachers.source import called
@@ -27,7 +30,7 @@ from hf_kdtl.trainer.checks import check_teacher_usage
 
 
 @dataclass
-class DistillOptions(UnlabelledOptions):
+class DistillOptions(CutOptions, UnlabelledOptions):
     """Teacher, student, and how many runs."""
 
     teacher: dict | str | None = field(
@@ -42,9 +45,6 @@ class DistillOptions(UnlabelledOptions):
     student_config: dict | str | None = field(
         default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
     )
-    student_layers: int | None = field(
-        default=None, metadata={"help": "A student cut out of the teacher: this many of its blocks."}
-    )
     adapter: dict | str | None = field(
         default=None, metadata={"help": 'Train an adapter of PEFT, as JSON: {"peft_type": "LORA", "r": 8, ...}.'}
     )
@@ -58,6 +58,7 @@ class DistillOptions(UnlabelledOptions):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.teacher, dict) or str(self.teacher).lstrip().startswith("{"):
             self.teacher = {name: str(path) for name, path in cli.mapping("teacher", self.teacher).items()}
             check_names(self.teacher)
@@ -70,55 +71,60 @@ class DistillOptions(UnlabelledOptions):
         return {} if self.teacher in (None, "self") else {"teacher": str(self.teacher)}
 
 
-def new_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
+def new_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:
     """The student before training; after `set_seed` with the same seed always the same weights."""
-    student = plain_student(options, teacher, names, notes)
+    student = plain_student(options, teacher, data, notes)
     return student if options.adapter is None else adapters.with_adapter(student, options.adapter)
 
 
-def plain_student(options: DistillOptions, teacher: Teacher | None, names: Sequence[str], notes: list[str]) -> Any:
+def plain_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:
     """The student without adapters."""
-    given = [name for name in ("student", "student_config", "student_layers") if getattr(options, name) is not None]
-    if len(given) != 1:
+    names = data.label_names
+    given = [name for name in ("student", "student_config") if getattr(options, name) is not None]
+    if len(given) + bool(options.cut_flags) != 1:
         raise ValueError(
-            f"found {' and '.join(given) or 'no student'}; expected one of --student <folder or Hub name>, "
-            "--student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's blocks>."
+            f"found {' and '.join([*given, *options.cut_flags]) or 'no student'}; expected one of --student <folder "
+            "or Hub name>, --student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's "
+            "blocks> (or another --student_... that cuts)."
         )
     if options.student is not None:
         return builders.pretrained(options.student, names, notes)
     if options.student_config is not None:
         return builders.from_config(cli.mapping("student_config", options.student_config), names, "student_config")
-    assert options.student_layers is not None
+    flag = options.cut_flags[0]
     if len(options.teacher_paths) > 1:
         raise ValueError(
-            "--student_layers cuts the student out of the teacher, and there are several. Cut it first: "
-            "hf_kdtl.make_student(teacher, layers).save_pretrained(folder); then type --student <folder>."
+            f"--{flag} cuts the student out of the teacher, and there are several. Cut it first: hf-kdtl cut "
+            "--teacher <one of them> --output_dir <folder>; then type --student <folder>."
         )
     if teacher is None:
-        raise ValueError("--student_layers cuts the student out of the teacher, and there is none; type --teacher.")
+        raise ValueError(f"--{flag} cuts the student out of the teacher, and there is none; type --teacher.")
     if isinstance(teacher, TextHeadTeacher):
         raise ValueError(
-            "--student_layers cuts a trained classifier, and the teacher's classes are texts. Type --student <folder "
+            f"--{flag} cuts a trained classifier, and the teacher's classes are texts. Type --student <folder "
             "or Hub name> or --student_config '{\"model_type\": ...}'."
         )
-    return builders.named(make_student(teacher, options.student_layers).float(), names)
+    assert options.cut is not None
+    return builders.named(cut_student(teacher, options.cut, data).float(), names)
 
 
 def student_processor(options: DistillOptions, teacher: Teacher | None, student: Any, notes: list[str]) -> Any:
     """The student's image processor: its own, its teacher's where it was cut out of it, or one from its config."""
     if options.student is not None:
         return builders.processor_of(options.student, student, notes)
-    if options.student_layers is not None and teacher is not None and teacher.processing_class is not None:
+    if options.cut_flags and teacher is not None and teacher.processing_class is not None:
         return teacher.processing_class
     return builders.new_processor(student.config, options.image_size)
 
 
-def student_start(options: DistillOptions) -> dict[str, Any]:
+def student_start(options: DistillOptions, student: Any) -> dict[str, Any]:
     """How the student was made, for the section `models` of results.json."""
     if options.student is not None:
         return {"how": "pretrained"}
     return (
-        {"how": "random"} if options.student_config is not None else {"how": "cut", "layers": options.student_layers}
+        {"how": "random"}
+        if options.student_config is not None
+        else {"how": "cut", "layers": len(find_blocks(student))}
     )
 
 
@@ -173,7 +179,7 @@ class Experiment:
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
         name_classes(self.teachers, data.label_names)
-        student = new_student(options, self.teacher, data.label_names, self.notes)
+        student = new_student(options, self.teacher, data, self.notes)
         if is_self:
             adapters.check_self(student, options.student, config)
         # A teacher of other classes (lwf) cannot be scored on these.
@@ -190,6 +196,9 @@ class Experiment:
         self.chosen = None if typed is None else self._choose(student, typed)
         self.notes += self.images.note(config.per_device_train_batch_size)
         self.student_summary = builders.summary(student)
+        if options.cut is not None and self.teacher is not None:
+            plan, _ = planned(self.teacher, options.cut, data)
+            self.student_summary += f", cut out of the teacher: {plan.in_words()}"
 
     def _open(self, paths: dict[str, str]) -> dict[str, Teacher]:
         compared = {one.source for one in self.config.build_objectives().values() if one.compares_classes}
@@ -208,7 +217,7 @@ class Experiment:
         return self.teacher if self.teachers.keys() <= {"teacher"} else dict(self.teachers)
 
     def _choose(self, student: Any, typed: Iterable[str]) -> Chosen:
-        kind = "adapter" if self.options.adapter else student_start(self.options)["how"]
+        kind = "adapter" if self.options.adapter else student_start(self.options, student)["how"]
         train, batch = self.images.all, 32  # any: of an epoch that repeats images only the length counts
         images = len(train) if self.images.unlabelled is None else batch * self.images.batches(batch)
         budgeted = self.options.time_budget is not None
@@ -228,15 +237,21 @@ class Experiment:
             arms = {"labelled": Arm(config.entries, unlabelled=False)} | arms
         return {"alone": Arm(task or runs.TASK, taught=False, unlabelled=False)} | arms
 
-    def trainer(self, arm: str, seed: int, folder: Path, config: DistillationConfig | None = None) -> Any:
+    def trainer(
+        self,
+        arm: str,
+        seed: int,
+        folder: Path,
+        config: DistillationConfig | None = None,
+        make_student: Callable[[], Any] | None = None,
+    ) -> Any:
         """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm.
 
-        Args:
-            config: instead of the experiment's.
+        `config` and `make_student` replace those of the experiment.
         """
         self._reopen_sharded()
         set_seed(seed)
-        student = new_student(self.options, self.teacher, self.data.label_names, [])
+        student = make_student() if make_student else self.new_student()
         this = self.arms[arm]
         settings = runs.run_settings(config or self.config, folder, seed, this.objectives, this.taught)
         if settings.max_steps <= 0 and self.images.unlabelled is not None:
@@ -253,6 +268,10 @@ class Experiment:
             train_dataset=builders.pixels(images, self.processor, self.data_options, share, settings),
             eval_dataset=builders.pixels(self.data.validation, self.processor),
         )
+
+    def new_student(self) -> Any:
+        """The student before training."""
+        return new_student(self.options, self.teacher, self.data, [])
 
     def steps(self) -> int:
         """Optimizer steps of the student that is kept: of all arms, so that they can be compared."""

@@ -135,3 +135,19 @@ def _keep_blocks(vision: Any, picks: list[int]) -> None:
         # Output 0 is the embeddings, output i block i - 1: it becomes the last kept block up to there. Backbone
         # configs (BEiT, DINOv2) rename out_features when out_indices is set.
         vision.out_indices = sorted({sum(pick < index % outputs for pick in picks) for index in vision.out_indices})
+
+
+def sizes_between(config: Any, full: Sizes, final: Sizes, part: float) -> Sizes:
+    """Sizes on the way from `full` (part 0) to `final` (part 1); equal steps are equal factors."""
+
+    def between(start: float, end: float) -> float:
+        return start * (end / start) ** part if start else start
+
+    family, depths = family_of(config), zip(full.depths, final.depths, strict=True)
+    mlp = between(full.mlp, final.mlp)
+    if family is not None and (family.whole_ratio or family.mlp == "intermediate_size"):
+        mlp = round(mlp)
+    heads, width = round(between(full.heads, final.heads)), round(between(full.width, final.width))
+    if family is not None and family.heads == "width":
+        width = heads * head_width(config)
+    return Sizes(tuple(round(between(*pair)) for pair in depths), heads, mlp, width)

@@ -73,6 +73,18 @@ class CutPlan:
         ]
         return "\n".join(lines)
 
+    def in_words(self) -> str:
+        """What is kept, in a line: "6 of 12 blocks, 2 of 3 heads, 50% of the FLOPs"."""
+        mine, its = self.sizes, self.full
+        pairs = [
+            (sum(mine.depths), sum(its.depths), "blocks"),
+            (mine.heads, its.heads, "heads"),
+            (self.neurons[1], self.neurons[0], "neurons of a block"),
+            (mine.width, its.width, "channels"),
+        ]
+        kept = [f"{left} of {of} {what}" for left, of, what in pairs if left != of]
+        return ", ".join([*kept, f"{self.after.flops / self.before.flops:.0%} of the FLOPs"])
+
 
 def on_meta(model_class: Any, config: Any) -> Any:
     """A model without memory, for its shapes."""

@@ -22,8 +22,8 @@ SHOWN = {"loss": "training loss (of each arm's own terms)", "eval_accuracy": "va
 def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bool:
     """Training loss and validation accuracy by step, from {"<arm>-seed<k>": Trainer's log}.
 
-    One thin line for each run, and a thick one for the mean over the seeds of an arm. What was logged at fewer than
-    two steps is no curve and gets no panel.
+    One thin line for each run, and a thick one for the mean over the seeds of an arm; dotted where the student was
+    cut again. What was logged at fewer than two steps is no curve and gets no panel.
 
     Returns:
         Whether there was a curve to draw.
@@ -41,6 +41,8 @@ def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> 
             arms.setdefault(run.split("-seed")[0], []).append(points)
         for arm, runs in arms.items():
             _arm(axes, arm, [points for points in runs if points])
+        for step in sorted({step for log in curves.values() for step in _cuts(log)}):
+            axes.axvline(step, color="#999999", linestyle=":", linewidth=1)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
@@ -49,6 +51,12 @@ def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> 
             axes.legend(frameon=False)
     save(figure, path, 110)
     return True
+
+
+def _cuts(log: list[dict[str, Any]]) -> list[int]:
+    """The last step of each stage but the last."""
+    ends = {entry["stage"]: entry["step"] for entry in log if "stage" in entry}
+    return [step for stage, step in ends.items() if stage < max(ends)]
 
 
 def _arm(axes: Axes, arm: str, runs: list[dict[int, float]]) -> None:
