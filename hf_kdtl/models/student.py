@@ -60,7 +60,7 @@ def make_student(
     mlp: Number | None = None,
     width: Number | None = None,
     importance: str = "uniform",
-    data: Sequence[dict[str, Any]] | None = None,
+    data: Any = None,
     flops: Number | None = None,
     parameters: Number | None = None,
     latency_ms: Number | None = None,
@@ -88,7 +88,7 @@ def make_student(
             `uniform_layers`, so that block s of the student starts as the teacher block that objectives pair it with:
             6 of 12 keeps 1, 3, ... 11. "first_order": those of the highest `importance.first_order` on `data` (in
             each block as many); for Swin, whose blocks alternate, the blocks are evenly spaced nevertheless.
-        data: for "first_order": rows with pixel_values, as the teacher reads them, and labels; 256 are used.
+        data: for "first_order": a data set or list of rows with pixel_values, as the teacher reads them, and labels; 256 are used.
         flops, parameters, latency_ms: a budget, one of them: up to 1 a share of the teacher's (of the first two),
             above it the number. Depth, heads and MLP, as far as they are not given, are chosen so that the most
             reduced is reduced least; the plan is printed. Latency is measured here, on the teacher's device, of one
@@ -117,7 +117,7 @@ def make_student(
     """
     cut = Cut(layers, heads, mlp, width, importance, flops, parameters, latency_ms)
     model = _vision_model(teacher)
-    scores = first_order(model, data) if cut.importance == "first_order" else None  # type: ignore[arg-type]
+    scores = first_order(model, data) if cut.importance == "first_order" else None
     plan = plan_cut(model, cut, scores)
     if cut.budgets:
         print(plan)

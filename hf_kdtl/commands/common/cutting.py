@@ -75,8 +75,8 @@ def number(name: str, value: Any) -> Any:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError as error:
         raise ValueError(
-            f"{name} is {value!r}; expected a whole number, a share such as 0.5, or [2, 2, 4, 2] for the stages of Swin"
-            " and ConvNeXt."
+            f"{name} is {value!r}; expected a whole number, a share such as 0.5, or [2, 2, 4, 2] for the stages of "
+            "Swin and ConvNeXt."
         ) from error
 
 

@@ -243,15 +243,15 @@ class Experiment:
         seed: int,
         folder: Path,
         config: DistillationConfig | None = None,
-        make_student: Callable[[], Any] | None = None,
+        student: Any = None,
     ) -> Any:
         """The trainer of one run, and with it the student, which depends on the seed alone and not on the arm.
 
-        `config` and `make_student` replace those of the experiment.
+        `config` and `student` replace those of the experiment.
         """
         self._reopen_sharded()
         set_seed(seed)
-        student = make_student() if make_student else self.new_student()
+        student = self.new_student() if student is None else student
         this = self.arms[arm]
         settings = runs.run_settings(config or self.config, folder, seed, this.objectives, this.taught)
         if settings.max_steps <= 0 and self.images.unlabelled is not None:

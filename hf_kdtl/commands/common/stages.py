@@ -35,7 +35,7 @@ def train_run(experiment: Experiment, arm: str, seed: int, folder: Path) -> None
         config = _settings(experiment, stage)
         rows.append({"stage": stage, "kept": plan.in_words(), "parameters": plan.after.parameters}
                     | {"flops": plan.after.flops, "steps": config.max_steps})  # fmt: skip
-        trainer = experiment.trainer(arm, seed, place, config, lambda made=student: made)
+        trainer = experiment.trainer(arm, seed, place, config, student)
         runs.say(config, f"{folder.name}, stage {stage} of {stages}: {plan.in_words()}")
         runs.train_and_save(trainer, _name(folder, stage, stages), experiment.folder)
         before = place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class Scores:
     neurons: dict[int | None, Tensor]
 
 
-def first_order(model: Any, data: Sequence[dict[str, Any]]) -> Scores:
+def first_order(model: Any, data: Any) -> Scores:
     """|sum over images <a, dL/da>| for each block, head and neuron, with a its output and L the cross-entropy.
 
     To the first order it is by how much the summed loss changes when this output is set to zero. [paper: Michel et
@@ -43,7 +43,7 @@ def first_order(model: Any, data: Sequence[dict[str, Any]]) -> Scores:
 
     Args:
         model: an image classifier; it runs in eval mode and its weights get no gradient.
-        data: rows with pixel_values (C, h, w), as the model reads them, and labels; at most `SAMPLE` of them are
+        data: a data set or list of rows with pixel_values (C, h, w), as the model reads them, and labels; at most `SAMPLE` of them are
             used, evenly spaced, without those that have no label.
 
     Cost: one forward and one backward of these images.
