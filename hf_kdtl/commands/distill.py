@@ -22,10 +22,11 @@ from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, sco
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, in_words, student_start
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, in_words
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.stages import train_run
+from hf_kdtl.commands.common.students import student_start
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.hub.provenance import models_section

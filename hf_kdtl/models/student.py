@@ -88,7 +88,8 @@ def make_student(
             `uniform_layers`, so that block s of the student starts as the teacher block that objectives pair it with:
             6 of 12 keeps 1, 3, ... 11. "first_order": those of the highest `importance.first_order` on `data` (in
             each block as many); for Swin, whose blocks alternate, the blocks are evenly spaced nevertheless.
-        data: for "first_order": a data set or list of rows with pixel_values, as the teacher reads them, and labels; 256 are used.
+        data: for "first_order": a data set or list of rows with pixel_values, as the teacher reads them, and labels;
+            256 are used.
         flops, parameters, latency_ms: a budget, one of them: up to 1 a share of the teacher's (of the first two),
             above it the number. Depth, heads and MLP, as far as they are not given, are chosen so that the most
             reduced is reduced least; the plan is printed. Latency is measured here, on the teacher's device, of one

@@ -43,8 +43,8 @@ def first_order(model: Any, data: Any) -> Scores:
 
     Args:
         model: an image classifier; it runs in eval mode and its weights get no gradient.
-        data: a data set or list of rows with pixel_values (C, h, w), as the model reads them, and labels; at most `SAMPLE` of them are
-            used, evenly spaced, without those that have no label.
+        data: a data set or list of rows with pixel_values (C, h, w), as the model reads them, and labels; at most
+            `SAMPLE` of them are used, evenly spaced, without those that have no label.
 
     Cost: one forward and one backward of these images.
 
