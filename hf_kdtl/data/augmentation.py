@@ -1,40 +1,114 @@
-"""Augmentation of batches of images with kornia, mixup and CutMix included."""
+"""Random changes to images, mixup and CutMix included: what each view of each image shows, drawn by its row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import kornia.augmentation as K
-import torch
+import numpy as np
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_kdtl.data.columns import UNLABELLED
 from hf_kdtl.utils.options import check_known, is_integer, is_number
 
-UNLABELLED = -100
+VIEW_VERSION = 1
+"""Changes whenever the same seed, view and row give other pixels than before."""
+Box = tuple[float, float, float, float]
+"""Top, left, bottom, right, in shares of the sides."""
+_ASPECT = math.log(4 / 3)
+_ERASED = 0.02, 0.33, math.log(3.3)
+
+
+class Shift(NamedTuple):
+    """Of the section that is shown: up to `most` pixels (int) or share of the side (float), at u in [0, 1)."""
+
+    most: float
+    down: float
+    right: float
+
+    def shares(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Down and right, in shares of the height and width; whole pixels of the height and width where `most` is."""
+        if isinstance(self.most, float):
+            return (2 * self.down - 1) * self.most, (2 * self.right - 1) * self.most
+        if self.most >= min(size):
+            raise ValueError(f"augmentation 'crop' is {self.most}, expected less than a side: {min(size)} pixels.")
+        down, right = (math.floor(u * (2 * self.most + 1)) - self.most for u in (self.down, self.right))
+        return down / size[0], right / size[1]
+
+
+class Part(NamedTuple):
+    """The part of an image that a random crop keeps: its share of the area, its width over its height (both in pixels
+    of the file, changed as far as the image is too small for it), and where it lies, down and right in [0, 1]."""
+
+    area: float
+    aspect: float
+    down: float
+    right: float
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom in pixels of an image of that size."""
+        area = self.area * width * height
+        aspect = min(max(self.aspect, area / height**2), width**2 / area)
+        wide, high = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
+        left, top = self.right * (width - wide), self.down * (height - high)
+        return left, top, left + wide, top + high
+
+
+class Mixing(NamedTuple):
+    """With whom, as a place in [0, 1) among the candidates, and how: by `weight`, or by pasting its `box`."""
+
+    partner: float
+    weight: float
+    box: Box | None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one view does to its image, in shares of the sides, so that it can be rendered at any size.
+
+    Args:
+        shift: of the section of the image that is shown.
+        part: shown instead of the whole image.
+        flip: left and right mirrored.
+        factors: of brightness, contrast and saturation.
+        erased: becomes grey.
+        mixing: with another image, after all of these.
+    """
+
+    shift: Shift | None = None
+    part: Part | None = None
+    flip: bool = False
+    factors: tuple[float, float, float] | None = None
+    erased: Box | None = None
+    mixing: Mixing | None = None
 
 
 class Augmentation:
-    """Random changes to a batch, from a config such as `{"crop": 4, "flip": True, "mixup": 0.2}`.
+    """Random changes to images, from a config such as `{"crop": 4, "flip": True, "mixup": 0.2}`.
 
     The keys, in the order in which they act; 0, false and null switch one off:
 
-    - `crop`: pixels of black padding on each side, then a random crop back to the size. An integer.
-    - `resized_crop`: [smallest, largest] part of the area, in (0, 1], that a random crop keeps before it is resized
-      back (aspect ratio 3/4 to 4/3). Instead of `crop`.
+    - `crop`: shift up to that far, up or down and left or right; what is outside the image is black. A whole number
+      of pixels (of the student's), or a share of the side below 1, such as 0.125.
+    - `resized_crop`: [smallest, largest] part of the area, in (0, 1], that a random crop keeps (aspect ratio 3/4 to
+      4/3, in pixels of the file). Instead of `crop`.
     - `flip`: mirror left and right with probability 1/2.
     - `color_jitter`: brightness, contrast and saturation each by a factor in 1 +- this; in (0, 1].
     - `random_erasing`: probability that a box of 2 to 33 % of the area becomes grey; in (0, 1].
-    - `mixup`: alpha of Zhang et al. 2018 (arXiv 1710.09412): images and labels are averaged with that of another image
-      of the batch, weight ~ Beta(alpha, alpha) drawn for each image.
-    - `cutmix`: alpha of Yun et al. 2019 (arXiv 1905.04899): a box of another image of the batch is pasted, and the
-      labels are weighted by area. With both mixup and cutmix, one is drawn for each batch, with probability 1/2.
+    - `mixup`: alpha of Zhang et al. 2018 (arXiv 1710.09412): images and labels are averaged with those of another
+      image, weight ~ Beta(alpha, alpha).
+    - `cutmix`: alpha of Yun et al. 2019 (arXiv 1905.04899): a box of another image is pasted, and the labels are
+      weighted by area. With both mixup and cutmix, each image takes one of them, with probability 1/2.
 
-    Mixing happens here, before either model is called: teacher and student then see the same pixels, so that the
-    teacher says what it makes of the mixture that the student has to explain, rather than of two other images.
+    The crop is cut from the image at its own resolution and resized once. Mixing happens before either model is
+    called: teacher and student then see the same pixels, so that the teacher says what it makes of the mixture that
+    the student has to explain. Labelled images are mixed with labelled ones, unlabelled with unlabelled ones.
 
-    Draws come from torch's global CPU generator (kornia offers no other): seed it, or use `ImageDataset`, which does.
+    Every draw depends on (view_seed, view, row of the image) alone, and no key changes the draws of another.
+    `ImageDataset` renders them.
 
     Raises:
         ValueError: no mapping, unknown key, value outside its range, or both crops.
@@ -52,12 +126,6 @@ class Augmentation:
                 raise ValueError(f"augmentation {key!r} is {value!r}, expected {expected}.")
         if "crop" in self.config and "resized_crop" in self.config:
             raise ValueError("augmentation has both 'crop' and 'resized_crop', expected one; set the other to null.")
-        self._sizes: dict[tuple[int, int], nn.Module] = {}
-        # kornia draws all of lambda's range; _mixup applies mixup's alpha.
-        self._mixup = K.RandomMixUpV2(data_keys=["input", "class"])
-        self._cutmix = K.RandomCutMixV2(
-            data_keys=["input", "class"], beta=self.config.get("cutmix"), use_correct_lambda=True
-        )
 
     @property
     def mixes(self) -> bool:
@@ -67,45 +135,32 @@ class Augmentation:
     def __repr__(self) -> str:
         return f"Augmentation({self.config})"
 
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor, labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-        """Augmented pixels (B, 3, H, W), and labels.
+    def draw(self, view_seed: int, view: int, row: int) -> Changes:
+        """What the image of `row` shows in that view."""
+        # One stream of numbers for each (view, row), and each key reads its own place in it.
+        bits = np.random.Philox(key=[view_seed, VIEW_VERSION], counter=[0, 0, view, row])
+        stream = np.random.Generator(bits)
+        u = stream.random(17).tolist()
+        of = self.config
+        return Changes(
+            shift=Shift(of["crop"], u[2], u[3]) if "crop" in of else None,
+            part=_part(*of["resized_crop"], *u[:4]) if "resized_crop" in of else None,
+            flip="flip" in of and u[4] < 0.5,
+            factors=_factors(of["color_jitter"], *u[5:8]) if "color_jitter" in of else None,
+            erased=_erased(*u[9:13]) if u[8] < of.get("random_erasing", 0) else None,
+            mixing=self._mixing(stream, u[13:]) if self.mixes else None,
+        )
 
-        Args:
-            pixels: (B, 3, H, W) floats in [0, 1], before normalisation. The result has the same shape and range.
-            labels: (B,) int64, -100 for an unlabelled image.
-            num_labels: K.
-
-        Returns:
-            pixels, and the labels as they came, or (B, K) float32 rows that sum to 1 when mixing. The row of a mixture
-            with an unlabelled image in it is all -100.
-        """
-        height, width = pixels.shape[-2:]
-        if (height, width) not in self._sizes:
-            self._sizes[height, width] = _single_image_changes(self.config, (height, width))
-        pixels = self._sizes[height, width](pixels)
-        if not self.mixes:
-            return pixels, labels
-        mix = self._draw_mixup if self._mixup_is_next() else self._draw_cutmix
-        pixels, partners, own_weight = mix(pixels, labels)
-        return pixels, soft_labels(labels, partners, own_weight, num_labels)
-
-    def _mixup_is_next(self) -> bool:
+    def _mixing(self, stream: np.random.Generator, u: list[float]) -> Mixing:
+        key = "mixup" if "mixup" in self.config else "cutmix"
         if "mixup" in self.config and "cutmix" in self.config:
-            return bool(torch.rand(()) < 0.5)
-        return "mixup" in self.config
-
-    def _draw_mixup(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # kornia draws lambda from U[0, 1] only, so that its draw is replaced by Beta(alpha, alpha).
-        drawn = self._mixup.forward_parameters(pixels.shape)
-        alpha = torch.tensor(float(self.config["mixup"]))
-        drawn["mixup_lambdas"] = torch.distributions.Beta(alpha, alpha).sample((len(pixels),))
-        mixed, classes = self._mixup(pixels, labels, params=drawn)
-        return mixed, classes[:, 1].long(), 1 - classes[:, 2]  # kornia's lambda is the partner's weight in mixup ...
-
-    def _draw_cutmix(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, classes = self._cutmix(pixels, labels)
-        return mixed, classes[0, :, 1].long(), classes[0, :, 2]  # ... and, with use_correct_lambda, the own in CutMix
+            key = "mixup" if u[1] < 0.5 else "cutmix"
+        weight, half = float(stream.beta(self.config[key], self.config[key])), 0.0
+        if key == "mixup":
+            return Mixing(u[0], weight, None)
+        half = math.sqrt(1 - weight) / 2
+        low, high = ([min(max(at + step, 0.0), 1.0) for at in u[2:4]] for step in (-half, half))
+        return Mixing(u[0], weight, (*low, *high))  # type: ignore[arg-type]
 
 
 def soft_labels(labels: Tensor, partners: Tensor, own_weight: Tensor, num_labels: int) -> Tensor:
@@ -121,21 +176,21 @@ def soft_labels(labels: Tensor, partners: Tensor, own_weight: Tensor, num_labels
     return (weight * own + (1 - weight) * other).masked_fill(unknown[:, None], UNLABELLED)
 
 
-def _single_image_changes(config: Mapping[str, Any], size: tuple[int, int]) -> nn.Module:
-    changes: list[nn.Module] = []
-    if "crop" in config:
-        changes.append(K.RandomCrop(size, padding=config["crop"]))
-    if "resized_crop" in config:
-        changes.append(K.RandomResizedCrop(size, scale=tuple(config["resized_crop"])))
-    if "flip" in config:
-        changes.append(K.RandomHorizontalFlip())
-    if "color_jitter" in config:
-        factor = config["color_jitter"]
-        changes.append(K.ColorJitter(factor, factor, factor, 0.0))
-    if "random_erasing" in config:
-        # Grey: the value that normalisation takes closest to 0.
-        changes.append(K.RandomErasing(p=config["random_erasing"], value=0.5))
-    return nn.Sequential(*changes)
+def _part(low: float, high: float, area: float, aspect: float, down: float, right: float) -> Part:
+    return Part(low + area * (high - low), math.exp((2 * aspect - 1) * _ASPECT), down, right)
+
+
+def _factors(most: float, *u: float) -> tuple[float, float, float]:
+    brightness, contrast, saturation = (1 + (2 * one - 1) * most for one in u)
+    return brightness, contrast, saturation
+
+
+def _erased(area: float, aspect: float, down: float, right: float) -> Box:
+    least, most, widest = _ERASED
+    area, aspect = least + area * (most - least), math.exp((2 * aspect - 1) * widest)
+    high, wide = min(math.sqrt(area / aspect), 1.0), min(math.sqrt(area * aspect), 1.0)
+    top, left = down * (1 - high), right * (1 - wide)
+    return top, left, top + high, left + wide
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -147,8 +202,12 @@ def _is_area_range(value: Any) -> bool:
     return ok and value[0] <= value[1]
 
 
+def _is_crop(value: Any) -> bool:
+    return is_integer(value) or (isinstance(value, float) and 0 < value < 1)
+
+
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "crop": (is_integer, "a whole number of pixels, such as 4"),
+    "crop": (_is_crop, "a whole number of pixels, such as 4, or a share of the side below 1, such as 0.125"),
     "resized_crop": (_is_area_range, "[smallest, largest] part of the area in (0, 1], such as [0.6, 1.0]"),
     "flip": (lambda value: value is True, "true or false"),
     "color_jitter": (_number(0, 1), "a number in [0, 1]"),

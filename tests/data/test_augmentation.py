@@ -1,123 +1,115 @@
+"""What is drawn for each view, and the shares of pixels and labels in mixtures."""
+
+import dataclasses
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from hf_kdtl.data.augmentation import Augmentation, soft_labels
-
-
-def coloured(count: int, height: int = 12, width: int = 10) -> torch.Tensor:
-    """Image i is constant, of value i / count."""
-    return (torch.arange(count) / count)[:, None, None, None].expand(count, 3, height, width).contiguous()
-
+from hf_kdtl.data.augmentation import Augmentation, Part, Shift, soft_labels
 
 ALL = {"crop": 2, "flip": True, "color_jitter": 0.3, "random_erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("config", [*({key: value} for key, value in ALL.items()), {"resized_crop": [0.5, 1.0]}, ALL])
-def test_shape_range_and_change(config, batch):
-    torch.manual_seed(1)
-    pixels, labels = torch.rand(batch, 3, 12, 10), torch.arange(batch) % 5
-    before = pixels.clone()
-    changed, new_labels = Augmentation(config)(pixels, labels, 5)
-    assert changed.shape == pixels.shape
-    assert changed.dtype == torch.float32
-    assert changed.min() >= 0
-    assert changed.max() <= 1
-    assert torch.equal(pixels, before)
-    assert new_labels.shape == ((batch, 5) if {"mixup", "cutmix"} & set(config) else (batch,))
-    if batch > 1:
-        assert not torch.equal(changed, pixels)
+def draws(config, rows=400, view=0, seed=0):
+    augmentation = Augmentation(config)
+    return [augmentation.draw(seed, view, row) for row in range(rows)]
+
+
+def test_a_draw_depends_on_seed_view_and_row_alone():
+    augmentation = Augmentation(ALL)
+    first = augmentation.draw(3, 4, 5)
+    np.random.random(3), torch.rand(3)
+    augmentation.draw(3, 4, 6)
+    assert Augmentation(ALL).draw(3, 4, 5) == first
+    others = [augmentation.draw(*other) for other in ((4, 4, 5), (3, 5, 5), (3, 4, 6), (5, 4, 3), (3, 5, 4))]
+    assert all(other != first for other in others)
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_no_key_changes_the_draws_of_another(key):
+    without = {name: value for name, value in ALL.items() if name != key}
+    fields = {"crop": "shift", "color_jitter": "factors", "random_erasing": "erased", "mixup": "mixing"}
+    own = fields.get("mixup" if key == "cutmix" else key, key)
+    for full, less in zip(draws(ALL, 50), draws(without, 50), strict=True):
+        kept = {field.name for field in dataclasses.fields(full)} - {own}
+        assert all(getattr(full, name) == getattr(less, name) for name in kept)
+        assert less.mixing is None or less.mixing.partner == full.mixing.partner
 
 
 def test_empty_and_switched_off():
     augmentation = Augmentation({"crop": 0, "flip": False, "mixup": None, "cutmix": 0.0})
-    pixels, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, -100])
-    same, same_labels = augmentation(pixels, labels, 3)
-    assert torch.equal(same, pixels)
-    assert torch.equal(same_labels, labels)
-    assert not augmentation.mixes
+    assert augmentation.draw(0, 0, 0) == Augmentation({}).draw(1, 1, 1)
+    assert not augmentation.mixes and augmentation.config == {}
 
 
-def test_crop_shifts_by_at_most_the_padding():
-    torch.manual_seed(0)
-    pixels = torch.zeros(200, 3, 9, 9)
-    pixels[:, :, 4, 4] = 1
-    changed, _ = Augmentation({"crop": 2})(pixels, torch.zeros(200, dtype=torch.long), 2)
-    places = changed[:, 0].nonzero()
-    assert len(places) == 200
-    assert sorted(set(places[:, 1].tolist())) == sorted(set(places[:, 2].tolist())) == [2, 3, 4, 5, 6]
-    padded, _ = Augmentation({"crop": 2})(torch.ones(200, 3, 9, 9), torch.zeros(200, dtype=torch.long), 2)
-    assert padded.unique().tolist() == [0, 1]
+def test_a_crop_of_whole_pixels_shifts_by_each_number_equally_often():
+    down, right = zip(*(one.shift.shares((8, 16)) for one in draws({"crop": 2}, 1000)), strict=True)
+    for shares, side in ((down, 8), (right, 16)):
+        times = np.unique(np.array(shares) * side, return_counts=True)
+        assert times[0].tolist() == [-2, -1, 0, 1, 2] and times[1].min() > 150
+    assert abs(np.corrcoef(down, right)[0, 1]) < 0.1
+    with pytest.raises(ValueError, match="'crop' is 8, expected less than a side: 8 pixels"):
+        Shift(8, 0.5, 0.5).shares((8, 16))
 
 
-def test_flip_mirrors_left_and_right_in_half_of_the_images():
-    torch.manual_seed(0)
-    pixels = torch.rand(400, 3, 4, 4)
-    changed, _ = Augmentation({"flip": True})(pixels, torch.zeros(400, dtype=torch.long), 2)
-    mirrored = (changed == pixels.flip(-1)).flatten(1).all(1)
-    assert (mirrored | (changed == pixels).flatten(1).all(1)).all()
-    assert 160 < mirrored.sum() < 240
+def test_a_crop_of_a_share_is_uniform_in_it():
+    down = np.array([one.shift.shares((8, 16))[0] for one in draws({"crop": 0.25}, 1000)])
+    assert -0.25 <= down.min() < -0.24 and 0.24 < down.max() < 0.25 and abs(down.mean()) < 0.02
 
 
-def test_erasing_puts_a_grey_box_with_the_probability():
-    torch.manual_seed(0)
-    changed, _ = Augmentation({"random_erasing": 0.25})(
-        torch.zeros(400, 3, 16, 16), torch.zeros(400, dtype=torch.long), 2
-    )
-    assert changed.unique().tolist() == [0, 0.5]
-    assert 70 < changed.flatten(1).any(1).sum() < 130
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (40, 300), (64, 64)])
+def test_a_resized_crop_keeps_its_share_of_the_area_inside_the_image(width, height):
+    for area in ([0.3, 1.0], [1.0, 1.0], [0.08, 0.08]):
+        for one in draws({"resized_crop": area}, 200):
+            left, top, right, bottom = one.part.box(width, height)
+            assert left >= 0 and top >= 0 and right <= width + 1e-9 and bottom <= height + 1e-9
+            assert (right - left) * (bottom - top) / (width * height) == pytest.approx(one.part.area)
+            assert area[0] <= one.part.area <= area[1]
+            aspect = (right - left) / (bottom - top)
+            free = one.part.area * max(width / height, height / width) < 0.75
+            assert not free or 0.75 <= aspect <= 4 / 3 + 1e-9
+    assert Part(0.25, 1.0, 0.0, 1.0).box(100, 100) == (50, 0, 100, 50)
 
 
-@pytest.mark.parametrize("key", ["mixup", "cutmix"])
-def test_labels_weigh_as_the_pixels_do(key):
-    # Constant images with one class each: the mean of the mixture is the mean of the values under its label.
-    torch.manual_seed(0)
-    pixels, labels = coloured(32), torch.arange(32)
-    mixed, soft = Augmentation({key: 1.0})(pixels, labels, 32)
-    assert soft.dtype == torch.float32
-    torch.testing.assert_close(soft.sum(1), torch.ones(32))
-    torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ (torch.arange(32) / 32))
-    own = soft[torch.arange(32), labels]
-    assert ((own > 0.01) & (own < 0.99)).sum() > 20
-    if key == "cutmix":  # only whole pixels of the two images, in one box
-        torch.testing.assert_close((mixed == pixels).float().mean((1, 2, 3)), own)
+def test_flips_and_erasures_come_with_their_probability():
+    assert 160 < sum(one.flip for one in draws({"flip": True})) < 240
+    boxes = [one.erased for one in draws({"random_erasing": 0.25}) if one.erased]
+    assert 70 < len(boxes) < 130
+    for top, left, bottom, right in boxes:
+        assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+        assert 0.02 <= (bottom - top) * (right - left) <= 0.33 + 1e-9
 
 
-def test_mixup_draws_its_weight_from_beta():
-    torch.manual_seed(0)
-    pixels, labels = torch.rand(2000, 3, 2, 2), torch.arange(2000)
+def test_colors_change_by_at_most_the_setting():
+    factors = np.array([one.factors for one in draws({"color_jitter": 0.3})])
+    assert factors.shape == (400, 3) and factors.min() > 0.7 and factors.max() < 1.3
+    assert (np.abs(factors.mean(0) - 1) < 0.03).all() and (factors.std(0) > 0.15).all()
+
+
+def test_mixup_draws_its_weight_from_beta_and_its_partner_evenly():
     for alpha in (0.2, 8.0):
-        own = Augmentation({"mixup": alpha})(pixels, labels, 2000)[1].diagonal()
-        assert own.mean().item() == pytest.approx(0.5, abs=0.03)
-        assert own.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)  # the variance of Beta(a, a)
+        mixing = [one.mixing for one in draws({"mixup": alpha}, 2000)]
+        weights = np.array([one.weight for one in mixing])
+        assert weights.mean() == pytest.approx(0.5, abs=0.03)
+        assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.15)  # the variance of Beta(a, a)
+        assert all(one.box is None for one in mixing)
+        assert np.histogram([one.partner for one in mixing], 4, (0, 1))[0].min() > 420
+
+
+def test_a_cut_has_the_area_that_beta_drew_where_it_is_inside_the_image():
+    for one in (one.mixing for one in draws({"cutmix": 1.0})):
+        top, left, bottom, right = one.box
+        assert 0 <= top <= bottom <= 1 and 0 <= left <= right <= 1
+        area = (bottom - top) * (right - left)
+        inside = min(top, left) > 0 and max(bottom, right) < 1
+        assert area == pytest.approx(1 - one.weight) if inside else area <= 1 - one.weight + 1e-9
+        assert not inside or bottom - top == pytest.approx(math.sqrt(1 - one.weight))
 
 
 def test_both_mixes_come_equally_often():
-    torch.manual_seed(0)
-    augmentation = Augmentation({"mixup": 8.0, "cutmix": 1.0})
-    pixels, labels = coloured(8), torch.arange(8)
-    # A mixup of constant images is constant; a cut is not.
-    flat = sum(bool((augmentation(pixels, labels, 8)[0].std((1, 2, 3)) < 1e-6).all()) for _ in range(200))
-    assert 70 < flat < 130
-
-
-def test_a_batch_of_one_mixes_with_itself():
-    for key in ("mixup", "cutmix"):
-        pixels = torch.rand(1, 3, 8, 8)
-        mixed, soft = Augmentation({key: 1.0})(pixels, torch.tensor([2]), 4)
-        torch.testing.assert_close(mixed, pixels)
-        torch.testing.assert_close(soft, torch.tensor([[0.0, 0.0, 1.0, 0.0]]))
-
-
-def test_mixtures_with_an_unlabelled_image_are_unlabelled():
-    torch.manual_seed(0)
-    pixels, labels = coloured(16), torch.tensor([-100, *range(15)])
-    for key in ("mixup", "cutmix"):
-        _, soft = Augmentation({key: 1.0})(pixels, labels, 15)
-        unlabelled = (soft == -100).all(1)
-        assert unlabelled[0]
-        assert 1 <= unlabelled.sum() <= 2  # the image itself and the one that it was mixed into
-        torch.testing.assert_close(soft[~unlabelled].sum(1), torch.ones(int((~unlabelled).sum())))
+    assert 160 < sum(one.mixing.box is None for one in draws({"mixup": 8.0, "cutmix": 1.0})) < 240
 
 
 def test_soft_labels_by_hand():

@@ -20,7 +20,7 @@ from hf_kdtl.models.blocks import vision_config
 
 # PIL's numbers for resampling filters, which image processors use. The others have no counterpart in torch.
 _MODES = {2: "bilinear", 3: "bicubic"}
-_SIDE = 256  # of the images that are shown to a processor, in pixels
+SIDE = 256  # of the images that are shown to a processor, in pixels
 _NEAR = 0.005  # shares of an image that are closer than this are the same: ramps are measured to about 0.001
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL converts to grey
 
@@ -61,8 +61,8 @@ class PixelFormat:
             ValueError: for a processor that does anything but rescale, normalize, reorder channels, resize and crop.
         """
         mean, std, flipped = _colors(processor)
-        size, box = _view(processor, _SIDE, _SIDE)
-        kept = size == (_SIDE, _SIDE) and _view(processor, _SIDE * 3 // 4, _SIDE * 3 // 4)[0] != size
+        size, box = _view(processor, SIDE, SIDE)
+        kept = size == (SIDE, SIDE) and _view(processor, SIDE * 3 // 4, SIDE * 3 // 4)[0] != size
         mode = _MODES.get(int(getattr(processor, "resample", 2) or 2), "bicubic")
         return cls(1 / 255, mean, std, None if kept else size, mode, flipped, box, processor)
 
@@ -70,7 +70,7 @@ class PixelFormat:
         """(size, box) for an image of height x width."""
         if self.processor is None or height == width:
             return self.size or (height, width), self.box
-        larger = max(1, _SIDE // min(height, width))  # of the same proportions, for short ramps are coarse
+        larger = max(1, SIDE // min(height, width))  # of the same proportions, for short ramps are coarse
         shape = larger * height, larger * width
         size, box = _view(self.processor, *shape)
         return ((height, width), (1.0, 1.0)) if size == shape else (size, box)
@@ -143,7 +143,7 @@ def match_pixels(student: Any, teacher: Any) -> tuple[PixelAdapter | None, str]:
         return None, ""
     source, target = PixelFormat.of(student), PixelFormat.of(teacher)
     adapter = None if source == target else PixelAdapter(source, target)
-    square, wide = (_distance(source, target, adapter, height) for height in (_SIDE, _SIDE * 3 // 4))
+    square, wide = (_distance(source, target, adapter, height) for height in (SIDE, SIDE * 3 // 4))
     hidden = any(its > mine + _NEAR for its, mine in zip(target.box, source.box, strict=True))
     if square > 0.5 and not hidden:
         raise ValueError(
@@ -181,11 +181,19 @@ def _name(processor: Any) -> str:
     return f"the image processor {type(processor).__name__}"
 
 
-def _refuse(processor: Any, what: str) -> ValueError:
-    return ValueError(f"{_name(processor)} {what}, so its pixels cannot be matched to another model's. {_WAY_OUT}")
+class UnknownSteps(ValueError):
+    """An image processor does more than can be described; `reason` says what, in half a sentence."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(f"{reason}, so its pixels cannot be matched to another model's. {_WAY_OUT}")
 
 
-def _process(processor: Any, image: np.ndarray) -> Tensor:
+def _refuse(processor: Any, what: str) -> UnknownSteps:
+    return UnknownSteps(f"{_name(processor)} {what}")
+
+
+def process(processor: Any, image: np.ndarray) -> Tensor:
     """(C, h, w) of an (H, W, 3) image of 8 bits; of its grey version where the processor takes no colors."""
     shown, failure = Image.fromarray(image), None
     for mode in ("RGB", "L"):
@@ -208,8 +216,8 @@ def _colors(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...], bool]
     """Mean and std by the channels R, G, B for values in [0, 1], and whether B comes first."""
 
     colors = (0, 0, 0), (255, 255, 255), (255, 0, 0), (17, 101, 203)
-    shown = (np.full((_SIDE, _SIDE, 3), color, np.uint8) for color in colors)
-    black, white, red, other = (_center(_process(processor, image)) for image in shown)
+    shown = (np.full((SIDE, SIDE, 3), color, np.uint8) for color in colors)
+    black, white, red, other = (_center(process(processor, image)) for image in shown)
     span = white - black
     if not span.isfinite().all() or (span == 0).any():
         raise _refuse(processor, "gives black and white the same value")
@@ -234,8 +242,8 @@ def _view(processor: Any, height: int, width: int) -> tuple[tuple[int, int], tup
     for axis, length in enumerate((height, width)):
         ramp = np.linspace(0, 255, length).round().astype(np.uint8)
         image = np.broadcast_to(ramp[:, None] if axis == 0 else ramp[None, :], (height, width))
-        black, white = (_center(_process(processor, np.full((height, width, 3), v, np.uint8))) for v in (0, 255))
-        pixels = _process(processor, np.stack([image] * 3, -1))
+        black, white = (_center(process(processor, np.full((height, width, 3), v, np.uint8))) for v in (0, 255))
+        pixels = process(processor, np.stack([image] * 3, -1))
         size = pixels.shape[1], pixels.shape[2]
         seen = ((pixels - black[:, None, None]) / (white - black)[:, None, None]).mean(0)
         seen = seen if axis == 0 else seen.T
@@ -254,18 +262,18 @@ def _view(processor: Any, height: int, width: int) -> tuple[tuple[int, int], tup
 
 def _distance(source: PixelFormat, target: PixelFormat, adapter: PixelAdapter | None, height: int) -> float:
     """Mean |adapted - own| on a test image, in standard deviations of the teacher's own pixels."""
-    image = _test_image(height, _SIDE)
+    image = test_image(height, SIDE)
     if min(len(source.mean), len(target.mean)) == 1:  # one of the models sees no colors
         image = np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
-    shown = _process(source.processor, image)[None].float()
-    own = _process(target.processor, image)
+    shown = process(source.processor, image)[None].float()
+    own = process(target.processor, image)
     adapted = (shown if adapter is None else adapter(shown))[0].double()
     if adapted.shape != own.shape:  # a processor that keeps the image's size
         adapted = F.interpolate(adapted[None], size=own.shape[-2:], mode="bilinear", antialias=True)[0]
     return ((adapted - own).abs().mean() / own.std()).item()
 
 
-def _test_image(height: int, width: int) -> np.ndarray:
+def test_image(height: int, width: int) -> np.ndarray:
     """Random colors at every scale, the coarse ones strongest, as in photographs."""
     draws, image = np.random.default_rng(0), np.zeros((height, width, 3))
     for cells in (2, 4, 8, 16, 32, 64):

@@ -1,0 +1,93 @@
+"""The augmented images of a split: each view of each image, as the models' image processors would show it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hf_kdtl.data.augmentation import VIEW_VERSION, Augmentation, Mixing, soft_labels
+from hf_kdtl.data.columns import UNLABELLED, source_rows
+from hf_kdtl.data.rendering import Renderer, check_sizes, mix, render
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Views:
+    """Views of the images of a split.
+
+    Args:
+        split: as of `ImageDataset`.
+        processors: image processors by the key of an item under which their pixels go; the first is the student's.
+
+    Raises:
+        ValueError: for a processor whose steps cannot be replayed.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        augmentation: Augmentation,
+        processors: Mapping[str, Any],
+        view_seed: int,
+        num_labels: int,
+    ):
+        self.split, self.augmentation = split, augmentation
+        self.view_seed, self.num_labels = view_seed, num_labels
+        self.rows = source_rows(split)
+        self.renderers = {key: Renderer(processor) for key, processor in processors.items()}
+        if augmentation.mixes:
+            self.labelled = np.array(split["label"][:]) != UNLABELLED
+            order = np.argsort(self.rows, kind="stable")
+            # Partners by their row as it was loaded, so that the order of the split does not matter.
+            self.candidates = {status: order[self.labelled[order] == status] for status in (False, True)}
+
+    def items(self, indices: Sequence[int], views: Sequence[int]) -> list[dict[str, Any]]:
+        """{key: (C, h, w) float32, "labels": int or (K,) float32} of each image in its view."""
+        drawn = [self._draw(index, view) for index, view in zip(indices, views, strict=True)]
+        mixing = [changes.mixing for changes in drawn if changes.mixing is not None]
+        partners = [self._partner(index, one) for index, one in zip(indices, mixing, strict=False)]
+        theirs = [self._draw(index, view) for index, view in zip(partners, views, strict=False)]
+        rows = self.split[[*indices, *partners]]
+        cells = zip(rows["image"], [*indices, *partners], drawn + theirs, strict=True)
+        renderers = list(self.renderers.values())
+        shown = [render(cell, index, len(self.split), renderers, changes) for cell, index, changes in cells]
+        labels: Any = rows["label"]
+        found: list[dict[str, Any]] = [{} for _ in indices]
+        for (key, renderer), pixels in zip(self.renderers.items(), zip(*shown, strict=True), strict=True):
+            check_sizes([image.shape for image in pixels], renderer.processor)
+            if not mixing:
+                values: Sequence[Any] = [renderer.values(image) for image in pixels]
+            else:
+                both = zip(mixing, pixels[: len(indices)], pixels[len(indices) :], strict=True)
+                values, weights = zip(*(mix(renderer, *one) for one in both), strict=True)
+                if key == next(iter(self.renderers)):  # by the areas of the student's pixels
+                    own, other = torch.tensor(labels).chunk(2)
+                    labels = soft_labels(own, other, torch.tensor(weights), self.num_labels)
+            for item, value in zip(found, values, strict=True):
+                item[key] = value
+        return [item | {"labels": label} for item, label in zip(found, labels, strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the pixels of (row, view) in addition to the images and the processors, as plain data."""
+        settings = dict(self.augmentation.config)
+        if isinstance(crop := settings.get("crop"), int):
+            size = next(iter(self.renderers.values())).format.size
+            settings["crop"] = f"{crop} of {'x'.join(map(str, size)) if size else 'the image'} pixels"
+        found = {"view_version": VIEW_VERSION, "view_seed": self.view_seed, "augmentation": settings}
+        if self.augmentation.mixes:
+            order = np.argsort(self.rows, kind="stable")
+            known = np.stack([self.rows[order], self.labelled[order]])
+            found["partners"] = hashlib.blake2b(known.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        return found
+
+    def _draw(self, index: int, view: int) -> Any:
+        return self.augmentation.draw(self.view_seed, view, int(self.rows[index]))
+
+    def _partner(self, index: int, mixing: Mixing) -> int:
+        candidates = self.candidates[bool(self.labelled[index])]
+        return int(candidates[int(mixing.partner * len(candidates))])
