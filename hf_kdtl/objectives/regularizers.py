@@ -66,7 +66,7 @@ class L2SP(Objective):
     def prepare(self, context: RunContext) -> list[str]:
         if context.sharded:
             raise ValueError(
-                "under FSDP2 each process holds a part of every weight, and l2_sp compares whole ones. Use DDP, or "
+                "under FSDP2 each process holds a part of every weight, and l2_sp compares full ones. Use DDP, or "
                 "'delta', which compares features."
             )
         return []

@@ -37,7 +37,7 @@ def test_sharded_gradients_equal_one_process(sharded, way):
     [
         ("vjp", "under FSDP2 a double backward gives zero gradients, silently; use estimator='split'"),
         ("hessian, by the teacher", "under FSDP2 a double backward gives zero gradients, silently; use what="),
-        ("l2_sp", "under FSDP2 each process holds a part of every weight, and l2_sp compares whole ones"),
+        ("l2_sp", "under FSDP2 each process holds a part of every weight, and l2_sp compares full ones"),
         ("rule", "a gradient_rule compares full gradients, and FSDP2 leaves each process a shard"),
     ],
 )
