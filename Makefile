@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-oldest test-newest lint docs format bench clean
+.PHONY: help demo test test-slow test-oldest test-newest test-timm lint docs format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,16 @@ test-newest: ## the test-suite on the newest releases
 	$(VENV)-newest/bin/python -m pip list
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
+# torchvision imports beside its own torch alone, and brings the CUDA build: 5.6 GB. Not part of CI.
+$(VENV)-timm/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-timm
+	$(VENV)-timm/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 timm
+	$(VENV)-timm/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+test-timm: $(VENV)-timm/.installed ## models of timm as teacher and student, in an environment of their own (5.6 GB)
+	OMP_NUM_THREADS=1 $(VENV)-timm/bin/python -m pytest tests/timm
+
 lint: docs ## ruff (check, format), mypy, and the documentation without warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +79,4 @@ bench: $(VENV)/.installed ## the cost of a step, as ratios (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_cost.py
 
 clean: ## remove the environments, the built documentation and the runs
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build runs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-timm build runs

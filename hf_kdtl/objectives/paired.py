@@ -99,7 +99,8 @@ def check_attention(pair: Pair) -> None:
     for who, layer in (("student", pair.student), ("teacher", pair.teacher)):
         if layer.attention != "full":
             given = {
-                "none": "gives no attention (if it has any, load it with attn_implementation='eager')",
+                "none": "gives no attention (if it has any, load it with attn_implementation='eager'; "
+                "timm's call torch's kernel themselves, unseen)",
                 "windowed": "attends inside windows",
                 "reduced": "attends to fewer keys than it has tokens",
             }[layer.attention]

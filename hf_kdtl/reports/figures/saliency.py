@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def saliency_figure(
         for column, found in enumerate(relative.values(), start=1):
             shown = _over(axes[row, column], gray, found[row], top)
     for column, title in enumerate(["image", *(f"{who}\n{what}" for who, (_, what) in maps.items())]):
-        axes[0, column].set_title(title, fontsize=10)
+        # As wide as the column: neighbouring titles must not meet.
+        wrapped = "\n".join(textwrap.fill(line, 20) for line in title.splitlines())
+        axes[0, column].set_title(wrapped, fontsize=9)
     for one in axes.flat:
         one.set_axis_off()
     if shown is not None:
