@@ -19,7 +19,7 @@ from hf_kdtl.evaluation.results import FILE, read_results, update_results
 YES = ("true", "yes", "1")
 # Settings that change where and how fast a run goes, and not what comes out.
 FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "seeds", "baseline", "disable_tqdm",
-        "dataloader_num_workers", "save_total_limit", "use_cpu", "push_to_hub", "hub_model_id",
+        "budget", "max_trials", "dataloader_num_workers", "save_total_limit", "use_cpu", "push_to_hub", "hub_model_id",
         "hub_private_repo", "hub_revision", "license")  # fmt: skip
 
 
@@ -79,10 +79,21 @@ def check_resumes_all(config: DistillationConfig) -> None:
 
 def run_files(folder: Path) -> list[Path]:
     """What a command has written into a folder; a user's other files are not among it."""
-    pictures = ("arms", "curves", "layer_rates", "gradient_rule", "sheet", "attention", "gradients", "example")
+    pictures = (
+        "arms",
+        "curves",
+        "layer_rates",
+        "gradient_rule",
+        "sheet",
+        "attention",
+        "gradients",
+        "example",
+        "tune",
+        "labels",
+    )
     patterns = (FILE, "report.md", "report.html", *(f"{name}.png" for name in pictures), "model", "model.part",
                 "student", "checkpoint-*", "start", "start.part", "alone-seed*", "labelled-seed*",
-                "distilled-seed*")  # fmt: skip
+                "distilled-seed*", "runs.jsonl", "tune.md", "best.yaml", "probe.md")  # fmt: skip
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 

@@ -35,7 +35,7 @@ class Pace:
     evaluation: float
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, name: str = "time_budget") -> float:
     """A time such as "20min", "1h30min" or "90s".
 
     >>> seconds("1h30min"), seconds("90 s")
@@ -48,7 +48,7 @@ def seconds(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|s)", compact)
     total = sum(float(number) * UNITS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != compact or not total:
-        raise ValueError(f"time_budget is {text!r}; expected a time such as 20min, 1h30min or 90s.")
+        raise ValueError(f"{name} is {text!r}; expected a time such as 20min, 1h30min or 90s.")
     return total
 
 

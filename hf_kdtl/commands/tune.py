@@ -1,0 +1,181 @@
+"""Search objectives, weights, temperature and learning rate on your images and models, within a time.
+
+  hf-kdtl tune --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/tune \\
+      --budget 30min
+
+It takes every setting of hf-kdtl distill, and scores on validation alone. Trials are short; of every three, one goes
+on from each rung (successive halving), and those that stay are trained with all seeds, the same for all. It leaves in
+output_dir: best.yaml (for hf-kdtl distill --config), tune.md, tune.png, runs.jsonl (a line a run). After Ctrl-C the
+same command with --resume_from_checkpoint true continues; so does a larger --budget.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common import builders, chosen, folders, runs, timing
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.defaults import listing
+from hf_kdtl.commands.common.experiment import Arm, DistillOptions, Experiment
+from hf_kdtl.commands.common.next_command import command
+from hf_kdtl.commands.common.runs import say
+from hf_kdtl.commands.common.search_space import SearchSpace, words
+from hf_kdtl.commands.common.trials import RUNS, RunLog
+from hf_kdtl.commands.common.tuning import HALVING, Tuning, check_optuna
+from hf_kdtl.evaluation.results import update_results
+from hf_kdtl.reports.figures.tuning import TUNING, tuning_figure
+from hf_kdtl.utils.text import escape_markdown, markdown_table
+
+FULL_RUNS = 12  # complete runs that fit into the budget, in which about 40 trials go
+SEEDS = 3
+# Of this command alone, or chosen by it.
+OWN = ("budget", "max_trials", "candidates", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed",
+       "seeds", "objectives", "learning_rate", "max_steps", "num_train_epochs", "disable_tqdm")  # fmt: skip
+
+
+@dataclass
+class TuneOptions:
+    """How long to search, and among what."""
+
+    budget: str = field(default="30min", metadata={"help": "Of all trials together: 30min, 2h."})
+    max_trials: int | None = field(default=None, metadata={"help": "Stop after this many, though time is left."})
+    candidates: list[str] = field(
+        default_factory=lambda: ["logit_kd", "attention_transfer", "hidden_states", "jacobian"],
+        metadata={"help": "Objectives to try: one on class outputs in each trial, with one of the others or none."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings, run the trials, write best.yaml, the table and the picture."""
+    cli.quiet()
+    types = (TuneOptions, DistillOptions, DataOptions, DistillationConfig)
+    own, options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
+    typed = cli.typed_names(*types, argv=argv)
+    budget = check_own(own, typed, config)
+    check_optuna()
+    folders.check_resumes_all(config)
+    chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
+    run = folders.describe_run("tune", config, own, options, data_options)
+    folders.check_folder(config, run, options.overwrite_output_dir)
+    options.seeds = options.seeds or [config.seed + i for i in range(SEEDS)]
+    experiment = Experiment(options, data_options, config, typed)
+    begin(experiment, own, None if {"max_steps", "num_train_epochs"} & typed else budget / FULL_RUNS)
+    tuning = Tuning(experiment, fitting_space(experiment, own.candidates), RunLog(experiment.folder / RUNS), printed)
+    tuning.run(budget, own.max_trials)
+    say(config, finish(tuning, best_settings(tuning, typed, data_options)))
+
+
+def printed(line: str) -> None:
+    """A line for the terminal."""
+    print(cli.printable(line), flush=True)
+
+
+def check_own(own: TuneOptions, typed: set[str], config: DistillationConfig) -> float:
+    """The seconds of the budget.
+
+    Raises:
+        ValueError: for what is no time or objective, a flag of distill that has no meaning here, and several processes.
+    """
+    if unused := sorted({"baseline", "time_budget"} & typed):
+        raise ValueError(f"found {' and '.join(unused)}, of hf-kdtl distill alone; here --budget is the time.")
+    if config.world_size > 1:
+        raise ValueError("the trials run on one process; start this command without accelerate launch or torchrun.")
+    SearchSpace.of(own.candidates, config.learning_rate)
+    return timing.seconds(own.budget, "budget")
+
+
+def begin(experiment: Experiment, own: TuneOptions, of_each: float | None) -> None:
+    """Check one batch, claim output_dir, choose the length of a trial, and print what is known.
+
+    Args:
+        of_each: seconds of a complete run; None where the length was typed.
+    """
+    config, settings = experiment.config, experiment.chosen
+    assert settings is not None
+    first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
+    runs.check_one_batch(first)
+    full = settings.steps
+    if of_each is not None and not settings.continued:
+        pace = timing.pace(experiment.makers()[0], config)
+        fitting = int((timing.SPARE * of_each - HALVING * pace.evaluation) / pace.step)
+        settings.set(min(full, max(HALVING**2, fitting)))
+    run = folders.describe_run("tune", config, own, experiment.options, experiment.data_options)
+    data = builders.facts(experiment.data, experiment.data_options)
+    sections = {"run": run, "defaults": settings.record(), "data": data, "objectives": config.objectives}
+    folders.begin(first, sections)
+    say(config, *builders.describe_data(experiment.data), *listing(settings.defaults))
+    shorter = f" (training would be {full:,})" if settings.steps < full else ""
+    say(config, f"A complete trial has {settings.steps:,} steps{shorter}; seeds {experiment.seeds}.")
+
+
+def fitting_space(experiment: Experiment, candidates: list[str]) -> SearchSpace:
+    """What can be tried with this pair of models; the others are named with the reason."""
+    fitting = []
+    for name in candidates:
+        experiment.arms["candidate"] = Arm([{"name": "task"}, {"name": name}])
+        try:
+            runs.check_one_batch(experiment.trainer("candidate", experiment.seeds[0], experiment.folder))
+            fitting.append(name)
+        except ValueError as error:
+            printed(f"- {name} is left out: {error}")
+    return SearchSpace.of(fitting, experiment.config.learning_rate)
+
+
+def best_settings(tuning: Tuning, typed: set[str], data_options: DataOptions) -> dict[str, Any]:
+    """Settings for hf-kdtl distill: those that were typed, and the best trial's."""
+    experiment, best = tuning.experiment, tuning.complete[0]
+    values = vars(experiment.options) | vars(data_options) | experiment.config.to_dict()
+    kept = {name: values[name] for name in sorted(typed - {*OWN}) if values.get(name) is not None}
+    found = {"objectives": best.objectives, "learning_rate": best.learning_rate, "seeds": experiment.seeds}
+    return kept | found | {"baseline": True, "output_dir": str(experiment.folder / "best")}
+
+
+def finish(tuning: Tuning, settings: dict[str, Any]) -> str:
+    """Write what was found; returns the text for the terminal."""
+    folder, best, typed = tuning.experiment.folder, tuning.complete[0], tuning.trials[0]
+    about = (
+        f"# The settings of trial {best.number}, the best of {len(tuning.trials)} by validation accuracy "
+        f"({best.mean:.1%}, mean of {len(best.scores)} seeds; as typed {typed.mean:.1%}).\n"
+        f"# Trials had {tuning.steps} steps. hf-kdtl distill chooses its own length, and measures on test images.\n"
+    )
+    path = folder / "best.yaml"
+    path.write_text(about + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    finished = {trial.number for trial in tuning.complete}
+    curves = {trial.number: trial.curve for trial in tuning.trials if trial.curve}
+    tuning_figure(curves, finished, best.number, folder / TUNING)
+    trials = [vars(trial) for trial in tuning.trials]
+    update_results(folder, "tune", {"trials": trials, "best": best.number, "gain": tuning.gain()})
+    text = table(tuning)
+    (folder / "tune.md").write_text(f"# Settings tried\n\n{text}\n\n![trials]({TUNING})\n", encoding="utf-8")
+    return f"\n{text}\n\nThe best settings are in {path}. Next:\n\n  {command('distill', config=path)}"
+
+
+def table(tuning: Tuning, most: int = 8) -> str:
+    """The best complete trials, what was typed, and what the difference is worth."""
+    shown = tuning.complete[:most]
+    shown += [] if tuning.trials[0] in shown else [tuning.trials[0]]
+    rows = [["trial", "objectives", "rate", "validation"]]
+    rows += [
+        [f"{t.number}{'' if t.number else ' (as typed)'}", escape_markdown(words(t.objectives)),
+         f"{t.learning_rate:g}", f"{t.mean:.1%}"] for t in shown
+    ]  # fmt: skip
+    failed, gain = sum(bool(t.failed) for t in tuning.trials), tuning.gain()
+    stopped = len(tuning.trials) - len(tuning.complete) - failed
+    found = gain["interval"]
+    interval = "" if found is None else f", 95 % interval [{100 * found[0]:+.1f}, {100 * found[1]:+.1f}]"
+    return (
+        f"{markdown_table(rows)}\n\n{len(tuning.trials)} trials, {stopped} stopped early, {failed} failed. The best "
+        f"minus as typed, {gain['number']} seeds: {100 * gain['mean']:+.1f} points{interval}. It was chosen by these "
+        "images, so its own figure is too high: hf-kdtl distill measures it on test images."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
