@@ -3,10 +3,9 @@
   hf-kdtl tune --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/tune \\
       --budget 30min
 
-It takes every setting of hf-kdtl distill, and scores on validation alone. Trials are short; of every three, one goes
-on from each rung (successive halving), and those that stay are trained with all seeds, the same for all. It leaves in
-output_dir: best.yaml (for hf-kdtl distill --config), tune.md, tune.png, runs.jsonl (a line a run). After Ctrl-C the
-same command with --resume_from_checkpoint true continues; so does a larger --budget.
+It takes the settings of hf-kdtl distill, and scores on validation alone. Of every three trials one goes on from each
+rung (successive halving); those that stay are trained with all seeds. It leaves best.yaml (for hf-kdtl distill
+--config), tune.md, tune.png and runs.jsonl, a line a run: --resume_from_checkpoint true continues.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ OWN = ("budget", "max_trials", "candidates", "output_dir", "overwrite_output_dir
 class TuneOptions:
     """How long to search, and among what."""
 
-    budget: str = field(default="30min", metadata={"help": "Of all trials together: 30min, 2h."})
-    max_trials: int | None = field(default=None, metadata={"help": "Stop after this many, though time is left."})
+    budget: str = field(default="30min", metadata={"help": "Of all trials: 30min, 2h."})
+    max_trials: int | None = field(default=None, metadata={"help": "Stop after this many."})
     candidates: list[str] = field(
         default_factory=lambda: ["logit_kd", "attention_transfer", "hidden_states", "jacobian"],
-        metadata={"help": "Objectives to try: one on class outputs in each trial, with one of the others or none."},
+        metadata={"help": "Objectives to try."},
     )
 
 
@@ -81,7 +80,7 @@ def check_own(own: TuneOptions, typed: set[str], config: DistillationConfig) -> 
     """The seconds of the budget.
 
     Raises:
-        ValueError: for what is no time or objective, a flag of distill that has no meaning here, and several processes.
+        ValueError: for what is no time or objective, a flag that has no meaning here, and several processes.
     """
     if unused := sorted({"baseline", "time_budget"} & typed):
         raise ValueError(f"found {' and '.join(unused)}, of hf-kdtl distill alone; here --budget is the time.")
