@@ -90,7 +90,7 @@ def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, e
         formatter.end_section()
     parts = [doc.strip(), formatter.format_help().strip()]
     if _trains(types):
-        if "student_layers" in actions:  # others have no student to choose objectives for
+        if "student_layers" in actions and (everything or "budget" not in actions):  # a search chooses them itself
             parts.append(objective_lines(width))
         if not everything:
             chosen = "(chosen): by model and images, see hf-kdtl init. " if "time_budget" in actions else ""
