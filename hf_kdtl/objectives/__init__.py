@@ -5,6 +5,7 @@ from hf_kdtl.objectives.attention_jacobian import AttentionJacobian
 from hf_kdtl.objectives.base import Batch, Objective
 from hf_kdtl.objectives.bregman import Bregman
 from hf_kdtl.objectives.dist import Dist
+from hf_kdtl.objectives.embeddings import FeatureKD, Similarity
 from hf_kdtl.objectives.features import AttentionTransfer, HiddenStates
 from hf_kdtl.objectives.hessian import Hessian
 from hf_kdtl.objectives.jacobian import Jacobian, JacobianNorm
@@ -23,6 +24,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "attention_transfer": AttentionTransfer,
     "hidden_states": HiddenStates,
     "relation": Relation,
+    "feature_kd": FeatureKD,
+    "similarity": Similarity,
     "jacobian": Jacobian,
     "attention_jacobian": AttentionJacobian,
     "jacobian_norm": JacobianNorm,

@@ -47,7 +47,9 @@ class Objective(nn.Module):
     """True when layers are paired, or widths needed: then `build` and `needs` get the PairingPlan of student and
     source."""
     sample: int = 0
-    """How many training images `observe` reads."""
+    """How many training images `observe` reads; 0: none."""
+    needs_index: bool = False
+    """True when the rows of the training data are wanted in `batch` and in the sample, where the data has an index."""
     role: Literal["task", "transfer"] = "transfer"
     """What a gradient rule protects ("task") and from what ("transfer"). A config may override it."""
     citation: str = ""
@@ -75,6 +77,14 @@ class Objective(nn.Module):
     def sample_needs(self, plan: PairingPlan | None) -> Needs:
         """What `observe` reads of the source; `input_gradient` for captures with a graph."""
         return self.needs(plan)[1]
+
+    def sample_size(self, images: int) -> int:
+        """How many of that many training images `observe` reads.
+
+        Raises:
+            ValueError: where there are too few.
+        """
+        return min(self.sample, images)
 
     def observe(self, batches: Sample) -> None:
         """Read `sample` training images once, before training; what is learned is kept in a buffer.

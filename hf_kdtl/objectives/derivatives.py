@@ -105,7 +105,7 @@ class DerivativeObjective(Objective):
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         part = student.differentiated or student
         if part.x is None:  # no image was chosen
-            return student.logits.new_zeros(student.logits.shape[0])
+            return student.pixel_values.new_zeros(len(student.pixel_values))
         if self.of_classes and student.logits.shape[-1] < 2:
             raise ValueError(f"objective {self.name!r}: the models have one class (K = 1); at least 2 are compared.")
         rows = student.differentiated_rows
@@ -116,7 +116,7 @@ class DerivativeObjective(Objective):
         value = torch.where(taken.reshape(-1, *[1] * (value.ndim - 1)), value / share, 0.0)
         if rows is None:
             return value
-        return value.new_zeros(student.logits.shape[0], *value.shape[1:]).index_copy(0, rows, value)
+        return value.new_zeros(len(student.pixel_values), *value.shape[1:]).index_copy(0, rows, value)
 
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """The value of images that all take part, (b,) or (b, pairs)."""

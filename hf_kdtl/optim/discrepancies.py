@@ -234,7 +234,7 @@ def parameter_energies(
 
 
 def _block_energies(options: RateOptions, captured: Capture, layers: Sequence[int], draws: Draws) -> Tensor:
-    images = len(captured.logits)
+    images = len(captured.pixel_values)
     calls = [captured.block_calls[layer] for layer in layers]
     return torch.stack([_block_energy(options, i, call, images, draws) for i, call in enumerate(calls)], 1)
 

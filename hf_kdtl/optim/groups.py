@@ -198,12 +198,14 @@ def _execution(model: nn.Module) -> tuple[dict[str, int], list[str]]:
             handles.append(module.register_forward_hook(leave(name)))
     try:
         with evaluating(model):
-            logits = run(model, _blank(model)).logits
+            logits = getattr(run(model, _blank(model)), "logits", None)
     finally:
         for handle in handles:
             handle.remove()
         if isinstance(model, FSDPModule):
             model.reshard()  # or its parameters would be the gathered copies, which are discarded
+    if logits is None:
+        return order, []
     same = [n for n, y in given.items() if y.shape[-1] == logits.shape[-1] and y.numel() == logits.numel()]
     return order, same
 

@@ -129,7 +129,7 @@ class LayerRates:
         so equal models are no longer at 0. Nothing for sources that take derivatives of their own."""
         if self.options.source == "attention":
             # Half precision would round the differences away.
-            with torch.autocast(student.logits.device.type, enabled=False):
+            with torch.autocast(student.pixel_values.device.type, enabled=False):
                 self._rows.append(attention_discrepancies(self.options, self.pairs, student, teacher).detach())
 
     @torch.compiler.disable  # torch.func and hooks on blocks, for which a compiled step has no graph

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
+from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.chance import ChanceChecks
@@ -19,12 +20,11 @@ from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import Objective
 from hf_kdtl.optim import LayerRates, RateOptions
 from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.trainer.headless import freeze_unread
+from hf_kdtl.trainer.sample import Images
 from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
-
-Images = Callable[[int], Iterable[dict[str, Any]] | None]
-"""n -> batches of n training images, the same at each iteration; None where the data has no index."""
 
 
 def build_distiller(
@@ -65,6 +65,7 @@ def build_distiller(
         sources["start"] = start or _starting_point(student, config, processing_class, placed)
     if device is not None:
         sources = {name: source.to(device) for name, source in sources.items()}
+    unread = _freeze_unread(student, images)
     plans = _plans(student, sources, objectives, options if options and options.measured else None, images)
     compiled, checkpointing = bool(config.torch_compile), bool(getattr(config, CHECKPOINTING))
     teachers = {name: source for name, source in sources.items() if name != "start"}
@@ -75,12 +76,13 @@ def build_distiller(
         _split_terms(config),
     )  # fmt: skip
     distiller.chance = ChanceChecks(name for name in teachers if name in compared)
+    distiller.notes += unread
     for note in distiller.notes:
         logger.info(note)
     if device is not None and place_student:
         distiller.to(device)
-    if number := max(objective.sample for objective in objectives.values()):
-        distiller.observe(_sample(images, number))
+    if any(objective.sample for objective in objectives.values()):
+        distiller.observe(images)
     return distiller
 
 
@@ -119,6 +121,14 @@ def _plans(
     return plans
 
 
+def _freeze_unread(student: nn.Module, images: Images) -> list[str]:
+    pair = images(2) if is_headless(student) else None
+    if pair is None:
+        return []
+    names = freeze_unread(student, next(iter(pair))["pixel_values"].to(next(student.parameters()).device))
+    return [f"the student's {', '.join(names)} lead to nothing that is compared, and are frozen."] if names else []
+
+
 def _split_terms(config: DistillationConfig) -> Literal["terms", "pairs"] | None:
     rule = config.build_rule()
     return None if rule is None else "pairs" if rule.local else "terms"
@@ -140,13 +150,3 @@ def _starting_point(
         for tensor in (*student.parameters(), *student.buffers()):
             dist.broadcast(tensor.data, 0)
     return StartingPoint(student)
-
-
-def _sample(images: Images, number: int) -> Iterable[dict[str, Any]]:
-    found = images(number)
-    if found is None:
-        raise ValueError(
-            f"an objective reads {number} training images before training, and the train_dataset cannot be asked for "
-            "them. Use one with a length and an index."
-        )
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,8 +25,9 @@ from hf_kdtl.objectives.building import build_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.trainer.batch import Counts, full_outputs, micro_batch_counts, of_student_alone
+from hf_kdtl.trainer.headless import ZeroTouch, check_class_outputs, embedding_notes
 from hf_kdtl.trainer.labels import LabelCheck
-from hf_kdtl.trainer.sample import CapturedSample
+from hf_kdtl.trainer.sample import Images, read_sample
 
 Value = tuple[Tensor, list[Tensor]]
 """An objective's value, and that of each of its pairs of layers where a gradient rule reads them."""
@@ -78,6 +79,7 @@ class Distiller(nn.Module):
         self.check_labels = LabelCheck(objectives, own_loss=task_loss is not None)
         self.student_needs, self.source_needs = Needs(), dict.fromkeys(self.sources, Needs())
         self.notes: list[str] = []
+        self._touch = ZeroTouch()
         context = context or RunContext.of(student, {k: v for k, v in self.sources.items() if k != "start"})
         for key, objective in objectives.items():
             try:
@@ -134,7 +136,7 @@ class Distiller(nn.Module):
         student, values = self._values(inputs, draws, measuring=self.rates is not None and self.rates.measuring)
         here, sums, counted = micro_batch_counts(inputs), {}, {}
         terms: dict[str, Tensor | list[Tensor]] = {}
-        loss = student.logits.new_zeros((), dtype=torch.float32)
+        loss = inputs["pixel_values"].new_zeros((), dtype=torch.float32)
         for key, (value, pairs) in values.items():
             total = self._total(key, _over_pairs(value), student, inputs, counts, here)
             divisor = counts[self.objective(key).counts].clamp(min=1)
@@ -143,8 +145,10 @@ class Distiller(nn.Module):
                 share = self.weights[key] / divisor * world_size
                 terms[key] = [share * pair.sum() / len(pairs) for pair in pairs] if pairs else share * total
             sums[key], counted[key] = total.detach(), here[self.objective(key).counts]
-        if not self.student_needs.logits:
-            # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
+        # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
+        if student.logits is None:
+            loss = self._touch(loss, self)
+        elif not self.student_needs.logits:
             loss = loss + 0.0 * student.logits.sum()
         result = {"loss": loss * world_size, "terms": terms, "sums": sums, "counted": counted}
         return result | {"outputs": full_outputs(student)} if with_outputs else result
@@ -161,18 +165,12 @@ class Distiller(nn.Module):
             terms["task"] = self._own_loss(student, inputs, micro_batch_counts(inputs)["labelled"])
         return student, terms
 
-    def observe(self, sample: Iterable[dict[str, Any]]) -> None:
-        """Let the objectives that learn from training images read them, before training.
-
-        Args:
-            sample: batches of training images; iterated more than once, with the same images each time.
-        """
+    def observe(self, images: Images) -> None:
+        """Let the objectives that learn from training images read them, before training; see `read_sample`."""
         for key in self.objectives:
-            objective = self.objective(key)
-            if objective.sample:
-                plan = self.plans.get(objective.source)
-                source, needs = self.sources[objective.source], objective.sample_needs(plan)
-                objective.observe(CapturedSample(source, needs, sample, objective.sample))
+            if (objective := self.objective(key)).sample:
+                needs = objective.sample_needs(self.plans.get(objective.source))
+                read_sample(key, objective, self.sources[objective.source], needs, images)
 
     @torch.compiler.disable(recursive=False)
     def _values(
@@ -274,7 +272,9 @@ class Distiller(nn.Module):
         notes = objective.prepare(context.of_source(name, source))
         build_objective(objective, plan)
         student, needs = objective.needs(plan)
+        check_class_outputs(objective, self.student, student)
         self.student_needs |= student
+        notes += embedding_notes(name, plan, student, needs)
         if source is not None:
             needs = needs | Needs(logits=objective.compares_classes)
             wanted = needs | (objective.sample_needs(plan) if objective.sample else Needs())

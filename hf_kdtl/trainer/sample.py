@@ -14,6 +14,11 @@ from torch.utils.data import IterableDataset
 from hf_kdtl.data.indexed import INDEX, VIEW, IndexedDataset
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.teachers.source import SignalSource
+from hf_kdtl.objectives.base import Objective
+
+Images = Callable[[int], Iterable[dict[str, Any]] | None]
+"""n -> batches of n training images spread over the data, or of all where there are fewer; the same at each iteration.
+Their `total` is the number of all. None where the data has no index."""
 
 
 class TrainingSample:
@@ -31,7 +36,8 @@ class TrainingSample:
     """
 
     def __init__(self, data: Any, collate: Callable, number: int, batch_size: int, device: torch.device):
-        number = max(2, min(number, len(data)))
+        self.total = len(data)
+        number = max(2, min(number, self.total))
         self.data, self.collate, self.device = data, collate, device
         self.rows = [i * len(data) // number for i in range(number)]
         self.batch_size = batch_size
@@ -68,7 +74,39 @@ class CapturedSample:
             batch: Any = {name: value for name, value in known.items() if name != "pixel_values"}
             with torch.set_grad_enabled(self.needs.input_gradient):
                 captured = self.source.capture(known["pixel_values"], self.needs, batch)
+                captured.image_index = known.get(INDEX)
                 yield captured, known.get("labels")
+
+
+def read_sample(key: str, objective: Objective, source: SignalSource, needs: Needs, images: Images) -> None:
+    """Let an objective read the training images that it asks for.
+
+    Raises:
+        ValueError: where the data has no index, or the objective cannot learn from it.
+    """
+    found = images(objective.sample)
+    if found is None:
+        raise ValueError(
+            f"objective {key!r} reads {objective.sample} training images before training, and the train_dataset "
+            "cannot be asked for them. Use one with a length and an index."
+        )
+    try:
+        number = objective.sample_size(getattr(found, "total", objective.sample))
+        sample = found if number >= objective.sample else images(number)
+        assert sample is not None
+        objective.observe(CapturedSample(source, needs, sample, number))
+    except ValueError as error:
+        raise ValueError(f"objective {key!r}: {error}") from error
+
+
+def carries_rows(trainer: Any) -> bool:
+    """Whether training batches carry the row of each image: where a source needs it, or an objective wants it and the
+    data has an index."""
+    if trainer.teacher is not None and trainer.teacher.needs_index:
+        return True
+    data = trainer.train_dataset
+    listed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    return listed and any(objective.needs_index for objective in trainer.args.build_objectives().values())
 
 
 def training_sample(trainer: Any, number: int) -> TrainingSample | None:
@@ -81,7 +119,7 @@ def training_sample(trainer: Any, number: int) -> TrainingSample | None:
         without_unused_columns(trainer, data),
         trainer._get_collator_with_removed_columns(trainer.data_collator),
     )
-    if trainer.teacher is not None and trainer.teacher.needs_index:
+    if carries_rows(trainer):
         data = IndexedDataset(data)
     # All at once where a batch in training is as large: results do not depend on the split beyond rounding.
     size = max(2, trainer.args.per_device_train_batch_size)

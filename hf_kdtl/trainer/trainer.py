@@ -43,7 +43,7 @@ from hf_kdtl.trainer.learning import check_learning
 from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.process_checks import check_ranks
-from hf_kdtl.trainer.sample import training_sample, without_unused_columns
+from hf_kdtl.trainer.sample import carries_rows, training_sample, without_unused_columns
 
 logger = logging.get_logger(__name__)
 
@@ -220,7 +220,7 @@ class DistillationTrainer(LossTrainer):
     @property
     def _indexed(self) -> bool:
         """Whether training batches carry the row of each image."""
-        return self.teacher is not None and self.teacher.needs_index
+        return carries_rows(self)
 
     # ---- Checks ----
 

@@ -15,13 +15,14 @@ from tests.objectives.derivative_variants import takes_differences
 from tests.objectives.variants import CASES, FURTHER
 from tests.reference.bregman import bregman
 from tests.reference.derivatives import REFERENCES_DERIVATIVES
+from tests.reference.embeddings import EMBEDDINGS
 from tests.reference.objectives import REFERENCES as UNPAIRED
 from tests.reference.paired import PAIRED
 from tests.reference.start import START
 from tests.support.representations import complete
 from tests.support.tiny import build
 
-REFERENCES = UNPAIRED | PAIRED | REFERENCES_DERIVATIVES | START | {"bregman": bregman}
+REFERENCES = UNPAIRED | PAIRED | REFERENCES_DERIVATIVES | START | EMBEDDINGS | {"bregman": bregman}
 IMAGES, CLASSES, SIZE = 5, 4, 16
 DRAWS = Draws(seed=7, step=3, positions=tuple(range(IMAGES)))
 
@@ -48,7 +49,7 @@ def _distiller(name, options, student, teacher):
     if objective.sample:
         generator = torch.Generator().manual_seed(4)
         pixels = torch.randn(16, 3, SIZE, SIZE, generator=generator).to(dtype)
-        distiller.observe([{"pixel_values": pixels, "labels": torch.arange(16) % CLASSES}])
+        distiller.observe(lambda number: [{"pixel_values": pixels, "labels": torch.arange(16) % CLASSES}])
     return distiller
 
 
@@ -76,6 +77,8 @@ def _reference(name, options, distiller, student, teacher, inputs, draws):
     objective = distiller.objective(name)
     if name == "hidden_states":
         known["projectors"] = objective.projectors
+    if name in EMBEDDINGS:
+        known["projectors"] = [objective.projector, getattr(objective, "patch_projector", None)]
     if name == "lwf":
         known["head"] = objective.head
     if name == "bregman":

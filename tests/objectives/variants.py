@@ -34,6 +34,17 @@ VARIANTS = derivative_variants.VARIANTS | {
         {"normalize": "teacher", "layers": "last"},
     ],
     "relation": [{}, {"heads": 4}],
+    "feature_kd": [
+        {},
+        {"projector": "identity", "standardize": "none"},
+        {"projector": "identity", "standardize": "channel", "patch_weight": 0.3},
+        {"projector": "linear", "standardize": "none", "patch_weight": 0},
+    ],
+    "similarity": [
+        {},
+        {"projector": "identity", "temperature": 0.5},
+        {"projector": "linear", "bank": 8, "local_weight": 0},
+    ],
     "lwf": [{}, {"source": "start", "temperature": 1.0}, {"freeze_head": True}],
     "l2_sp": [{}, {"head_weight": 0.1}],
     "delta": [{}, {"layers": "last"}, {"layers": [0]}],

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_kdtl.functional.attention import attention_rows, mean_heads
 from hf_kdtl.models.blocks import find_blocks
+from hf_kdtl.models.forward.embedding import is_headless
 
 NAME = "hf_kdtl_tap"
 
@@ -167,8 +168,8 @@ def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = 
     """The model's own forward on (B, C, h, w), with an error that explains what does not fit.
 
     Raises:
-        ValueError: for pixels of another size than the model's, a model that does not run on images alone, or one
-            that gives no logits. Other errors of the model pass unchanged.
+        ValueError: for pixels of another size than the model's, a model that does not run on images alone, or a
+            classifier that gives no logits. Other errors of the model pass unchanged.
     """
     inputs = inputs or {}
     try:
@@ -179,6 +180,8 @@ def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = 
         if explained := _other_size(error, model, pixel_values) or _other_inputs(error, model, pixel_values, inputs):
             raise ValueError(explained) from error
         raise
+    if is_headless(model):
+        return outputs
     outputs = class_outputs(outputs)
     if getattr(outputs, "logits", None) is None:
         given = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__

@@ -16,6 +16,8 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, first_row, recording, run
 from hf_kdtl.models.forward.block_calls import BlockCall, block_calls
 from hf_kdtl.models.forward.classifier import check_outputs, pooled_features
+from hf_kdtl.models.forward.embedding import is_headless, tower_outputs
+from hf_kdtl.models.forward.final import Final, check_complete, read_final
 from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.needs import Needs
@@ -48,7 +50,10 @@ class Capture:
             None of a source without a classifier: objectives that read it are refused before training.
         pixel_values: (B, C, h, w) the pixels this model saw.
         outputs: the model's own output object.
-        pooled: (B, D) what the classifier reads, if needed.
+        pooled: (B, D) the embedding, if needed: what the classifier reads, or would read.
+        patches: (B, P, D) the patch tokens after the last norm, row by row; a map's cells.
+        patch_grid: (gh, gw) of these.
+        image_index: (B,) rows of the data, where the data carries them; of a sample that is read before training.
         hidden_states: {layer: (B, N, D) tokens, or (B, D, gh, gw) maps}, the outputs of blocks.
         attention: {layer: query, key, value (B, H, N, d), scale, bias}.
         attention_rows: {layer: (B, N) log-probabilities}, the first token's attention, mean over the heads.
@@ -66,6 +71,9 @@ class Capture:
     pixel_values: Tensor | None = None
     outputs: Any = None
     pooled: Tensor | None = None
+    patches: Tensor | None = None
+    patch_grid: tuple[int, int] | None = None
+    image_index: Tensor | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Attention] = field(default_factory=dict)
     attention_rows: dict[int, Tensor] = field(default_factory=dict)
@@ -153,7 +161,8 @@ def capture(
     is built here. What is kept holds the graph, and is freed with the Capture.
 
     Args:
-        model: an image classifier of transformers, or anything called with `pixel_values=` that gives `.logits`.
+        model: an image classifier or a headless vision model of transformers, or anything called with
+            `pixel_values=` that gives `.logits`.
         pixel_values: (B, C, h, w).
         needs: what must be captured; an empty `Needs` still runs the model and gives its logits.
         geometry: of this model at this image size; by default looked up with one more small forward, if needed.
@@ -185,7 +194,7 @@ def capture(
         full = torch.autocast(z.device.type, enabled=False) if precise else nullcontext()
         mine = nullcontext() if forward_mode else kernel()  # forward mode sets its own
         with torch.set_grad_enabled(trained), running_statistics(model), state.replay(), mine, full:
-            return forward(z, Needs(hidden_states=needs.hidden_states))
+            return forward(z, Needs(pooled=needs.pooled, patches=needs.patches, hidden_states=needs.hidden_states))
 
     with torch.set_grad_enabled(trained or needs.input_gradient), context(), running_statistics(model), kernel():
         got = forward(x, needs.plain())
@@ -197,7 +206,7 @@ def _forward(
     model: nn.Module, pixel_values: Tensor, needs: Needs, geometry: ModelGeometry | None, inputs: dict[str, Any]
 ) -> Capture:
     layers = needs.tapped | needs.hidden_states | needs.block_calls
-    if layers and geometry is None:
+    if (layers or needs.patches or (needs.pooled and is_headless(model))) and geometry is None:
         geometry = describe(model, pixel_values)
     if geometry is not None and layers and not layers <= set(range(len(geometry.layers))):
         raise ValueError(
@@ -207,41 +216,33 @@ def _forward(
     with ExitStack() as stack:
         stack.enter_context(contiguous_gradients(model, pixel_values))
         tapped = frozenset() if by_weights else needs.tapped
+        by_head = needs.pooled and (geometry is None or geometry.pooling in ("", "classifier"))
         # First: it may need a forward of its own.
-        pooled = stack.enter_context(pooled_features(model, pixel_values)) if needs.pooled else []
+        read = stack.enter_context(pooled_features(model, pixel_values)) if by_head else []
         recorder = stack.enter_context(recording(model, tapped, needs.hidden_states))
         calls = stack.enter_context(block_calls(model, needs.block_calls))
         if by_weights:
             stack.enter_context(attention_setting(model, "eager"))
             inputs = {**inputs, "output_attentions": True}
+        after = needs.patches or (needs.pooled and not by_head)
+        towers = stack.enter_context(tower_outputs(model)) if after else []
         outputs = run(model, pixel_values, inputs)
-    if needs.logits:
+    if needs.logits and not is_headless(model):
         check_outputs(model, outputs.logits)
     attention = recorder.attention
     if by_weights:
         weights = flat_attentions(outputs)
         attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.tapped}
-    _check_complete(model, needs, attention, recorder.hidden_states, pooled)
-    first = pooled[0] if pooled else None
-    hidden_states = recorder.hidden_states
+    final = Final()
+    if towers and geometry is not None:
+        final = read_final(model, geometry, towers[0], pixel_values, needs.pooled and not by_head)
+    if by_head:
+        final = final._replace(pooled=read[0] if read else None)
+    check_complete(type(model).__name__, needs, attention, recorder.hidden_states, final)
     if geometry is not None:
-        geometry = at_size(geometry, pixel_values, hidden_states, attention)
-    rows = {i: first_row(attention[i]) for i in needs.attention_rows}
-    kept = {i: attention[i] for i in needs.attention}
+        geometry = at_size(geometry, pixel_values, recorder.hidden_states, attention)
     return Capture(
-        outputs.logits, pixel_values, outputs, first, hidden_states, kept, rows, geometry=geometry, block_calls=calls
-    )
-
-
-def _check_complete(model, needs: Needs, attention: dict, hidden_states: dict, pooled: list) -> None:
-    """Nothing that was asked for may be missing: a sum over an empty capture would be 0.0 and look learned."""
-    name = type(model).__name__
-    if missing := sorted(needs.tapped - attention.keys()):
-        raise ValueError(
-            f"{name} gave no attention for the blocks {missing}: it does not call transformers' attention interface "
-            "there. Use an objective on hidden states instead: attention_transfer or hidden_states."
-        )
-    if missing := sorted(needs.hidden_states - hidden_states.keys()):
-        raise ValueError(f"{name} did not run the blocks {missing} in this forward (layer drop?); set it to 0.")
-    if needs.pooled and not pooled:
-        raise ValueError(f"{name} has no linear classifier with one output a class, so its pooled feature is unknown.")
+        getattr(outputs, "logits", None), pixel_values, outputs, *final, hidden_states=recorder.hidden_states,
+        attention={i: attention[i] for i in needs.attention}, geometry=geometry, block_calls=calls,
+        attention_rows={i: first_row(attention[i]) for i in needs.attention_rows},
+    )  # fmt: skip

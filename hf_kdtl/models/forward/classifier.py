@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.attention_hooks import run
+from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.forward.modes import evaluating
 
 _classifiers: WeakKeyDictionary[nn.Module, tuple[list[nn.Linear], list[nn.Linear]]] = WeakKeyDictionary()
@@ -28,8 +29,8 @@ def classifiers(model: nn.Module, pixel_values: Tensor | None = None) -> list[nn
     Args:
         pixel_values: (B, C, h, w) for these forwards; by default zeros of the size in the config, or 64 x 64.
     """
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if not any(isinstance(m, nn.Linear) and m.out_features == labels for m in model.modules()):
+    labels = None if is_headless(model) else getattr(getattr(model, "config", None), "num_labels", None)
+    if labels is None or not any(isinstance(m, nn.Linear) and m.out_features == labels for m in model.modules()):
         return []
     inside = {id(m) for _, block in find_blocks(model) for m in block.modules()}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside]

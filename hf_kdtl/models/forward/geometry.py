@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting, recording, run
 from hf_kdtl.models.forward.classifier import classifiers, pooled_features
+from hf_kdtl.models.forward.embedding import (
+    Pool,
+    Pooling,
+    choose_pooling,
+    last_hidden_state,
+    last_norm,
+    patch_tokens,
+    pooled_output,
+    tower_outputs,
+)
 from hf_kdtl.models.forward.modes import evaluating
+from hf_kdtl.models.forward.places import grid_of, halves_changed, places, prefix_roles, row_by_row
 
 AttentionKind = Literal["full", "windowed", "reduced", "none"]
 
@@ -48,9 +59,12 @@ class ModelGeometry:
         name: its class.
         image: (h, w) of the pixels it was looked at with.
         layers: one entry a block, in order.
-        pooled: width of what the classifier reads; 0 where it could not be found.
+        pooled: width of the embedding: of what the classifier reads, or of what `pooling` says; 0 where there is none.
         weights_only: attention comes as finished weights (`output_attentions`), not as query and key.
         classifier: the linear layer with one output a class; None where there is not exactly one.
+        pooling: how the embedding is made.
+        patches: the patch tokens after the last norm, as of a block; None where the model gives no last hidden state.
+        norm: what the patch tokens still go through, where the model leaves its last norm to its class token.
     """
 
     name: str
@@ -59,10 +73,13 @@ class ModelGeometry:
     pooled: int
     weights_only: bool
     classifier: nn.Linear | None = field(default=None, repr=False, compare=False)
+    pooling: Pooling = ""
+    patches: LayerGeometry | None = None
+    norm: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @torch.no_grad()
-def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
+def describe(model: nn.Module, pixel_values: Tensor, pool: Pool | None = None, pooler: bool = True) -> ModelGeometry:
     """Look at a model with one forward of five images in eval mode; its mode is put back.
 
     Whether tokens stand row by row on their grid is seen, not assumed: other pixels in one half of the image must
@@ -70,28 +87,63 @@ def describe(model: nn.Module, pixel_values: Tensor) -> ModelGeometry:
 
     Args:
         pixel_values: (B, C, h, w); only the first image is used.
+        pool, pooler: how the embedding of a teacher is made, and whether its pooler is trained; see `choose_pooling`.
 
     Raises:
-        ValueError: when its blocks cannot be found, or it does not run on images alone.
+        ValueError: when its blocks cannot be found, it does not run on images alone, or has no such pool.
     """
-    probe = _halves_changed(pixel_values[:1].to(next(model.parameters()).dtype))
+    probe = halves_changed(pixel_values[:1].to(next(model.parameters()).dtype))
     seen = _look(model, probe)
     # One entry a stage (SwinV2) or five dimensions (Hiera) is attention in windows: seen, and of no use here.
     usable = len(seen.weights) == len(seen.shapes) and all(w.ndim == 4 for w in seen.weights)
     shapes = [tuple(w.shape) for w in seen.weights] if usable else seen.shapes
     unseen: AttentionKind = "windowed" if seen.weights and not usable else "none"
-    image, roles = (probe.shape[-2], probe.shape[-1]), _prefix_roles(model)
+    image, roles = (probe.shape[-2], probe.shape[-1]), prefix_roles(model)
     layers, before = [], seen.entering
     # Asked before the first block, where tokens have not mixed. A residual block keeps their order, so it is asked
     # again only where their number changes.
-    ordered = _row_by_row(before, image, roles)
+    ordered = row_by_row(before, image, roles)
     for hidden, shape in zip(seen.hidden_states, shapes, strict=True):
         if not ordered and hidden.shape[1] != before.shape[1]:
-            ordered = _row_by_row(hidden, image, roles)
+            ordered = row_by_row(hidden, image, roles)
         layers.append(_layer(hidden, shape, unseen, image, roles, ordered))
         before = hidden
     classifier = seen.answering[0] if len(seen.answering) == 1 else None
-    return ModelGeometry(type(model).__name__, image, tuple(layers), seen.pooled, usable, classifier)
+    found = ModelGeometry(type(model).__name__, image, tuple(layers), seen.pooled, usable, classifier)
+    return _with_embedding(found, model, seen, probe, roles, pool, pooler)
+
+
+def _with_embedding(
+    found: ModelGeometry,
+    model: nn.Module,
+    seen: _Look,
+    probe: Tensor,
+    roles: tuple[str, ...],
+    pool: Pool | None,
+    pooler: bool,
+) -> ModelGeometry:
+    """Add the patch tokens after the last norm, and how the embedding is made."""
+    final, patches, token = last_hidden_state(seen.final), None, None
+    if final is not None:
+        norm = last_norm(model, final, seen.hidden_states[-1])
+        found = replace(found, patches=_patches(final, found.layers[-1], found.image, roles), norm=norm)
+        assert found.patches is not None
+        patches, token = patch_tokens(final, found.patches.prefix, norm)
+    if found.pooled and pool in (None, "auto"):
+        return replace(found, pooling="classifier")
+    pooling = choose_pooling(model, seen.final, pool, pooler, token is not None, patches is not None)
+    if not pooling:
+        return found
+    width = pooled_output(pooling, model, seen.final, patches, token, probe).shape[-1]
+    return replace(found, pooling=pooling, pooled=width)
+
+
+def _patches(final: Tensor, last: LayerGeometry, image: tuple[int, int], roles: tuple[str, ...]) -> LayerGeometry:
+    """A last hidden state as the output of a block, in the order of the last block's tokens."""
+    if last.layout == "maps" and last.grid and final.ndim == 3 and final.shape[1] == last.grid[0] * last.grid[1] + 1:
+        # DINOv3's ConvNeXt puts the mean of its map before the cells.
+        return LayerGeometry("tokens", ("class",), last.grid, final.shape[2], "none", 0)
+    return _layer(final, None, "none", image, roles, last.grid is not None)
 
 
 class _Look(NamedTuple):
@@ -103,6 +155,7 @@ class _Look(NamedTuple):
     weights: list[Tensor]  # finished attention weights, where queries and keys are not seen
     answering: list[nn.Linear]  # the classifiers that ran: PEFT keeps the original head next to the one that it trains
     pooled: int
+    final: Any  # what the model without its head gave
 
 
 def _look(model: nn.Module, probe: Tensor) -> _Look:
@@ -120,8 +173,13 @@ def _look(model: nn.Module, probe: Tensor) -> _Look:
     handles.append(blocks[0][1].register_forward_pre_hook(enter, with_kwargs=True))
     try:
         with evaluating(model):
-            with pooled_features(model, probe) as pooled, recording(model, every, every) as recorder:
+            with (
+                pooled_features(model, probe) as pooled,
+                recording(model, every, every) as recorder,
+                tower_outputs(model) as towers,
+            ):
                 run(model, probe)
+            final = towers[0] if towers else None
             answered = list(answering)  # before the second forward
             weights = [] if recorder.attention else _attention_weights(model, probe)
     finally:
@@ -133,7 +191,8 @@ def _look(model: nn.Module, probe: Tensor) -> _Look:
         shapes[i] = (*seen.query.shape[:3], seen.key.shape[2], seen.query.shape[1] * seen.query.shape[3])
     hidden_states = [recorder.hidden_states[i] for i in sorted(every)]
     width = pooled[0].shape[-1] if pooled else 0
-    return _Look(entering[0] if entering else hidden_states[0], hidden_states, shapes, weights, answered, width)
+    entered = entering[0] if entering else hidden_states[0]
+    return _Look(entered, hidden_states, shapes, weights, answered, width, final)
 
 
 def at_size(
@@ -152,13 +211,14 @@ def at_size(
         return geometry
     layers = list(geometry.layers)
     for i in hidden_states.keys() | attention.keys():
-        layers[i] = _layer_at_size(layers[i], image, len(pixel_values), hidden_states.get(i), attention.get(i))
+        layers[i] = layer_at_size(layers[i], image, len(pixel_values), hidden_states.get(i), attention.get(i))
     return replace(geometry, image=image, layers=tuple(layers))
 
 
-def _layer_at_size(
+def layer_at_size(
     layer: LayerGeometry, image: tuple[int, int], images: int, hidden: Tensor | None, attention: Attention | None
 ) -> LayerGeometry:
+    """A block's geometry for images of this size, read off what was captured of it."""
     kind, tokens = layer.attention, None if hidden is None else hidden.shape[1]
     if attention is not None:
         from_, to = (attention.query, attention.key) if attention.weights is None else (attention.weights,) * 2
@@ -171,38 +231,8 @@ def _layer_at_size(
     if layer.layout == "maps":
         grid = grid if hidden is None else (hidden.shape[2], hidden.shape[3])
     elif grid is not None and tokens is not None:
-        grid = _grid(tokens - len(layer.prefix), image)
+        grid = grid_of(tokens - len(layer.prefix), image)
     return replace(layer, grid=grid, attention=kind)
-
-
-def _halves_changed(image: Tensor) -> Tensor:
-    """(5, C, h, w): the image (1, C, h, w), and it with noise added to its top, bottom, left and right half."""
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
-    rows, columns = image.shape[-2] // 2, image.shape[-1] // 2
-    where = image.new_zeros(5, 1, *image.shape[-2:])
-    where[1, :, :rows] = where[2, :, -rows:] = where[3, :, :, :columns] = where[4, :, :, -columns:] = 1
-    return image + where * noise
-
-
-def _row_by_row(hidden: Tensor, image: tuple[int, int], roles: tuple[str, ...]) -> bool:
-    """Whether the patches' tokens stand on their grid row by row; `hidden` is of the images of `_halves_changed`.
-
-    A ratio that does not depend on how strongly each token answers: about 1 for tokens in another order or of no
-    place, in the hundreds or infinite for those in order.
-    """
-    if hidden.ndim == 4:
-        return True
-    prefix, grid = _places(hidden.shape[1], image, roles)
-    if grid is None:
-        return False
-    change = (hidden[1:] - hidden[:1]).float().norm(dim=-1)[:, len(prefix) :].unflatten(1, grid)
-    for first, last in ((change[0], change[1]), (change[2].T, change[3].T)):
-        if half := len(first) // 2:
-            own = first[:half].mean() * last[-half:].mean()
-            other = first[-half:].mean() * last[:half].mean()
-            if own < 2 * other:
-                return False
-    return True
 
 
 def flat_attentions(outputs: Any) -> list[Tensor]:
@@ -221,16 +251,6 @@ def _attention_weights(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         return []
 
 
-def _prefix_roles(model: nn.Module) -> tuple[str, ...]:
-    """Roles of the special tokens, in the order they are put before the patches: class, distillation, registers."""
-    roles: list[str] = []
-    shapes = {name.split(".")[-1]: tuple(p.shape) for name, p in model.named_parameters()}
-    for role, words in (("class", ("cls_token", "class_embedding")), ("distillation", ("distillation_token",))):
-        roles += [role for word in words if word in shapes]
-    roles += ["register"] * shapes.get("register_tokens", (1, 0, 1))[1]
-    return tuple(roles)
-
-
 def _layer(
     hidden: Tensor,
     shape: tuple[int, ...] | None,
@@ -245,7 +265,7 @@ def _layer(
         kind = unseen if shape is None else "windowed"
         return LayerGeometry("maps", (), (hidden.shape[2], hidden.shape[3]), hidden.shape[1], kind, heads, width)
     tokens = hidden.shape[1]
-    prefix, grid = _places(tokens, image, roles)
+    prefix, grid = places(tokens, image, roles)
     if shape is None:
         kind = unseen
     elif shape[0] != hidden.shape[0]:
@@ -253,22 +273,3 @@ def _layer(
     else:
         kind = "full" if shape[2] == shape[3] == tokens else "reduced"
     return LayerGeometry("tokens", prefix, grid if ordered else None, hidden.shape[2], kind, heads, width)
-
-
-def _places(
-    tokens: int, image: tuple[int, int], roles: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[int, int] | None]:
-    """Which of that many tokens come before the patches, and the patches' grid."""
-    # A stage before the class token joins (PVT, CvT) has none.
-    prefix = next((p for p in (roles, ()) if _grid(tokens - len(p), image)), ())
-    return prefix, _grid(tokens - len(prefix), image)
-
-
-def _grid(patches: int, image: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of that many patches with the image's aspect ratio, None if there is none."""
-    if patches < 1:
-        return None
-    rows = round((patches * image[0] / image[1]) ** 0.5)
-    if rows and patches % rows == 0 and abs(rows / (patches // rows) - image[0] / image[1]) < 0.26:
-        return rows, patches // rows
-    return None

@@ -13,7 +13,8 @@ class Needs:
 
     Args:
         logits: the class outputs.
-        pooled: what the classifier reads.
+        pooled: the embedding of an image: what the classifier reads, or what the geometry's `pooling` says.
+        patches: the patch tokens after the last norm, and their grid.
         hidden_states: blocks whose output is needed, counted from 0.
         attention: blocks whose query, key and value are needed.
         attention_rows: blocks whose attention of the first token is needed, mean over the heads.
@@ -32,6 +33,7 @@ class Needs:
 
     logits: bool = False
     pooled: bool = False
+    patches: bool = False
     hidden_states: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     attention_rows: frozenset[int] = frozenset()
@@ -60,7 +62,7 @@ class Needs:
     @property
     def reads_blocks(self) -> bool:
         """Whether anything is read off single blocks, which must then be known."""
-        return bool(self.hidden_states or self.tapped or self.block_calls)
+        return bool(self.hidden_states or self.tapped or self.block_calls or self.patches)
 
     @property
     def tapped(self) -> frozenset[int]:

@@ -47,7 +47,7 @@ def _of_images(inputs: dict[str, Any], rows: Tensor, number: int) -> dict[str, A
 
 
 def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Capture:
-    sizes = part.logits.shape[0], rest.logits.shape[0]
+    sizes = len(part.pixel_values), len(rest.pixel_values)  # type: ignore[arg-type]
 
     def join(a: Any, b: Any) -> Any:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -58,6 +58,16 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
 
     values = {
         name: tree_map(join, getattr(part, name), getattr(rest, name))
-        for name in ("logits", "pixel_values", "outputs", "pooled", "hidden_states", "attention", "attention_rows")
+        for name in (
+            "logits",
+            "pixel_values",
+            "outputs",
+            "pooled",
+            "patches",
+            "hidden_states",
+            "attention",
+            "attention_rows",
+        )  # fmt: skip
     }
+    values["patch_grid"] = part.patch_grid
     return Capture(**values, geometry=part.geometry, differentiated=part, differentiated_rows=rows)

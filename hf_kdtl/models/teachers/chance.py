@@ -35,7 +35,7 @@ class ChanceCheck:
 
         Labels of other kinds are left to those who read them.
         """
-        if teacher is None or labels is None or self._seen >= self.images:
+        if teacher is None or teacher.logits is None or labels is None or self._seen >= self.images:
             return
         logits = teacher.logits
         if labels.shape != logits.shape and (labels.ndim != 1 or labels.is_floating_point()):

@@ -70,11 +70,35 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         OSError: when nothing is there, or it cannot be read.
         ValueError: when weights of the backbone are not in the file, or those of the head where `keep_head`.
     """
+    model, lacking, mismatched = open_with(AutoModelForImageClassification, path, role=role, **options)
+    head = _head_names(model, lacking)
+    if backbone := [key for key in lacking if key not in head]:
+        raise ValueError(
+            f"{role} {str(path)!r} lacks {len(backbone)} weights of {type(model).__name__}'s backbone, which would be "
+            f"random: {describe_missing(backbone, mismatched)}. Expected a file with all of them: save the model "
+            "again with model.save_pretrained(folder)."
+        )
+    if head and keep_head:
+        raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
+    few = describe_missing(head, mismatched)
+    note = f"{role} {str(path)!r} has no trained head in its file: {few} start from random values."
+    return Opened(model, head, [note] if head else [])
+
+
+def open_with(
+    opener: Any, path: str | Path, *, role: str = "the model", **options: Any
+) -> tuple[Any, list[str], dict[str, Any]]:
+    """(model, names of the tensors that its file lacks, {name: (shape in the file, shape wanted)} of those among them
+    that have another shape there), by a class that has `from_pretrained`.
+
+    Raises:
+        OSError, ValueError: as `open_classifier`, for names with a prefix and blocks that the config leaves out.
+    """
     source = locate(path, role)
     options = {_TRUST: False} | options
     try:
         with _without_report():
-            model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **options)
+            model, info = opener.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         said = str(error).replace(" For details look at the above report!", "")
         raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
@@ -82,17 +106,7 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
     lacking = sorted({*info["missing_keys"], *mismatched})
     lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]
     _check_names(lacking, sorted(info["unexpected_keys"]), model, f"{role} {str(path)!r}")
-    head = _head_names(model, lacking)
-    if backbone := [key for key in lacking if key not in head]:
-        raise ValueError(
-            f"{role} {str(path)!r} lacks {len(backbone)} weights of {type(model).__name__}'s backbone, which would be "
-            f"random: {_few(backbone, mismatched)}. Expected a file with all of them: save the model again with "
-            "model.save_pretrained(folder)."
-        )
-    if head and keep_head:
-        raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
-    note = f"{role} {str(path)!r} has no trained head in its file: {_few(head, mismatched)} start from random values."
-    return Opened(model, head, [note] if head else [])
+    return model, lacking, mismatched
 
 
 @contextmanager
@@ -112,22 +126,24 @@ def _without_report() -> Iterator[None]:
 
 def missing_head(who: str, head: Sequence[str], mismatched: dict[str, Any] | None = None) -> str:
     """The error for class outputs that are wanted of a head with random weights."""
+    few = describe_missing(head, mismatched or {})
     return (
-        f"{who} has no trained head in its file ({_few(head, mismatched or {})}), so its class outputs would be "
+        f"{who} has no trained head in its file ({few}), so its class outputs would be "
         "random. Expected a fine-tuned image classifier: train the head first (hf-kdtl train-teacher --model <this "
         "model>), or name a model that has one; leave num_labels and ignore_mismatched_sizes out."
     )
 
 
-def open_config(path: str | Path, *, role: str = "the model") -> Any:
-    """The config of a saved model.
+def open_config(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
+    """The config of a saved model; of `options` those that say where it is, and whether its code may run.
 
     Raises:
         OSError: when nothing is there, or it cannot be read.
     """
     source = locate(path, role)
     try:
-        return AutoConfig.from_pretrained(source, **{_TRUST: False})
+        where = {_TRUST: False} | {key: value for key, value in options.items() if key in _WHERE}
+        return AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise OSError(f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, {})}") from error
 
@@ -210,7 +226,7 @@ def _check_names(lacking: list[str], unexpected: list[str], model: Any, who: str
     if left := [key for key in unexpected if re.sub(r"\.\d+\.", ".#.", key) in shapes]:
         raise ValueError(
             f"the file of {who} has {len(left)} weights of further blocks that its config leaves out: "
-            f"{_few(left, {})}. Expected a config with as many blocks as the file; for fewer of them use "
+            f"{describe_missing(left, {})}. Expected a config with as many blocks as the file; for fewer of them use "
             "hf_kdtl.make_student(teacher, layers=...)."
         )
 
@@ -230,7 +246,8 @@ def _head_names(model: Any, keys: Iterable[str]) -> list[str]:
     ]
 
 
-def _few(names: Sequence[str], mismatched: dict[str, Any], most: int = 4) -> str:
+def describe_missing(names: Sequence[str], mismatched: dict[str, Any], most: int = 4) -> str:
+    """The first of some tensors, with their shapes where these differ."""
     shown = [
         f"{name} {mismatched[name][0]} in place of {mismatched[name][1]}" if name in mismatched else name
         for name in names[:most]

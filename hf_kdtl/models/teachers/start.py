@@ -16,6 +16,9 @@ from transformers.utils import logging
 from hf_kdtl.models.adapters import adapted, adapters_off
 from hf_kdtl.models.forward.capture import Needs, WeightPair
 from hf_kdtl.models.forward.classifier import classifiers
+from hf_kdtl.models.forward.embedding import is_headless
+from hf_kdtl.models.teachers.backbone import open_backbone
+from hf_kdtl.models.teachers.resolve import open_classifier, open_processor
 from hf_kdtl.models.teachers.teacher import Teacher
 
 logger = logging.get_logger(__name__)
@@ -54,7 +57,13 @@ class StartingPoint(Teacher):
             )
         kernel = getattr(student.config, "_attn_implementation", None)
         try:
-            saved = Teacher.from_pretrained(path, dtype=next(student.parameters()).dtype, attn_implementation=kernel)
+            options = {"dtype": next(student.parameters()).dtype, "attn_implementation": kernel}
+            opened: Any = (
+                open_backbone(path, role="the start", **options)
+                if is_headless(student)
+                else (open_classifier(path, role="the start", keep_head=False, **options))
+            )
+            saved = Teacher.of(opened, open_processor(path, role="the start"))
         except (OSError, ValueError) as error:
             raise type(error)(str(error).replace("the teacher", "the start")) from error
         start = cls(student, saved)

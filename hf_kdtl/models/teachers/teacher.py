@@ -1,4 +1,4 @@
-"""A live, frozen image classifier as the source of teacher signals."""
+"""A live, frozen vision model as the source of teacher signals."""
 
 from __future__ import annotations
 
@@ -16,37 +16,53 @@ from transformers.utils import logging
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, plain_model, untrained_pooler
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.labels import class_names, match_labels
 from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers
+from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
+from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
-from hf_kdtl.models.teachers.resolve import missing_head, open_classifier, open_processor
+from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
+from hf_kdtl.utils.options import check_option
 from hf_kdtl.utils.text import one_line
 
 logger = logging.get_logger(__name__)
 
 
 class Teacher(SignalSource):
-    """A frozen image classifier, and the pixels and classes it understands.
+    """A frozen image classifier or vision model without a head, and the pixels and classes it understands.
 
     Not a module of the student's container: its weights are in no optimizer, no checkpoint and no gradient. It stays
     in eval mode and keeps its own dtype. `match` adapts it to the student's pixel format and class order: it sees the
     student's pixels re-normalised and resized to its own image processor's mean, std and size.
 
     Args:
-        model: the classifier. It is set to eval mode and its parameters to requires_grad=False.
+        model: the classifier, or what AutoModel opens. It is set to eval mode and its parameters to
+            requires_grad=False.
         processing_class: its image processor. Without one it sees the student's pixels as they are, and says so.
+        pool: what its embedding of an image is. "auto": what its classifier reads; without one image_embeds or
+            pooler_output where their weights are trained, else the class token, else the mean of the patch tokens,
+            both after the last norm. "pooler", "class" or "mean" take that one.
     """
 
     new_head: Sequence[str] = ()  # tensors of the head that are random, because its file has none
+    pool: Pool = "auto"
+    pooler = True  # whether its pooler's weights are trained
 
-    def __init__(self, model: nn.Module, processing_class: Any = None):
+    def __init__(self, model: nn.Module, processing_class: Any = None, *, pool: Pool = "auto"):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
             )
+        check_option("the teacher", "pool", pool, pool in POOLS, " or ".join(map(repr, POOLS)))
+        check_reads_images(model, "the teacher")
+        model = prepared(model)
+        if isinstance(model, FlatPatches) and processing_class is not None:
+            processing_class = SquareProcessor(processing_class)
+        self.pool, self.pooler = pool, not (is_headless(model) and untrained_pooler(model))
         self._hold(model.eval().requires_grad_(False), processing_class)
 
     def _hold(self, model: Any, processing_class: Any = None) -> None:
@@ -60,22 +76,33 @@ class Teacher(SignalSource):
         self._fingerprint = ""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **model_options: Any) -> Teacher:
-        """A folder or Hub name, with the image processor saved with the model, where present.
+    def from_pretrained(cls, path: str | Path, *, pool: Pool = "auto", **model_options: Any) -> Teacher:
+        """What a folder or Hub name holds: a classifier, or a vision model without a head (DINOv2, DINOv3, the vision
+        tower of CLIP or SigLIP, ...); with the image processor saved with it, where present.
+
+        Args:
+            pool: as of the class.
+            model_options: of the model's from_pretrained.
 
         With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP).
 
         Raises:
             OSError: when nothing is there or it cannot be read, with what to type.
-            ValueError: when the file lacks weights of the backbone.
+            ValueError: when the file lacks weights of the backbone, or holds no vision model.
         """
         if {"class_names", "templates"} & model_options.keys():
             from hf_kdtl.models.teachers.text_head import TextHeadTeacher  # which is a Teacher
 
             return TextHeadTeacher.from_pretrained(path, **model_options)
-        opened = open_classifier(path, role="the teacher", keep_head=False, **model_options)
-        teacher = cls(opened.model, open_processor(path, role="the teacher", **model_options))
+        opened = open_vision_model(path, role="the teacher", **model_options)
+        return cls.of(opened, open_processor(path, role="the teacher", **model_options), pool)
+
+    @classmethod
+    def of(cls, opened: Opened, processing_class: Any, pool: Pool = "auto") -> Teacher:
+        """A model that was opened, with what its file did not hold."""
+        teacher = cls(opened.model, processing_class, pool=pool)
         teacher.new_head = opened.new_head
+        teacher.pooler = teacher.pooler and getattr(opened, "pooler", True)
         return teacher
 
     def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
@@ -117,8 +144,8 @@ class Teacher(SignalSource):
         )
 
     def _check_head(self) -> None:
-        if self.new_head:
-            raise ValueError(missing_head("the teacher", self.new_head))
+        if reason := self._no_classes():
+            raise ValueError(reason)
         problem = getattr(getattr(self.model, "config", None), "problem_type", None)
         if problem not in (None, "single_label_classification"):
             raise ValueError(
@@ -127,6 +154,14 @@ class Teacher(SignalSource):
                 "compare no class outputs; if it was trained on one class an image, set "
                 "teacher.config.problem_type = 'single_label_classification'."
             )
+
+    def _no_classes(self) -> str:
+        """Why it has no class outputs; empty where it has."""
+        if self.new_head:
+            return missing_head("the teacher", self.new_head)
+        if not is_headless(self.model):
+            return ""
+        return no_classifier("the teacher", self.provenance().architecture, self.provenance().name_or_path)
 
     def _match_pixels(self, processing_class: Any) -> PixelAdapter | None:
         if self.processing_class is None:
@@ -176,7 +211,7 @@ class Teacher(SignalSource):
         size = tuple(pixel_values.shape[1:])
         if size not in self._geometry:
             with self.eval_context():
-                found = describe(self.model, self.pixels(pixel_values))
+                found = describe(self.model, self.pixels(pixel_values), self.pool, self.pooler)
             self._geometry[size] = self._reorder_classifier(found)
         return self._geometry[size]
 
@@ -189,9 +224,9 @@ class Teacher(SignalSource):
         return replace(geometry, classifier=head)
 
     def unserved(self, needs: Needs) -> str:
-        """A live model gives everything, but class outputs of a head that was not in its file."""
-        if needs.logits and self.new_head:
-            return missing_head("the teacher", self.new_head)
+        """A live model gives everything, but class outputs of a head that it lacks, or that was not in its file."""
+        if needs.logits and (reason := self._no_classes()):
+            return reason
         if needs.weights:
             return "the teacher does not hold the student's weights at the start; only the start does."
         return ""
@@ -210,7 +245,7 @@ class Teacher(SignalSource):
             self.model,
             pixel_values,
             needs,
-            self.geometry(pixel_values) if needs.reads_blocks else None,
+            self.geometry(pixel_values) if needs.reads_blocks or needs.pooled else None,
             context=self.eval_context,
             shown=self.pixels,
             classes=self.order,
@@ -230,7 +265,8 @@ class Teacher(SignalSource):
 
     def provenance(self) -> SourceInfo:
         """Read off the model and its config."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = plain_model(self.model)
+        base = base.model if isinstance(base, FlatPatches) else base
         config = base.config
         size = getattr(vision_config(config), "image_size", None)
         return SourceInfo(

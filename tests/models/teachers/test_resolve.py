@@ -27,6 +27,11 @@ def _save(folder, model, rename=lambda name: name, keep=lambda name: True):
     return folder
 
 
+def _folder(path):
+    path.mkdir()
+    return path
+
+
 def _openers(folder):
     student = build("vit")
     return {
@@ -90,13 +95,19 @@ def test_a_backbone_alone_has_no_head(tmp_path, name):
 
 
 def test_a_missing_head_is_an_error_where_class_outputs_are_read(tmp_path):
-    build("vit", seed=5).vit.save_pretrained(tmp_path / "t")
-    teacher = Teacher.from_pretrained(tmp_path / "t")
-    with pytest.raises(ValueError, match=r"the teacher has no trained head in its file \(classifier"):
-        trainer(tmp_path, build("vit"), teacher)
-    with pytest.raises(ValueError, match="class outputs would be random"):
-        teacher.capture(torch.randn(1, 3, 32, 32), Needs(logits=True))
-    for cut in (teacher, tmp_path / "t"):
+    model = build("vit", seed=5)
+    model.vit.save_pretrained(tmp_path / "backbone")
+    cut = _save(_folder(tmp_path / "classifier"), model, keep=lambda name: "classifier" not in name)
+    for folder, reason in (
+        (tmp_path / "backbone", "ViTModel, has no classifier"),
+        (cut, "no trained head in its file"),
+    ):
+        teacher = Teacher.from_pretrained(folder)
+        with pytest.raises(ValueError, match=f"the teacher.*{reason}.*hf-kdtl train-teacher"):
+            trainer(tmp_path, build("vit"), teacher)
+        with pytest.raises(ValueError, match=reason):
+            teacher.capture(torch.randn(1, 3, 32, 32), Needs(logits=True))
+    for cut in (teacher, folder):
         with pytest.raises(ValueError, match="class outputs would be random"):
             make_student(cut, 1)
 
