@@ -13,7 +13,7 @@ from hf_kdtl.functional.resample import average, precise
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.objectives.base import Batch, Objective, Sample, check_option
-from hf_kdtl.utils.options import is_number, is_whole
+from hf_kdtl.utils.options import is_integer, is_number
 
 Projector = Literal["mlp", "linear", "identity"]
 PROJECTORS = ("mlp", "linear", "identity")
@@ -123,7 +123,7 @@ class FeatureKD(Objective):
         check_option(name, "standardize", standardize, standardize in kinds, " or ".join(map(repr, kinds)))
         positive = is_number(patch_weight) and patch_weight >= 0
         check_option(name, "patch_weight", patch_weight, positive, "a number of at least 0")
-        check_option(name, "sample", sample, is_whole(sample, 2), "a whole number of at least 2")
+        check_option(name, "sample", sample, is_integer(sample, 2), "a whole number of at least 2")
         self.kind, self.standardize, self.patch_weight = projector, standardize, patch_weight
         self.sample = 0 if standardize == "none" else sample
         self.divergence = projector == "identity" and standardize == "none"
@@ -234,7 +234,9 @@ class Similarity(Objective):
         super().__init__()
         name = "similarity"
         check_projector(name, projector)
-        check_option(name, "bank", bank, bank is None or is_whole(bank, 2), "a whole number of at least 2, or nothing")
+        check_option(
+            name, "bank", bank, bank is None or is_integer(bank, 2), "a whole number of at least 2, or nothing"
+        )
         positive = is_number(temperature) and temperature > 0
         check_option(name, "temperature", temperature, positive, "a number greater than 0")
         valid = is_number(local_weight) and local_weight >= 0

@@ -17,7 +17,7 @@ from hf_kdtl.models.forward.attention_hooks import Attention, attention_setting,
 from hf_kdtl.models.forward.block_calls import BlockCall, block_calls
 from hf_kdtl.models.forward.classifier import check_outputs, pooled_features
 from hf_kdtl.models.forward.embedding import is_headless, tower_outputs
-from hf_kdtl.models.forward.final import Final, check_complete, read_final
+from hf_kdtl.models.forward.final import check_complete, read_final
 from hf_kdtl.models.forward.geometry import ModelGeometry, at_size, describe, flat_attentions
 from hf_kdtl.models.forward.modes import contiguous_gradients, running_statistics
 from hf_kdtl.models.forward.needs import Needs
@@ -68,7 +68,7 @@ class Capture:
     """
 
     logits: Any = None
-    pixel_values: Tensor | None = None
+    pixel_values: Any = None
     outputs: Any = None
     pooled: Tensor | None = None
     patches: Tensor | None = None
@@ -233,11 +233,8 @@ def _forward(
     if by_weights:
         weights = flat_attentions(outputs)
         attention = {i: Attention(None, None, None, 1.0, None, weights[i]) for i in needs.tapped}
-    final = Final()
-    if towers and geometry is not None:
-        final = read_final(model, geometry, towers[0], pixel_values, needs.pooled and not by_head)
-    if by_head:
-        final = final._replace(pooled=read[0] if read else None)
+    final = read_final(model, geometry, towers, pixel_values, needs.pooled and not by_head)
+    final = final._replace(pooled=read[0]) if read else final
     check_complete(type(model).__name__, needs, attention, recorder.hidden_states, final)
     if geometry is not None:
         geometry = at_size(geometry, pixel_values, recorder.hidden_states, attention)

@@ -221,7 +221,8 @@ def classifier_config(config: Any) -> Any:
     """
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return copy.deepcopy(config)
-    for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+    kinds: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    for kind in kinds:
         if getattr(kind, "sub_configs", {}).get("vision_config") is type(config):
             return kind(vision_config=config.to_dict())
     return None
@@ -232,5 +233,5 @@ def _classifier_of(config: Any) -> nn.Module | None:
     if found is None:
         return None
     found.num_labels = _CLASSES
-    kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(found)]
+    kind: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(found)]
     return (kind[0] if isinstance(kind, tuple) else kind)(found)

@@ -18,13 +18,19 @@ class Final(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
-def read_final(model: nn.Module, geometry: ModelGeometry, outputs: Any, pixel_values: Tensor, pooled: bool) -> Final:
-    """The patch tokens, and the embedding where `pooled`, of what the part of a model without its head gave.
+def read_final(
+    model: nn.Module, geometry: ModelGeometry | None, towers: list[Any], pixel_values: Tensor, pooled: bool
+) -> Final:
+    """The patch tokens, and the embedding where `pooled`, of what the part of a model without its head gave, if it was
+    asked.
 
     Raises:
         ValueError: for a model that has no embedding.
     """
-    last, patches, token, grid = last_hidden_state(outputs), None, None, None
+    if not towers or geometry is None:
+        return Final()
+    outputs, patches, token, grid = towers[0], None, None, None
+    last = last_hidden_state(outputs)
     if last is not None and geometry.patches is not None:
         image = pixel_values.shape[-2], pixel_values.shape[-1]
         layer = geometry.patches

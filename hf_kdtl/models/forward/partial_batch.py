@@ -47,7 +47,7 @@ def _of_images(inputs: dict[str, Any], rows: Tensor, number: int) -> dict[str, A
 
 
 def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Capture:
-    sizes = len(part.pixel_values), len(rest.pixel_values)  # type: ignore[arg-type]
+    sizes = len(part.pixel_values), len(rest.pixel_values)
 
     def join(a: Any, b: Any) -> Any:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
@@ -67,7 +67,7 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
             "hidden_states",
             "attention",
             "attention_rows",
-        )  # fmt: skip
+        )
     }
     values["patch_grid"] = part.patch_grid
     return Capture(**values, geometry=part.geometry, differentiated=part, differentiated_rows=rows)

@@ -114,7 +114,7 @@ def _opener(config: Any, who: str) -> Any:
     if type(vision) in MODEL_FOR_BACKBONE_MAPPING and (backbone or type(vision) not in MODEL_MAPPING):
         return MODEL_FOR_BACKBONE_MAPPING[type(vision)]
     if type(vision) in MODEL_MAPPING:
-        plain = MODEL_MAPPING[type(vision)]
+        plain: Any = MODEL_MAPPING[type(vision)]
         return getattr(transformers, f"{plain.__name__}WithProjection", plain)
     if vision is config:
         return AutoModel  # whose class may be code in the model's folder
