@@ -7,15 +7,18 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_kdtl.functional import derivatives as fd
 from hf_kdtl.functional.derivatives import OF, Of
 from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.perturbations import Direction
+from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.objectives.base import Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective, Output, label_index
+from hf_kdtl.objectives.embedding_jacobian import EMBEDDING, embedding_distance, embedding_projector, take_embedding
+from hf_kdtl.objectives.embeddings import Projector
 from hf_kdtl.objectives.estimators import Estimator, EstimatorChoice, check_estimator, choices_of, wanted_choices
 
 CITATION = """@inproceedings{srinivas2018knowledge,
@@ -55,14 +58,17 @@ class Jacobian(DerivativeObjective):
         output: which class c: teacher_top1 (the teacher's, for both) | label (an image without one counts 0) |
             projection (<v, o> with one random unit vector v per image, the same for both, times K: in expectation
             the full Jacobian) | all.
-        of: the outputs o: logit (default) | logprob | centred. A raw logit's gradient sees a shift of all logits,
-            which leaves the probabilities as they are; the other two do not. fisher and softmax fix their own.
+        of: the outputs o: logit (default) | logprob | centred | embedding. A raw logit's gradient sees a shift of all
+            logits, which leaves the probabilities as they are; logprob and centred do not. fisher and softmax fix
+            their own. embedding needs no classes: o_T = <t, u>, o_S = <P s, u> of the embeddings t and s, with
+            u = t / ||t|| held constant; distance normalized or squared, by vjp or split.
         estimator: auto | vjp | split | finite_difference. auto takes vjp, and split where vjp is wrong (FSDP2,
             torch.compile); for output: all, finite_difference. vjp for output: all takes K backwards.
         central: central differences; in split, one instead of forward mode.
         step: of a difference: in pixels u ~ N(0, 1) times `step` (finite_difference), or its length (split).
         probes: random directions or projections that are averaged; one has a relative deviation of about 1.4.
         fraction: share of the images, in (0, 1], that take part.
+        projector: P of `of: embedding`, as in `feature_kd`: mlp | linear | identity.
 
     Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/derivative_cost.py): vjp
         2.0, split 2.6, finite_difference 2.0 (central 3.0), vjp on a quarter of the images 1.3.
@@ -82,12 +88,13 @@ class Jacobian(DerivativeObjective):
         *,
         distance: Literal["normalized", "squared", "fisher", "softmax"] = "normalized",
         output: Output = "teacher_top1",
-        of: Of | None = None,
+        of: Of | Literal["embedding"] | None = None,
         estimator: Estimator = "auto",
         central: bool = False,
         step: float | None = None,
         probes: int = 1,
         fraction: float = 1.0,
+        projector: Projector = "mlp",
     ):
         super().__init__(fraction=fraction, probes=probes, estimator=estimator, central=central, step=step)
         distances, outputs = ({pair[i] for pair in VALID} for i in (0, 1))
@@ -100,7 +107,8 @@ class Jacobian(DerivativeObjective):
         assert valid is not None
         check_estimator(self.name, estimator, central, step, valid, f" for {distance}, {output}{table}")
         fixed = distance in ("fisher", "softmax")
-        check_option(self.name, "of", of, of is None or of in OF, " or ".join(OF))
+        kinds = (*OF, EMBEDDING)
+        check_option(self.name, "of", of, of is None or of in kinds, " or ".join(kinds))
         check_option(self.name, "of", of, of is None or not fixed, f"nothing: {distance} is of probabilities")
         drawn = output == "projection" or self._wants(estimator, valid) == "finite_difference"
         check_option(self.name, "probes", probes, probes == 1 or drawn, f"1: {output} by {estimator} draws nothing")
@@ -110,6 +118,18 @@ class Jacobian(DerivativeObjective):
         self.needs_labels = output == "label"
         self.takes_soft_labels = output != "label"
         self.counts = "labelled" if output == "label" else "images"
+        self.kind, self.projector = projector, nn.Identity()
+        if of == EMBEDDING:
+            take_embedding(self, projector)
+
+    def build(self, plan: PairingPlan | None) -> None:
+        if self.of == EMBEDDING:
+            self.projector = embedding_projector(self.kind, plan)
+
+    def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
+        more = Needs(pooled=self.of == EMBEDDING)
+        student, teacher = super().needs(plan)
+        return student | more, teacher | more
 
     @staticmethod
     def _wants(estimator: str, valid: tuple[str, ...]) -> str:
@@ -122,6 +142,8 @@ class Jacobian(DerivativeObjective):
         return choices_of(self.valid)
 
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        if self.of == EMBEDDING:
+            return embedding_distance(self, student, teacher)
         if self.output == "all":
             return self._all_classes(student, teacher, batch)
         picks, labelled = self._picks(student, teacher, batch)
@@ -146,7 +168,7 @@ class Jacobian(DerivativeObjective):
 
     def _one(self, student: Capture, teacher: Capture, pick: Callable, probe: int, batch: Batch) -> Tensor:
         def quantity(logits: Tensor) -> Tensor:
-            return pick(fd.scores(logits, self.of or "logit"))
+            return pick(fd.scores(logits, self.of or "logit"))  # type: ignore[arg-type]  # "embedding" comes elsewhere
 
         if self.choice.estimator == "finite_difference":
             its = self.slope(teacher, quantity, probe, batch).detach()
@@ -157,7 +179,7 @@ class Jacobian(DerivativeObjective):
 
     def _all_classes(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         of: dict[str, tuple[Any, Any]] = {
-            "squared": (lambda z: fd.scores(z, self.of or "logit"),) * 2,
+            "squared": (lambda z: fd.scores(z, self.of or "logit"),) * 2,  # type: ignore[arg-type]
             "fisher": (log_probabilities, log_probabilities),
             "softmax": (log_probabilities, lambda z: log_probabilities(z).exp()),
         }

@@ -13,9 +13,10 @@ import peft
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, default_data_collator
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.data.indexed import INDEX, IndexCollator, IndexedDataset
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.functional.surgery import inner_products
 from hf_kdtl.gradient_rules import GRADIENT_RULES
@@ -24,6 +25,7 @@ from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.trainer.distiller import Distiller
+from hf_kdtl.trainer.sample import TrainingSample
 from hf_kdtl.trainer.sharding import shard
 from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import Images, config
@@ -147,11 +149,13 @@ def sharded(row, mesh):
     parts = "terms" if rule else None
     distiller = Distiller(student, {name: objective}, {name: 1.0}, *sides, context=context, split_terms=parts)
     if objective.sample:
-        distiller.observe(lambda number: [{"pixel_values": images.pixels, "labels": images.labels}])
+        collate, device = IndexCollator(default_data_collator), images.pixels.device
+        distiller.observe(lambda number: TrainingSample(IndexedDataset(images), collate, number, IMAGES, device))
     shard(distiller, mesh=mesh)
     each = IMAGES // world
     mine = slice(rank * each, (rank + 1) * each)
     inputs = {"pixel_values": images.pixels[mine], "labels": images.labels[mine]}
+    inputs |= {INDEX: torch.arange(IMAGES)[mine]} if objective.needs_index else {}
     counts = {"images": torch.tensor(IMAGES), "labelled": (images.labels != -100).sum()}
     draws = Draws(42, 0, tuple(range(IMAGES)[mine]))
     distiller(inputs, draws, counts, world)["loss"].backward()

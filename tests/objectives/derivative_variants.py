@@ -40,6 +40,8 @@ JACOBIAN = [
     {"distance": "squared", "output": "projection", "probes": 3},
     {"distance": "squared", "output": "label", "probes": 3} | DIFFERENCE,
     {"distance": "fisher", "output": "all", "probes": 2, "fraction": 0.5} | DIFFERENCE,
+    *({"of": "embedding", "distance": d} | e for d in ("normalized", "squared") for e in ESTIMATORS["projection"]),
+    {"of": "embedding", "projector": "linear"} | CENTRAL,
 ]
 EVERY = {
     "jacobian": JACOBIAN,
@@ -76,6 +78,8 @@ VARIANTS = {
         {"distance": "fisher", "output": "all", "probes": 2},
         {"distance": "fisher", "output": "all", "estimator": "vjp"},
         {"distance": "softmax", "output": "all"},
+        {"of": "embedding"},
+        {"of": "embedding", "distance": "squared", "estimator": "split", "projector": "identity"},
     ],
     "jacobian_norm": [{}, {"of": "centred", "estimator": "split"}, DIFFERENCE],
     "attention_jacobian": [{}, {"pool": 1, "layers": "uniform", "estimator": "split"}],

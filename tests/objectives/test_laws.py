@@ -77,6 +77,8 @@ def _reference(name, options, distiller, student, teacher, inputs, draws):
     objective = distiller.objective(name)
     if name == "hidden_states":
         known["projectors"] = objective.projectors
+    if options.get("of") == "embedding":
+        known["projectors"] = [objective.projector]
     if name in EMBEDDINGS:
         known["projectors"] = [objective.projector, getattr(objective, "patch_projector", None)]
     if name == "lwf":

@@ -100,8 +100,10 @@ def _mean(values):
 
 def jacobian(
     student, teacher, pixel_values, labels, draws, distance="normalized", output="teacher_top1", of=None,
-    estimator="auto", central=False, step=None, probes=1, fraction=1.0,
+    estimator="auto", central=False, step=None, probes=1, fraction=1.0, projector="mlp", projectors=None,
 ):  # fmt: skip
+    if of == "embedding":
+        return _of_embedding(student, teacher, pixel_values, draws, distance, projectors[0], fraction)
     shape = pixel_values.shape[1:]
     directions = [draws.normal(shape, f"direction-{k}", like=pixel_values) for k in range(probes)]
     if estimator == "auto":
@@ -134,6 +136,28 @@ def jacobian(
         return _distance(mine, its, distance)
 
     return _per_image(student, pixel_values, labels, draws, fraction, value)
+
+
+def _of_embedding(student, teacher, pixel_values, draws, distance, projector, fraction):
+    """The slope of the class tokens' projections on the teacher's own direction."""
+
+    def token(model, x):
+        with sdpa_kernel(SDPBackend.MATH), mock.patch("torch.nn.functional.layer_norm", _layer_norm):
+            return model.vit(pixel_values=x[None]).last_hidden_state[0, 0]
+
+    def projected(x):
+        with mock.patch("torch.nn.functional.layer_norm", _layer_norm):
+            return projector(token(student, x))
+
+    def value(i, image, label):
+        x, y = (image.detach().clone().requires_grad_() for _ in range(2))
+        t = token(teacher, x)
+        u = t.detach() / sum(a * a for a in t.detach()) ** 0.5
+        its = _gradient(sum(a * b for a, b in zip(t, u, strict=True)), x).detach()
+        mine = _gradient(sum(a * b for a, b in zip(projected(y), u, strict=True)), y)
+        return _distance(mine, its, distance)
+
+    return _per_image(student, pixel_values, [0] * len(pixel_values), draws, fraction, value)
 
 
 def _projected(student, teacher, i, image, draws, of, probes):
