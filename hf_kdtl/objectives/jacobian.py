@@ -118,7 +118,8 @@ class Jacobian(DerivativeObjective):
         self.needs_labels = output == "label"
         self.takes_soft_labels = output != "label"
         self.counts = "labelled" if output == "label" else "images"
-        self.kind, self.projector = projector, nn.Identity()
+        self.kind = projector
+        self.projector: nn.Module = nn.Identity()
         if of == EMBEDDING:
             take_embedding(self, projector)
 
