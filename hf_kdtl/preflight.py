@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_kdtl.config import DistillationConfig, entry_key
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.classifier import blank_pixels
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.teachers import SignalSource, as_source
 from hf_kdtl.models.teachers.source import called
@@ -149,6 +150,8 @@ def _measure(
     """
     model_config: Any = student.config
     labels = torch.arange(pixels.shape[0], device=pixels.device) % model_config.num_labels
+    if is_multi_label(student):
+        labels = torch.nn.functional.one_hot(labels, model_config.num_labels).float()
     inputs = {"pixel_values": pixels, "labels": labels}
     steps = {}
     entries = {entry_key(entry): entry for entry in config.entries if entry["name"] != "task"}

@@ -15,6 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from hf_kdtl.evaluation import citations
+from hf_kdtl.evaluation.multi_label import MAP, MacroF1, MicroF1
 from hf_kdtl.evaluation.streaming import StreamingMetric, exact_sum
 
 logger = logging.get_logger(__name__)
@@ -215,8 +216,9 @@ class MetricRecord:
 
     Args:
         metric: the class; its first docstring paragraph is the long description.
-        inputs: {argument of `compute`: what it is of an image: "logits" (of the evaluated model), "labels", "teacher"
-            or "baseline" (logits of those models)}. A run has the metric where it has all of these.
+        inputs: {argument of `compute`: what it is of an image: "logits" (of the evaluated model), "labels" (one an
+            image) or "multi_labels", "teacher" or "baseline" (logits of those models)}. A run has the metric where it
+            has all of these.
         higher_is_better: None where neither direction is better.
         unit: "%" for a share, which is stored in [0, 1] and printed in percent; "nats"; "" for a plain number; None
             for a metric that is not one number and has no row in a table.
@@ -238,6 +240,7 @@ class MetricRecord:
         return None if found is None else found[metric.name]
 
 
+_SEVERAL = {"predictions": "logits", "references": "multi_labels"}
 _OWN = {"predictions": "logits", "references": "labels"}
 _PAIR = {"predictions": "logits", "references": "teacher"}
 _REPLACED = {"predictions": "logits", "labels": "labels", "baseline": "baseline"}
@@ -255,6 +258,9 @@ RECORDS: dict[str, MetricRecord] = {
         AgreementTeacherWrong, _PAIR | {"labels": "labels"}, None, "%", "share of the teacher's errors that are copied"
     ),
     "negative_flip_rate": MetricRecord(NegativeFlipRate, _REPLACED, False, "%", "correct in the baseline, wrong here"),
+    "map": MetricRecord(MAP, _SEVERAL, True, "%", "mean average precision over the classes", 1),
+    "micro_f1": MetricRecord(MicroF1, _SEVERAL, True, "%", "F1 of all answers together, at probability 0.5", 1),
+    "macro_f1": MetricRecord(MacroF1, _SEVERAL, True, "%", "mean over the classes of their F1", 1),
 }
 """A new metric is its class and one line here."""
 
@@ -265,12 +271,14 @@ def paired_scores(logits: Any, labels: Any, teacher: Any = None, baseline: Any =
     """Every metric of RECORDS that is one number and whose inputs are given.
 
     From logits (n, K) and labels (n,) alone: accuracy, top5 (only of more than 5 classes), mean_class_accuracy, nll,
-    brier and ece.
+    brier and ece; from labels (n, K) of several labels an image map, micro_f1 and macro_f1.
 
     Args:
         teacher, baseline: logits (n, K) of other models on the same images, in the same class order.
     """
     given = {"logits": logits, "labels": labels, "teacher": teacher, "baseline": baseline}
+    if np.ndim(labels) == 2:
+        given = {"logits": logits, "multi_labels": labels}
     available = {kind: value for kind, value in given.items() if value is not None}
     classes = np.shape(logits)[-1]
     return {

@@ -15,10 +15,15 @@ from torch import Tensor
 
 CHUNK = 2**20  # logits processed at a time: 8 MB in float64
 
-_FEATURES = {"logits": Sequence(Value("float64")), "labels": Value("int64")}
+_FEATURES = {
+    "logits": Sequence(Value("float64")),
+    "labels": Value("int64"),
+    "multi_labels": Sequence(Value("float64")),
+}
 _WORDS = {
     "logits": "logits (n, K), a list of lists, an array or a tensor.",
     "labels": "labels (n,), whole numbers from 0 to K - 1; an image of label -100 is left out.",
+    "multi_labels": "labels (n, K) of 1, 0 and -100 (not known); an image of which all are -100 is left out.",
 }
 
 
@@ -31,8 +36,8 @@ class StreamingMetric(evaluate.Metric):
     them (`accelerator.gather_for_metrics`), or give `num_process`, `process_id` and `experiment_id`: then `evaluate`
     shares the logits by file as for its own metrics, which keeps all of them on disk, and process 0 gets the value.
 
-    A subclass has `inputs` (name -> "logits" or "labels", in the order in which `sums` takes them), `citation_text`,
-    a docstring whose first paragraph is the description, `sums` and, where it is no mean, `value`.
+    A subclass has `inputs` (name -> "logits", "labels" or "multi_labels", in the order in which `sums` takes them),
+    `citation_text`, a docstring whose first paragraph is the description, `sums` and, where it is no mean, `value`.
 
     Cost: one look at each logit, in float64; memory of a chunk (some 50 MB), whatever the number of images.
 
@@ -125,7 +130,7 @@ class StreamingMetric(evaluate.Metric):
                 found = f"{number} {first} and {len(arrays[name])} {name}"
                 raise ValueError(f"{self.name}: found {found}; expected one of each for every image.")
         for name in arrays:
-            if self.inputs[name] == "logits":
+            if self.inputs[name] != "labels":
                 classes = self._width(name, arrays[name], classes)
         assert classes is not None
         total, count, rows = self.total, 0, max(1, CHUNK // classes)
@@ -148,7 +153,7 @@ class StreamingMetric(evaluate.Metric):
         except ValueError as error:
             raise ValueError(f"{self.name}: {name} are rows of different lengths; expected (n, K).") from error
         kind = self.inputs[name]
-        if array.ndim != (2 if kind == "logits" else 1) or (len(array) and array.dtype.kind not in "iuf"):
+        if array.ndim != (1 if kind == "labels" else 2) or (len(array) and array.dtype.kind not in "iuf"):
             found = f"{array.dtype} of shape {array.shape}"
             raise ValueError(f"{self.name}: {name} are {found}; expected {_WORDS[kind]}")
         return array
@@ -156,8 +161,9 @@ class StreamingMetric(evaluate.Metric):
     def _width(self, name: str, array: np.ndarray, before: int | None) -> int:
         """The number of classes, the same in all logits."""
         found = array.shape[1]
-        if found < 2 or found != (before or found):
-            expected = f"{before}, as in the others" if before else "at least 2"
+        least = 1 if "multi_labels" in self.inputs.values() else 2
+        if found < least or found != (before or found):
+            expected = f"{before}, as in the others" if before else f"at least {least}"
             raise ValueError(f"{self.name}: {name} have {found} classes; expected {expected}.")
         return found
 
@@ -168,6 +174,8 @@ class StreamingMetric(evaluate.Metric):
         for name, array in found.items():
             if self.inputs[name] == "labels":
                 keep &= array != -100
+            elif self.inputs[name] == "multi_labels":
+                keep &= (array != -100).any(1)
         return list(found.values()) if keep.all() else [array[keep] for array in found.values()]
 
     def _checked(self, name: str, array: np.ndarray, classes: int) -> np.ndarray:
@@ -178,6 +186,10 @@ class StreamingMetric(evaluate.Metric):
                     f"{self.name}: {name} hold {array[~known][0]}; expected whole numbers from 0 to {classes - 1}, or "
                     "-100 for no label."
                 )
+            return array.astype(np.int64)
+        if self.inputs[name] == "multi_labels":
+            if not (known := np.isin(array, (0, 1, -100))).all():
+                raise ValueError(f"{self.name}: {name} hold {array[~known][0]}; expected 1, 0, or -100 for not known.")
             return array.astype(np.int64)
         # In one layout: numpy adds up the classes of an image in an order that depends on it.
         logits = np.ascontiguousarray(array, dtype=np.float64)

@@ -130,13 +130,14 @@ def _row_problem(labels: Tensor) -> str:
     row = rows[wrong][0]
     if bool(((row == 0) | (row == 1)).all()):
         cure = (
-            "Several classes an image are a multi-label problem (problem_type 'multi_label_classification'), which "
-            "these objectives are not for: use plain Trainer. A row of an unlabelled image is all -100."
+            "For several classes an image set student.config.problem_type = 'multi_label_classification'. A row of an "
+            "unlabelled image is all -100."
         )
     elif bool((row >= 0).all()) and abs(float(row.sum()) - 100) < 1:
         cure = "These are percentages: divide them by 100."
     else:
-        cure = "Scores become a distribution by softmax; independent probabilities are a multi-label problem."
+        cure = "Scores become a distribution by softmax; for independent probabilities of each class set "
+        cure += "student.config.problem_type = 'multi_label_classification'."
     return (
         f"{int(wrong.sum())} of {len(labels)} rows of labels are no distributions over the classes: one sums to "
         f"{float(row.sum()):.4g}, from {float(row.min()):.4g} to {float(row.max()):.4g}; expected numbers from 0 that "

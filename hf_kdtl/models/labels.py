@@ -32,6 +32,14 @@ def _by_index(id2label: dict[Any, Any]) -> dict[int, Any]:
     return {number - first: id2label[key] for number, key in zip(numbers, keys, strict=True)}
 
 
+MULTI_LABEL = "multi_label_classification"
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether a model has several labels an image, by its config's problem_type."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL
+
+
 def set_class_names(config: Any, names: Sequence[str]) -> None:
     """Write class names into a model's config, by index."""
     config.id2label = dict(enumerate(names))

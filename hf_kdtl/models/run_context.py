@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers.source import SignalSource, SourceFacts, called
 from hf_kdtl.utils.versions import CHECKPOINTING
 
@@ -35,6 +36,7 @@ class RunContext:
         low_precision: who has quantised weights, or weights of half precision, in words.
         tf32: matrix products or convolutions on CUDA round their inputs to 10 bits.
         coupled: types of the student's layers whose statistics are of the batch or the image, without running ones.
+        multi_label: the student has several labels an image.
         teacher: the source of an objective's signals, for objectives that were made for one teacher alone.
         facts: {"student" or a source's name: what nonsmooth_layers and low_precision are said of}.
     """
@@ -48,6 +50,7 @@ class RunContext:
     low_precision: tuple[str, ...] = ()
     tf32: bool = False
     coupled: str = ""
+    multi_label: bool = False
     teacher: SignalSource | None = None
     facts: Mapping[str, SourceFacts] = field(default_factory=dict)
 
@@ -73,6 +76,7 @@ class RunContext:
             compiled=compiled or any(getattr(m, "_compiled_call_impl", None) for m in student.modules()),
             checkpointing=checkpointing or bool(getattr(student, f"is_{CHECKPOINTING}", False)),
             batch_norm=any(isinstance(m, _BatchNorm) for m in student.modules()),
+            multi_label=is_multi_label(student),
             facts=facts,
             **_in_words(facts),
             tf32=_tf32(),

@@ -46,6 +46,8 @@ class Objective(nn.Module):
     needs_plan: bool = False
     """True when layers are paired, or widths needed: then `build` and `needs` get the PairingPlan of student and
     source."""
+    multi_label: bool = False
+    """Whether the student has several labels an image: set before `prepare`, from the student's config."""
     sample: int = 0
     """How many training images `observe` reads; 0: none."""
     needs_index: bool = False
@@ -62,6 +64,10 @@ class Objective(nn.Module):
             ValueError: when the options would give wrong numbers in this setting.
         """
         return []
+
+    def multi_label_problem(self) -> str:
+        """Why it does not work for several labels an image, with what to type; empty where it does."""
+        return ""
 
     def build(self, plan: PairingPlan | None) -> None:
         """Create parameters whose widths the plan knows. `plan` is None without a teacher, or if not `needs_plan`.
@@ -106,6 +112,8 @@ def check_option(objective: str, option: str, value: Any, valid: bool, expected:
     options.check_option(f"objective {objective!r}", option, value, valid, expected)
 
 
+SOFTMAX_ONLY = "it is of one class an image (a soft-max). Use logit_kd, or an objective on features or attention."
+"""Why some objectives are refused for several labels an image."""
 HEADS = ("class", "distillation")
 
 

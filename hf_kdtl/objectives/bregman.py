@@ -75,6 +75,11 @@ class Bregman(Objective):
         self.pair: Pair | None = None
         self.head: nn.Module = nn.Identity()
 
+    def multi_label_problem(self) -> str:
+        return (
+            "a representation of probabilities is of a soft-max; fit one of pooled." if self.compares_classes else ""
+        )
+
     def prepare(self, context: RunContext) -> list[str]:
         if context.teacher is not None:  # without one `build` refuses
             self.layer.check_teacher(context.teacher)

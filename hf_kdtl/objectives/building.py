@@ -5,8 +5,17 @@ from __future__ import annotations
 import inspect
 
 from hf_kdtl.models.pairing import PairingPlan
+from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.base import Objective
+
+
+def prepare_objective(objective: Objective, context: RunContext) -> list[str]:
+    """`prepare`, for a student with one label an image or several. Raises ValueError where it does not fit."""
+    objective.multi_label = context.multi_label
+    if context.multi_label and (problem := objective.multi_label_problem()):
+        raise ValueError(f"the student has several labels an image, and {problem}")
+    return objective.prepare(context)
 
 
 def build_objective(objective: Objective, plan: PairingPlan | None) -> None:

@@ -118,6 +118,12 @@ class DerivativeObjective(Objective):
             return value
         return value.new_zeros(len(student.pixel_values), *value.shape[1:]).index_copy(0, rows, value)
 
+    def multi_label_problem(self) -> str:
+        if self.needs_labels:
+            return "it differentiates the output of the image's one label; take jacobian with output='teacher_top1'."
+        soft = {getattr(self, "distance", ""), getattr(self, "of", "")} & {"fisher", "softmax", "logprob"}
+        return f"{soft.pop()!r} is of a soft-max; take distance 'normalized' or 'squared' of 'logit'." if soft else ""
+
     def measure(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """The value of images that all take part, (b,) or (b, pairs)."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hf_kdtl.functional.logits import correlations
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_option
+from hf_kdtl.objectives.base import SOFTMAX_ONLY, Batch, Objective, check_option
 from hf_kdtl.utils.options import is_number
 
 
@@ -55,6 +55,9 @@ class Dist(Objective):
 
     def needs(self, plan) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs(logits=True)
+
+    def multi_label_problem(self) -> str:
+        return SOFTMAX_ONLY
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         over_classes, over_images = correlations(student.logits, teacher.logits.detach(), self.temperature)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, jensen_shannon, kl, log_probabilities, standardize
 from hf_kdtl.functional.logits import decoupled
+from hf_kdtl.functional.multi_label import bernoulli_log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits
+from hf_kdtl.objectives.base import SOFTMAX_ONLY, Batch, Objective, check_head, check_option, head_logits
 from hf_kdtl.utils.options import is_number
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -19,6 +20,9 @@ class LogitKD(Objective):
     tau^2 keeps the gradient's size the same at every temperature (Hinton et al. 2015, arXiv 1503.02531, section 2).
     Needs no labels, so unlabelled images of the user's own kind help. A teacher that is nearly always sure of itself
     gives little beyond its top class at a low temperature; 2 to 8 is usual.
+
+    Of a student with several labels an image (problem_type multi_label_classification) the mean over the classes of
+    the same divergence of Bernoulli(sigmoid(z / tau)); `standardize` and `hard` are of one class an image.
 
     Args:
         temperature: tau > 0.
@@ -83,14 +87,19 @@ class LogitKD(Objective):
             return cross_entropy(z_s, z_t.argmax(-1))
         if self.standardize:
             z_s, z_t = standardize(z_s), standardize(z_t)
-        log_s, log_t = (log_probabilities(z, self.temperature) for z in (z_s, z_t))
+        log = bernoulli_log_probabilities if self.multi_label else log_probabilities
+        log_s, log_t = (log(z, self.temperature) for z in (z_s, z_t))
         if self.direction == "forward":
             divergence = kl(log_t, log_s)
         elif self.direction == "reverse":
             divergence = kl(log_s, log_t)
         else:
             divergence = jensen_shannon(log_t, log_s, self.beta)
-        return self.temperature**2 * divergence
+        return self.temperature**2 * (divergence.mean(-1) if self.multi_label else divergence)
+
+    def multi_label_problem(self) -> str:
+        option = "hard" if self.hard else "standardize" if self.standardize else ""
+        return f"{option} is of one class an image; leave it out." if option else ""
 
 
 class DecoupledKD(Objective):
@@ -140,6 +149,9 @@ class DecoupledKD(Objective):
 
     def needs(self, plan) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs(logits=True)
+
+    def multi_label_problem(self) -> str:
+        return SOFTMAX_ONLY
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         target, rest = decoupled(student.logits, teacher.logits.detach(), batch["labels"], self.temperature)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import PairingPlan
-from hf_kdtl.objectives.base import Batch, Objective, check_option
+from hf_kdtl.objectives.base import SOFTMAX_ONLY, Batch, Objective, check_option
 from hf_kdtl.utils.options import is_number
 
 
@@ -88,6 +88,9 @@ class LwF(Objective):
 
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         return Needs(pooled=True), Needs(logits=True)
+
+    def multi_label_problem(self) -> str:
+        return SOFTMAX_ONLY
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         assert student.pooled is not None

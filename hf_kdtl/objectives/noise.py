@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_kdtl.functional.divergences import kl, log_probabilities
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.perturbations import Direction
-from hf_kdtl.objectives.base import Batch, check_option
+from hf_kdtl.objectives.base import SOFTMAX_ONLY, Batch, check_option
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.objectives.estimators import EstimatorChoice
 from hf_kdtl.objectives.jacobian import CITATION
@@ -46,6 +46,9 @@ class NoisyKD(DerivativeObjective):
 
     def choices(self) -> tuple[EstimatorChoice, ...]:
         return (EstimatorChoice("noise"),)
+
+    def multi_label_problem(self) -> str:
+        return SOFTMAX_ONLY
 
     def needs(self, plan) -> tuple[Needs, Needs]:
         shifts = frozenset(Direction("normal", self.noise, k) for k in range(self.probes))

@@ -153,6 +153,9 @@ class Delta(PairedObjective):
                 "the student's architecture, or use hidden_states with it as the teacher."
             )
 
+    def multi_label_problem(self) -> str:
+        return "its sample needs one label an image; take l2_sp."
+
     def sample_needs(self, plan: PairingPlan | None) -> Needs:
         return self.needs(plan)[1] | Needs(pooled=True, input_gradient=True)
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy
+from hf_kdtl.functional.multi_label import binary_cross_entropy
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.objectives.base import Batch, Objective, check_head, check_option, head_logits
 from hf_kdtl.utils.options import is_number
@@ -15,6 +16,10 @@ class Task(Objective):
     distributions (B, K) as mixup and CutMix make them. Averaged over the labelled images of the effective batch:
     exactly what Trainer computes for hard labels. Trainer itself takes float labels for a multi-label problem (binary
     cross-entropy); here they are distributions over the classes.
+
+    A student with several labels an image (its config's problem_type is multi_label_classification) has labels (B, K)
+    of 0, 1 and -100, and the mean over the known classes of the binary cross-entropy; -100 masks a class, a row of
+    -100 is an unlabelled image.
 
     Keep it with any distillation term; `logit_kd` alone learns the teacher's mistakes too.
 
@@ -45,8 +50,14 @@ class Task(Objective):
         check_head("task", head)
         self.label_smoothing, self.head = label_smoothing, head
 
+    def multi_label_problem(self) -> str:
+        smoothed = "label_smoothing is of one class an image; leave it out (label_smoothing_factor too)."
+        return smoothed if self.label_smoothing else ""
+
     def needs(self, plan) -> tuple[Needs, Needs]:
         return Needs(logits=True), Needs()
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        if self.multi_label:
+            return binary_cross_entropy(head_logits(student, self.head), batch["labels"])
         return cross_entropy(head_logits(student, self.head), batch["labels"], self.label_smoothing or 0.0)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.forward.embedding import is_headless
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.chance import ChanceChecks
@@ -75,7 +76,8 @@ def build_distiller(
         None if options is None else LayerRates(options, student, plans.get(options.teacher_name), seed=config.seed),
         _split_terms(config),
     )  # fmt: skip
-    distiller.chance = ChanceChecks(name for name in teachers if name in compared)
+    if not is_multi_label(student):
+        distiller.chance = ChanceChecks(name for name in teachers if name in compared)
     distiller.notes += unread
     for note in distiller.notes:
         logger.info(note)

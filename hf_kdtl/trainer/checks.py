@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
-from hf_kdtl.models.labels import adopt_class_names, class_problem, dataset_class_names
+from hf_kdtl.models.labels import MULTI_LABEL, adopt_class_names, class_problem, dataset_class_names, is_multi_label
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layer_rates import LayerRates
@@ -176,16 +176,17 @@ def _too_few(trainer: Trainer) -> list[str]:
 def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
     """Training arguments that are not supported with this student, each with what to type instead."""
     found = [*_argument_problems(args), *_objective_problems(args), *_rule_problems(args), *adapter_problems(student)]
-    if getattr(getattr(student, "config", None), "num_labels", None) == 1 and (reading := _class_readers(args)):
+    one_class = getattr(getattr(student, "config", None), "num_labels", None) == 1
+    if one_class and not is_multi_label(student) and (reading := _class_readers(args)):
         found.append(
             f"the student has one class, of which every answer is right, so {', '.join(reading)} would be 0 and train "
             "nothing. Expected two classes or more: num_labels=2, with labels 0 and 1."
         )
     problem = getattr(getattr(student, "config", None), "problem_type", None)
-    if problem not in (None, "single_label_classification"):
+    if problem not in (None, "single_label_classification", MULTI_LABEL):
         found.append(
             f"the student's problem_type is {problem!r}; the objectives compare class distributions. Expected "
-            "'single_label_classification': set model.config.problem_type, or use plain Trainer."
+            f"'single_label_classification' or {MULTI_LABEL!r}: set model.config.problem_type, or use plain Trainer."
         )
     return found
 

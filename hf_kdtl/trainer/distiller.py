@@ -15,13 +15,14 @@ from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, VIEW
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.models.teachers.source import Batch, SignalSource, called
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives.base import Objective
-from hf_kdtl.objectives.building import build_objective
+from hf_kdtl.objectives.building import build_objective, prepare_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.trainer.batch import Counts, full_outputs, micro_batch_counts, of_student_alone
@@ -76,7 +77,7 @@ class Distiller(nn.Module):
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
         self.plans = {name: plan for name, plan in (plans or {}).items() if plan is not None}
         self.task_loss, self.rates, self.split_terms = task_loss, rates, split_terms
-        self.check_labels = LabelCheck(objectives, own_loss=task_loss is not None)
+        self.check_labels = LabelCheck(objectives, task_loss is not None, is_multi_label(student))
         self.student_needs, self.source_needs = Needs(), dict.fromkeys(self.sources, Needs())
         self.notes: list[str] = []
         self._touch = ZeroTouch()
@@ -269,7 +270,7 @@ class Distiller(nn.Module):
         if objective.needs_teacher and teachers and name not in teachers:
             raise ValueError(f"it takes its signals from {name!r}; expected one of {teachers}: set its 'teacher'.")
         source, plan = self.sources.get(name), self.plans.get(name)
-        notes = objective.prepare(context.of_source(name, source))
+        notes = prepare_objective(objective, context.of_source(name, source))
         build_objective(objective, plan)
         student, needs = objective.needs(plan)
         check_class_outputs(objective, self.student, student)

@@ -11,7 +11,9 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
+from hf_kdtl.functional.multi_label import binary_cross_entropy
 from hf_kdtl.models.forward.attention_hooks import class_outputs
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.objectives import Objective
 from hf_kdtl.trainer.distiller import Counts
 from hf_kdtl.trainer.publishing import PublishingTrainer
@@ -71,7 +73,12 @@ class EvaluatingTrainer(PublishingTrainer):
             smoothed = [getattr(o, "label_smoothing", None) for o in self.distiller.objectives.values()]
             smoothing = next((s for s in smoothed if s is not None), self.args.label_smoothing_factor)
             self.distiller.check_labels(labels, outputs["logits"].shape[-1])
-            values = cross_entropy(outputs["logits"], labels, smoothing)
+            of_several = is_multi_label(self.model)
+            values = (
+                binary_cross_entropy(outputs["logits"], labels)
+                if of_several
+                else cross_entropy(outputs["logits"], labels, smoothing)
+            )
             loss = values.sum() / counts["labelled"].clamp(min=1)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_kdtl.functional.divergences import check_labels
+from hf_kdtl.functional.multi_label import check_multi_labels
 from hf_kdtl.objectives.base import Objective
 
 
@@ -18,11 +19,13 @@ class LabelCheck:
     Args:
         objectives: by key; those that need no labels do not count.
         own_loss: whether a user's `compute_loss_func` reads them in their place; their values are then its business.
+        multi_label: whether an image has several labels.
     """
 
-    def __init__(self, objectives: Mapping[str, Objective], own_loss: bool):
+    def __init__(self, objectives: Mapping[str, Objective], own_loss: bool, multi_label: bool = False):
         self.needing = [key for key, objective in objectives.items() if objective.needs_labels]
         self.own_loss, self._checked = own_loss, False
+        self._check = check_multi_labels if multi_label else check_labels
 
     def present(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError when the batch has no labels and an objective needs them."""
@@ -39,5 +42,5 @@ class LabelCheck:
         On an accelerator, where it would wait for the device, only those of the first batch are looked at.
         """
         if labels is not None and not self.own_loss and (labels.device.type == "cpu" or not self._checked):
-            check_labels(labels, classes)
+            self._check(labels, classes)
             self._checked = True

@@ -98,3 +98,39 @@ def agreement_teacher_wrong(student, teacher, labels):
 def negative_flip_rate(predictions, labels, baseline):
     rows = [(p, y, b) for p, y, b in zip(predictions, labels, baseline, strict=True) if y != -100]
     return _mean(first_largest(b) == y and first_largest(p) != y for p, y, b in rows)
+
+
+def map(logits, labels):
+    found = []
+    for k in range(len(logits[0])):
+        known = [(row[k], y[k]) for row, y in zip(logits, labels, strict=True) if y[k] != -100]
+        there = sum(y for _, y in known)
+        if not there:
+            continue
+        area, recall_before = 0.0, 0.0
+        for threshold in sorted({z for z, _ in known}, reverse=True):
+            taken = [y for z, y in known if z >= threshold]
+            area += (sum(taken) / there - recall_before) * sum(taken) / len(taken)
+            recall_before = sum(taken) / there
+        found.append(area)
+    return _mean(found)
+
+
+def _answers(logits, labels, classes):
+    right = wrong = 0
+    for row, ys in zip(logits, labels, strict=True):
+        for k in classes:
+            if ys[k] != -100:
+                right += row[k] > 0 and ys[k] == 1
+                wrong += (row[k] > 0) != (ys[k] == 1)
+    return right, wrong
+
+
+def micro_f1(logits, labels):
+    right, wrong = _answers(logits, labels, range(len(logits[0])))
+    return 2 * right / (2 * right + wrong)
+
+
+def macro_f1(logits, labels):
+    each = [_answers(logits, labels, [k]) for k in range(len(logits[0]))]
+    return _mean(2 * right / (2 * right + wrong) for right, wrong in each if right + wrong)

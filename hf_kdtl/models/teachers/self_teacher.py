@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.models.adapters import adapted, adapters_off, plain_state
 from hf_kdtl.models.forward.capture import Capture, Needs
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers.source import Batch, SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -40,7 +41,7 @@ class SelfTeacher(Teacher):
         if student is not self.model:
             self._hold(student)
             self._checked = False
-        self._geometry = {}
+        self._geometry, self._multi_label = {}, is_multi_label(student)
         self.notes = ["the teacher is the student with its adapters off; no second copy is held."]
 
     def eval_context(self) -> Any:

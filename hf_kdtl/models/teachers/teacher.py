@@ -19,7 +19,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, plain_model, untrained_pooler
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.models.forward.partial_batch import capture_subset
-from hf_kdtl.models.labels import class_names, match_labels
+from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels
 from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
@@ -48,6 +48,8 @@ class Teacher(SignalSource):
             both after the last norm. "pooler", "class" or "mean" take that one.
     """
 
+    of_each_class = False  # whether the sigmoid of an output is a probability whatever it was trained for
+    _multi_label = False  # whether the student has several labels an image
     new_head: Sequence[str] = ()  # tensors of the head that are random, because its file has none
     pool: Pool = "auto"
     pooler = True  # whether its pooler's weights are trained
@@ -125,7 +127,7 @@ class Teacher(SignalSource):
                 "copy.deepcopy(model); or for a student with adapters teacher='self', which is it without them."
             )
         self.notes, self.order = [], None
-        self._geometry = {}
+        self._geometry, self._multi_label = {}, is_multi_label(student)
         if compare_classes:
             self._check_is_classifier()
             self._check_head()
@@ -147,7 +149,13 @@ class Teacher(SignalSource):
         if reason := self._no_classes():
             raise ValueError(reason)
         problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-        if problem not in (None, "single_label_classification"):
+        if self._multi_label and problem != MULTI_LABEL and not self.of_each_class:
+            raise ValueError(
+                f"the student has several labels an image and the teacher's problem_type is {problem!r}: its outputs "
+                "are a distribution over the classes, not a probability of each. Use a teacher of several labels an "
+                f"image; if it was trained so, set teacher.config.problem_type = {MULTI_LABEL!r}."
+            )
+        if problem not in (None, "single_label_classification") and not self._multi_label:
             raise ValueError(
                 f"the teacher's problem_type is {problem!r}: its outputs are no distribution over the classes, and "
                 "the objectives take a softmax of them. Use a teacher of one class an image, or objectives that "

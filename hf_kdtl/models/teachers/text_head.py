@@ -45,6 +45,8 @@ class TextHeadTeacher(Teacher):
         ...                                   templates=["a photo of a {}", "a drawing of a {}"])  # doctest: +SKIP
     """
 
+    of_each_class = True
+
     def __init__(
         self,
         model: Any,
