@@ -18,10 +18,10 @@ from transformers import AutoModelForImageClassification
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.hub import license as licenses
+from hf_kdtl.models.adapters import adapter_kinds
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers import SelfTeacher, SignalSource
-from hf_kdtl.models.teachers.teacher import adapter_kinds
 from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
 

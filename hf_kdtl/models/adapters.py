@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_kdtl.models.forward.modes import evaluating
+from hf_kdtl.utils.text import one_line
 
 
 def adapted(model: Any) -> bool:
@@ -128,3 +129,11 @@ def load_adapters(model: Any, folder: str | Path) -> None:
                 "another shape. Resume with the same adapter settings (r, target_modules, modules_to_save)."
             )
         set_peft_model_state_dict(model, found, adapter_name=name)
+
+
+def adapter_kinds(model: Any) -> dict[str, str] | None:
+    """{adapter: its kind} of a model with adapters; None of another."""
+    found = getattr(model, "peft_config", None)
+    if not found or not hasattr(model, "get_base_model"):
+        return None
+    return {one_line(name): str(getattr(one.peft_type, "value", one.peft_type)) for name, one in found.items()}

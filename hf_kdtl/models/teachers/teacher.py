@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_kdtl.models.adapters import adapter_kinds
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
@@ -27,7 +28,6 @@ from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_p
 from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
 from hf_kdtl.utils.options import check_option
-from hf_kdtl.utils.text import one_line
 
 logger = logging.get_logger(__name__)
 
@@ -296,11 +296,3 @@ class Teacher(SignalSource):
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.model)
         return self._fingerprint
-
-
-def adapter_kinds(model: Any) -> dict[str, str] | None:
-    """{adapter: its kind} of a model with adapters; None of another."""
-    found = getattr(model, "peft_config", None)
-    if not found or not hasattr(model, "get_base_model"):
-        return None
-    return {one_line(name): str(getattr(one.peft_type, "value", one.peft_type)) for name, one in found.items()}
