@@ -31,6 +31,9 @@ from hf_kdtl.reports.figures.confusion import confusion_figure
 from hf_kdtl.reports.figures.degraded import degradations_figure
 from hf_kdtl.reports.run_report import write_report
 from hf_kdtl.utils.text import escape_markdown, figure_label
+from tests.support.figures import coarse_figures  # noqa: F401
+
+text_alone = pytest.mark.usefixtures("coarse_figures")  # what figures look like is tested below
 
 NAMES = ["cat", "dog", "emu"]
 LABELS = np.repeat([0, 1, 2], 20)
@@ -100,6 +103,7 @@ def cells(text, name):
     return [cell.strip() for cell in row.strip("|").split("|")][1:]
 
 
+@text_alone
 def test_the_first_screen_answers():
     text = report(evaluation())
     assert text.startswith(
@@ -169,6 +173,7 @@ def test_what_there_is_below():
     assert "All classes that have images." in text
 
 
+@text_alone
 def test_an_improvement_and_no_difference():
     models = ALL | {"student": ("student", HALF, logits(range(9, 21)))}
     value = Evaluation.of(evaluation(models))
@@ -180,6 +185,7 @@ def test_an_improvement_and_no_difference():
     assert "teacher**: +0.0 points (0 images" in " ".join(sentences(same, same.models["student"]))
 
 
+@text_alone
 def test_several_students_have_their_own_pictures():
     models = {"student a": ALL["student"], "student b": ("student", HALF, logits(range(5)))} | dict(
         list(ALL.items())[1:]
@@ -192,6 +198,7 @@ def test_several_students_have_their_own_pictures():
     assert not Path("run/classes.png").exists()
 
 
+@text_alone
 def test_a_student_alone():
     text = report(evaluation({"student": ALL["student"]}, degraded=False))
     first = text.split("## All scores")[0]
@@ -202,6 +209,7 @@ def test_a_student_alone():
     assert {path.name for path in Path("run").iterdir()} == {FILE, "report.md", "report.html", "reliability.png"}
 
 
+@text_alone
 def test_a_class_without_images():
     value = evaluation(names=NAMES)
     for model in value["models"].values():
@@ -211,6 +219,7 @@ def test_a_class_without_images():
     assert "1 of 4 classes have no image here." in text and "yak" not in text
 
 
+@text_alone
 def test_nothing_right_on_the_clean_images():
     value = evaluation()
     value["models"]["teacher"]["degraded"] = {"clean": 0.0, "jpeg": [0.0, 0.0], "contrast": [0.0, 0.0]}

@@ -134,6 +134,17 @@ def test_a_save_interrupted_before_its_last_rename_is_incomplete(run_folder):
     assert verify(folder) == ["trainer_state.json is missing: its save was not finished"]
 
 
+def test_the_manifest_is_there_before_the_state_gets_its_name(tmp_path, monkeypatch):
+    """A state without a manifest would look like a checkpoint of plain Trainer."""
+    (tmp_path / "weights").write_text("1")
+    (tmp_path / UNLISTED).write_text('{"global_step": 1}')
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", lambda *names: signal.raise_signal(signal.SIGINT))
+        write_manifest(tmp_path, 1, ["weights"])
+    assert read_manifest(tmp_path)["files"].keys() == {"weights", "trainer_state.json"}
+    assert verify(tmp_path) == ["trainer_state.json is missing: its save was not finished"]
+
+
 def test_damaged_ones_are_skipped_with_a_sentence_and_the_run_ends_bitwise(run_folder, finished, caplog):
     os.truncate(run_folder / "checkpoint-6" / "optimizer.pt", 100)
     (run_folder / "checkpoint-4" / "rng_state.pth").unlink()

@@ -68,6 +68,25 @@ def test_two_processes_equal_one(tmp_path, rule):
     assert largest_difference(weights(single.distiller), two) < 1e-5
 
 
+def test_what_an_interrupted_window_left_is_not_in_the_next_step(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            raise RuntimeError("between two micro-batches")
+
+    student, teacher = pair()
+    settings = {"gradient_rule": RULES[0], "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    settings |= {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+    runs = [trainer(tmp_path, student, teacher, Images(8), AGAINST, **settings) for _ in range(2)]
+    interrupt = Interrupt()
+    runs[0].add_callback(interrupt)
+    with pytest.raises(RuntimeError, match="between two micro-batches"):
+        runs[0].train()
+    runs[0].remove_callback(interrupt)
+    for one in runs:
+        one.train()
+    assert largest_difference(weights(runs[0].distiller), weights(runs[1].distiller)) < 1e-6
+
+
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_the_optimizer_gets_a_gradient_that_does_not_work_against_the_task(tmp_path, scope):
     class Look(TrainerCallback):

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainerState
+from transformers import AutoModelForImageClassification, EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.checkpoints.manifest import read_manifest, write_manifest
@@ -73,6 +73,22 @@ def test_the_best_model_is_loaded_completely(tmp_path, family):
     assert runner.state.best_global_step == 2
     assert largest_difference(weights(runner.model), seen[2]) == 0.0
     assert largest_difference(seen[6], seen[2]) > 1e-5
+
+
+def test_a_callback_with_a_state_is_saved_as_it_is_then(tmp_path):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    chosen = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": False}
+    patient = EarlyStoppingCallback(early_stopping_patience=9)
+    settings = RUN | chosen | {"max_steps": 4, "eval_dataset": Images(4), "callbacks": [Worse(), patient]}
+    trainer(tmp_path, build("vit"), **settings).train()
+    counted = {}
+    for step in (2, 4):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        counted[step] = state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
+    assert [found["early_stopping_patience_counter"] for found in counted.values()] == [1, 3]
 
 
 LAST = {"max_steps": 6}, {"max_steps": 5}, {"num_train_epochs": 1.5, "max_steps": -1}, {"max_steps": 8}
