@@ -1,12 +1,13 @@
-"""Write a student as an ONNX file, check that it answers as the student does, and time both.
+"""Write a student as an ONNX file, check that it answers as the student does, time both; with --int8 also in int8.
 
   pip install 'hf_kdtl[export]'
   hf-kdtl export --student runs/student/student --output student.onnx
-  hf-kdtl export --student runs/student/student --output student.onnx --batch_size 64 --overwrite true
+  hf-kdtl export --student runs/student/student --output student.onnx --int8 true --dataset my_images --max_drop 0.5
 
 The file takes pixel_values (batch, channels, height, width) as the student's image processor makes them, and gives
 logits (batch, classes), in float32 and for any batch. It appears only when its logits are the student's to 1e-4, at
-batch 1 and 5, on random pixels.
+batch 1 and 5, on random pixels. --int8 writes student.int8.onnx as well, calibrated on 256 training images, once the
+accuracy of both on all test images is known: one that loses more than --max_drop points is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders
-from hf_kdtl.evaluation.cost import latency
+from hf_kdtl.commands.common import builders, int8
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.speed import speeds
+from hf_kdtl.evaluation.records import Speed
 from hf_kdtl.export import BATCHES, TOLERANCE, OnnxModel, check_installed, export_onnx, largest_difference
 from hf_kdtl.models.teachers.resolve import open_classifier
+from hf_kdtl.reports.evaluation_summary import speed_table
 
 
 @dataclass
@@ -41,21 +45,36 @@ class ExportOptions:
     )
     batch_size: int = field(default=16, metadata={"help": "Images a forward, of the second timing; the first has 1."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the file where it exists."})
+    int8: bool = field(default=False, metadata={"help": "Also <output>.int8.onnx, calibrated on --dataset."})
+    max_drop: float = field(default=1.0, metadata={"help": "Points of test accuracy that int8 may lose."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, export, compare, time."""
     cli.quiet()
-    (options,) = cli.parse(ExportOptions, argv=argv, doc=__doc__)
+    types = (ExportOptions, DataOptions)
+    options, data_options = cli.parse(*types, argv=argv, doc=__doc__)
     output = Path(options.output).expanduser()
     check(options, output)
+    if options.int8:
+        int8.check(options.max_drop, cli.typed_names(*types, argv=argv))
     source = builders.existing(options.student)
     student = open_classifier(source, role="the student", dtype=torch.float32).model.eval()
     pixels = random_pixels(source, student, options)
     tqdm.write(f"{builders.summary(student)}: exporting for pixels {tuple(pixels.shape[1:])} and any batch.")
     exported, difference = written(student, pixels, output)
     tqdm.write(f"{output}: {output.stat().st_size / 1e6:.1f} MB, largest difference of a logit {difference:.1e}.\n")
-    tqdm.write(timed(student, exported, pixels, options.batch_size))
+    forms: dict[str, Any] = {"onnx": exported}
+    images = None
+    if options.int8:
+        images = int8.Images(source, student, data_options)
+        forms["int8"] = int8.written(output, images, options.max_drop)
+    timing = timed(student, forms, pixels[: max(options.batch_size, 1)])
+    tqdm.write(
+        f"{speed_table(Speed.of(timing))}\n\nMedian of a forward on the CPU, threads: {torch.get_num_threads()}."
+    )
+    if images is not None:
+        int8.report(output, images, forms, timing, options.max_drop, source)
 
 
 def check(options: ExportOptions, output: Path) -> None:
@@ -106,19 +125,10 @@ def written(student: Any, pixels: Tensor, output: Path) -> tuple[OnnxModel, floa
     return exported, difference
 
 
-def timed(student: Any, exported: OnnxModel, pixels: Tensor, batch_size: int) -> str:
-    """A table of the milliseconds of a forward, torch and onnxruntime taking turns."""
-    lines = [
-        f"Milliseconds of a forward on the CPU, threads: {torch.get_num_threads()}; median (95th percentile).\n",
-        "| batch | torch | onnxruntime | torch / onnxruntime |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    for size in dict.fromkeys((1, batch_size)):
-        found = latency({"torch": (student, pixels[:size]), "onnx": (exported, pixels[:size])})
-        cells = [f"{found[name]['median']:.2f} ({found[name]['p95']:.2f})" for name in ("torch", "onnx")]
-        ratio = found["torch"]["median"] / found["onnx"]["median"]
-        lines.append(f"| {size} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
-    return "\n".join(lines)
+def timed(student: Any, forms: dict[str, Any], pixels: Tensor) -> dict[str, Any]:
+    """The section `speed` of the student in torch and as the files, which take turns."""
+    made = {("student", form): model for form, model in forms.items()}
+    return speeds({"student": (student, pixels)}, ["eager", *forms], made)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,19 @@ class Speed(Record):
 
 
 @dataclass(frozen=True)
+class Export(Record):
+    """The section `export`: files of the student as {form: ...}, onnx and int8; accuracy in [0, 1] on all of test."""
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    file_bytes: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    calibration_images: int = 0
+    max_drop: float | None = None
+    speed: Speed | None = None
+    device: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation(Record):
     """The section `evaluation`: of a training run (captions), or of a student (`split`, ...)."""
 
@@ -249,6 +262,7 @@ class Results(Record):
     evaluation: Evaluation = field(default_factory=Evaluation)
     comparison: list[Comparison] = field(default_factory=list)
     student_evaluation: StudentEvaluation | None = None
+    export: Export | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # sections of other programs
 
     @property

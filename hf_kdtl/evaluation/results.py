@@ -31,6 +31,7 @@ SECTIONS = (
     "evaluation",
     "comparison",
     "student_evaluation",
+    "export",
 )
 
 

@@ -15,6 +15,7 @@ from hf_kdtl.reports.evaluation_findings import confidence_text, sentences
 from hf_kdtl.reports.evaluation_sections import degraded_table, fidelity_note
 from hf_kdtl.reports.evaluation_summary import verdict_table
 from hf_kdtl.reports.evaluation_values import calibration_text, models_with_role, scores_of
+from hf_kdtl.reports.export_section import export_sentence
 from hf_kdtl.reports.run_report import SPLITS, arm_names, note, table
 from hf_kdtl.reports.score_tables import scores_note, scores_table
 from hf_kdtl.utils.redaction import local_name
@@ -102,6 +103,8 @@ def measured_section(results: Results) -> dict[str, Any]:
     runs = _test_runs(results)
     if any(len(scores) > 1 for arm in runs.values() for scores in arm):
         found |= {"by_seed": Markdown(scores_table(runs)), "by_seed_note": Markdown(scores_note(runs))}
+    if results.export is not None:
+        found["measured"] |= {"Exported as ONNX": Markdown(export_sentence(results.export))}
     if measured is not None:
         found["lost"] = [
             Markdown(line) for line in sentences(measured.evaluation, evaluated_student(measured.evaluation))

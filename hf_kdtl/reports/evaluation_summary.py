@@ -97,7 +97,7 @@ def speed_table(speed: Speed) -> str:
     return markdown_table([header, *rows])
 
 
-FORMS = {"eager": "eager (float32)", "compiled": "compiled", "bf16": "bfloat16", "onnx": "ONNX"}
+FORMS = {"eager": "eager (float32)", "compiled": "compiled", "bf16": "bfloat16", "onnx": "ONNX", "int8": "ONNX, int8"}
 
 
 def _speed_note(speed: Speed, device: str) -> str:

@@ -15,6 +15,7 @@ from hf_kdtl.evaluation.results import load_results
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.evaluation_sections import sections
 from hf_kdtl.reports.evaluation_summary import first_screen
+from hf_kdtl.reports.export_section import export_section
 from hf_kdtl.reports.figures.arms import ARMS_FIGURE, arms_figure
 from hf_kdtl.reports.figures.curves import CURVES, curves_figure
 from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_figure
@@ -71,6 +72,8 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
     if sentence := difference(results):
         lines += [sentence, ""]
     lines += _figures(results, figures)
+    if results.export is not None:
+        lines += export_section(results.export)
     if results.objectives:
         lines += ["## Objectives", "", objectives_table(results), ""]
     for name, rows in results.stages.items():

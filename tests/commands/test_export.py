@@ -1,8 +1,10 @@
 """hf-kdtl export and hf_kdtl/export.py: an ONNX file that answers as the student does."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -10,7 +12,12 @@ from torch import nn
 
 from hf_kdtl import export
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.export import OnnxModel, export_onnx, largest_difference
+from hf_kdtl.commands.common import int8
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.export import OnnxModel, export_onnx, largest_difference, quantize_onnx
+from hf_kdtl.models.teachers.resolve import open_classifier
+from tests.commands.conftest import QUICK
 from tests.support.tiny import build
 
 slow = pytest.mark.slow
@@ -46,11 +53,40 @@ def test_the_recipe_writes_compares_and_times(command, teacher, capsys):
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.shape[1:], given.name) == ("pixel_values", [3, 16, 16], "logits")
     assert "pixels (3, 16, 16) and any batch" in printed and "largest difference of a logit" in printed
-    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == ["1", "3"]
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == [
+        "student, eager (float32)",
+        "student, ONNX",
+    ]
     before = Path("out/deep/student.onnx").read_bytes()
     assert cli.run(lambda: module.main(arguments())) == 2
     assert "exists. Give another --output, or replace it: --overwrite true" in capsys.readouterr().err
     assert Path("out/deep/student.onnx").read_bytes() == before
+
+
+@slow
+def test_int8_is_smaller_and_answers_nearly_as_the_student(tmp_path):
+    model, pixels = build("vit", layers=1), torch.randn(40, 3, 32, 32)
+    export_onnx(model, pixels, tmp_path / "model.onnx")
+    quantize_onnx(tmp_path / "model.onnx", pixels, tmp_path / "int8.onnx")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node)
+    assert kinds["QuantizeLinear"] > 10 and kinds["DequantizeLinear"] > kinds["QuantizeLinear"]
+    assert 1e-6 < largest_difference(model, OnnxModel(tmp_path / "int8.onnx"), pixels) < 0.05
+    with pytest.raises(ValueError, match="is calibrated on training images, and there are none"):
+        quantize_onnx(tmp_path / "model.onnx", pixels[:0], tmp_path / "none.onnx")
+
+
+@slow
+def test_int8_of_a_run_is_in_its_report_and_card(command, images, teacher, capsys):
+    flags = ["--teacher", teacher, "--dataset", images, "--student_layers", "1", "--output_dir", "run", *QUICK]
+    command("distill").main(flags)
+    asked = ["--student", "run/student", "--output", "student.onnx", "--int8", "true", "--dataset", images]
+    command("export").main([*asked, "--max_drop", "100"])
+    found = read_results("run")["export"]
+    assert found["images"] == 5 and set(found["accuracy"]) == {"onnx", "int8"} and found["calibration_images"] <= 256
+    assert {*found["speed"]["latency_ms"]["student"]} == {"eager", "onnx", "int8"}
+    assert found["file_bytes"]["int8"] == Path("student.int8.onnx").stat().st_size
+    assert "## Exported files" in Path("run/report.md").read_text()
+    assert "Exported as ONNX:** In int8 it" in Path("run/README.md").read_text()
 
 
 # ---- the rest needs no export ----
@@ -87,10 +123,48 @@ def copied(command, monkeypatch):
         monkeypatch.setattr(module, "export_onnx", lambda model, pixels, path: Path(path).write_text("onnx"))
         monkeypatch.setattr(module, "OnnxModel", lambda path: None)
         monkeypatch.setattr(module, "largest_difference", lambda *_: difference)
-        monkeypatch.setattr(module, "timed", lambda student, exported, pixels, size: f"pixels {tuple(pixels.shape)}")
+        timing = {"batch_size": 1, "latency_ms": {}, "reasons": {}}
+        monkeypatch.setattr(module, "timed", lambda student, forms, pixels: timing)
         return module
 
     return fake
+
+
+@pytest.mark.parametrize(("allowed", "written"), [("40", False), ("60", True)])
+def test_int8_that_loses_too_much_is_refused(copied, images, teacher, monkeypatch, capsys, allowed, written):
+    """Half of the test images are wrong in "int8"."""
+    module = copied(1e-6)
+    monkeypatch.setattr(int8, "quantize_onnx", lambda source, pixels, path: Path(path).write_text(f"{len(pixels)}"))
+    monkeypatch.setattr(int8, "OnnxModel", lambda path: str(path))
+    monkeypatch.setattr(int8.Images, "accuracy", lambda self, model: 0.25 if "int8" in model else 0.75)
+    flags = arguments("--int8", "true", "--dataset", images, "--max_drop", allowed)
+    assert cli.run(lambda: module.main(flags)) == (0 if written else 2)
+    assert Path("out/deep/student.onnx").exists() and Path("out/deep/student.int8.onnx").exists() == written
+    printed = capsys.readouterr()
+    if written:
+        assert "loses 50.00 points of accuracy on 5 test images (75.00 % in float32, 25.00 % in int8" in printed.out
+        assert Path("out/deep/student.int8.onnx").read_text() == "26"
+    else:
+        assert "loses 50.00 points" in printed.err and "--max_drop 50.1" in printed.err
+    assert len(list(Path("out/deep").iterdir())) == 1 + written
+
+
+def test_accuracy_is_of_all_test_images_in_the_students_classes(images, teacher):
+    student = open_classifier(teacher).model
+    held = int8.Images(teacher, student, DataOptions(dataset=images))
+    colours = {0: 1, 1: 0, 2: 2}  # the student's classes are green, red, blue: the channel that is brightest
+
+    def brightest(pixels):
+        channel = pixels.mean((2, 3)).argmax(1)
+        return torch.stack([channel == colours[k] for k in range(3)], 1).float()
+
+    assert held.accuracy(answering_keywords(brightest)) == 1.0
+    assert held.accuracy(answering_keywords(lambda x: brightest(x)[:, [1, 2, 0]])) == 0.0
+    assert len(held.test) == 5 and len(held.calibration) == 26
+
+
+def answering_keywords(function):
+    return lambda pixel_values: SimpleNamespace(logits=function(pixel_values))
 
 
 def test_a_file_that_disagrees_is_not_written(copied, teacher, capsys):
@@ -102,7 +176,7 @@ def test_a_file_that_disagrees_is_not_written(copied, teacher, capsys):
     assert [p.read_text() for p in Path("out/deep").iterdir()] == ["before"]
 
 
-@pytest.mark.parametrize(("extra", "shape"), [([], "(5, 3, 16, 16)"), (["--image_size", "24"], "(5, 3, 24, 24)")])
+@pytest.mark.parametrize(("extra", "shape"), [([], "(3, 16, 16)"), (["--image_size", "24"], "(3, 24, 24)")])
 def test_the_pixels_are_those_of_the_processor_or_as_asked(copied, teacher, capsys, extra, shape):
     Path("out/deep").mkdir(parents=True)
     Path("out/deep/student.onnx").write_text("before")
@@ -118,6 +192,8 @@ def test_the_pixels_are_those_of_the_processor_or_as_asked(copied, teacher, caps
         (["--output", "teacher"], "teacher is a folder; expected a file: --output teacher/student.onnx"),
         (["--batch_size", "0"], "batch_size is 0, expected 1 or more"),
         (["--image_size", "-1"], "image_size is -1, expected 1 or more"),
+        (["--int8", "true"], "calibrated on training images and scored on test images, and none were given"),
+        (["--int8", "true", "--dataset", "digits", "--max_drop", "-1"], "max_drop is -1.0, expected 0 or more"),
     ],
 )
 def test_bad_input_is_a_sentence(command, teacher, capsys, extra, message):
