@@ -153,7 +153,7 @@ def test_arithmetic_that_is_not_described_is_refused(options, message):
         match_pixels(ViTImageProcessor(size=SQUARE), _Plain(32, **options))
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (48, 36)])
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (48, 36), pytest.param(64, 32, marks=pytest.mark.slow)])
 def test_pixels_that_are_not_square(height, width):
     """ConvNeXt squares them: below 384 by a crop; others keep the proportions or squeeze."""
     student = ViTImageProcessor(do_resize=False, **IMAGENET)

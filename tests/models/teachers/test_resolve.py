@@ -12,7 +12,7 @@ from hf_kdtl import make_student
 from hf_kdtl.models import Needs, Teacher
 from hf_kdtl.models.teachers.resolve import open_classifier, open_processor
 from hf_kdtl.models.teachers.start import StartingPoint
-from tests.support.helpers import largest_difference, trainer, weights
+from tests.support.helpers import and_slow, largest_difference, trainer, weights
 from tests.support.tiny import TINY, build
 
 HEADS = {"poolformer": "norm.", "cvt": "layernorm."}  # a norm that only the classifier has
@@ -80,7 +80,7 @@ def test_another_image_size_is_an_error_although_sizes_are_ignored(tmp_path):
         open_classifier(tmp_path, image_size=64, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize("name", ["vit", "beit", "dinov2", "swin", "resnet", "poolformer", "cvt", "levit"])
+@pytest.mark.parametrize("name", and_slow(["vit", "dinov2", "resnet", "levit"], ["beit", "swin", "poolformer", "cvt"]))
 def test_a_backbone_alone_has_no_head(tmp_path, name):
     if name in ("vit", "beit") and Version(__version__) < Version("5.20"):
         pytest.skip("transformers does not find the names of these backbones there, and the file is refused")
