@@ -153,9 +153,4 @@ def not_measured(evaluation: Evaluation, device: str) -> list[str]:
         "Variation between training runs: this is one trained model of each kind. `hf-kdtl compare` compares methods "
         "over seeds.",
         f"Time and memory on hardware other than {device}; other batch sizes{_forms(evaluation)}.",
-        *(
-            ["Which accuracy is sufficient: give --max_drop for a pass or fail."]
-            if evaluation.max_drop is None
-            else []
-        ),
     ]

@@ -91,12 +91,12 @@ def _degraded_note(evaluation: Evaluation) -> str:
     degraded = evaluation.degraded
     assert degraded is not None
     number, total = degraded.images, evaluation.images
-    which = f"All {total:,}" if number == total else f"{number:,} of the {total:,} (drawn once, with seed 0)"
+    which = f"{evaluation.split} images"
+    which = f"All {total:,} {which}" if number == total else f"{number:,} of the {total:,} {which} (drawn with seed 0)"
     return (
-        f"{which} {evaluation.split} images, the same pixels for every model: degraded at a shorter side of at most "
+        f"{which}, the same pixels for every model: degraded at a shorter side of at most "
         f"{degraded.side} px, then passed to each model's own image processor. An accuracy on {number:,} images has "
-        "an "
-        f"error of up to ±{100 * 0.98 / number**0.5:.1f} points. The severities: docs/degradations.md."
+        f"an error of up to ±{100 * 0.98 / number**0.5:.1f} points. The severities: docs/degradations.md."
     )
 
 

@@ -168,7 +168,8 @@ def test_what_there_is_below():
     assert cells(text, "`nll`")[0] == f"{0.6 * math.log(total / right) + 0.4 * math.log(total):.4f}"
     assert cells(text, "`teacher_kl`")[0] == f"{0.2 * 2 * (right - 1) / total:.4f}"  # 12 answers apart
     assert cells(text, "`jpeg`")[0] == "30.0 % (50.0 % of clean)" and cells(text, "`clean`")[1] == "80.0 %"
-    assert "30 of the 60 (drawn once, with seed 0) test images" in text
+    assert "30 of the 60 test images (drawn with seed 0), the same pixels" in text
+    assert text.count("Which accuracy is sufficient") == 1
     assert "for the teacher's predicted class: mean 0.25" in text
     assert "All classes that have images." in text
 
