@@ -38,6 +38,13 @@ def _distill() -> Main:
     return main
 
 
+def _probe() -> Main:
+    """find out in minutes what distillation would gain here"""
+    from hf_kdtl.commands.probe import main
+
+    return main
+
+
 def _tune() -> Main:
     """search objectives, weights, temperature and rate within a time"""
     from hf_kdtl.commands.tune import main
@@ -103,7 +110,7 @@ def _configs() -> Main:
 
 COMMANDS: dict[str, Callable[[], Main]] = {
     load.__name__.strip("_").replace("_", "-"): load
-    for load in (_init, _train_teacher, _cut, _distill, _tune, _preflight, _evaluate, _compare, _export, _push,
+    for load in (_init, _train_teacher, _cut, _distill, _probe, _tune, _preflight, _evaluate, _compare, _export, _push,
                  _model_card, _fit_representation, _configs)
 }  # fmt: skip
 

@@ -19,13 +19,12 @@ import yaml
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, chosen, folders, runs, timing
+from hf_kdtl.commands.common import runs, timing
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.experiment import Arm, DistillOptions, Experiment
 from hf_kdtl.commands.common.next_command import command
-from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.search_space import SearchSpace, words
+from hf_kdtl.commands.common.searches import begin, open_experiment, printed, typed_settings
 from hf_kdtl.commands.common.trials import RUNS, RunLog
 from hf_kdtl.commands.common.tuning import HALVING, Tuning, check_optuna
 from hf_kdtl.evaluation.results import update_results
@@ -33,10 +32,6 @@ from hf_kdtl.reports.figures.tuning import TUNING, tuning_figure
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
 FULL_RUNS = 12  # complete runs that fit into the budget, in which about 40 trials go
-SEEDS = 3
-# Of this command alone, or chosen by it.
-OWN = ("budget", "max_trials", "candidates", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed",
-       "seeds", "objectives", "learning_rate", "max_steps", "num_train_epochs", "disable_tqdm")  # fmt: skip
 
 
 @dataclass
@@ -57,61 +52,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     types = (TuneOptions, DistillOptions, DataOptions, DistillationConfig)
     own, options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
     typed = cli.typed_names(*types, argv=argv)
-    budget = check_own(own, typed, config)
     check_optuna()
-    folders.check_resumes_all(config)
-    chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
-    run = folders.describe_run("tune", config, own, options, data_options)
-    folders.check_folder(config, run, options.overwrite_output_dir)
-    options.seeds = options.seeds or [config.seed + i for i in range(SEEDS)]
-    experiment = Experiment(options, data_options, config, typed)
-    begin(experiment, own, None if {"max_steps", "num_train_epochs"} & typed else budget / FULL_RUNS)
+    SearchSpace.of(own.candidates, config.learning_rate)
+    experiment, budget = open_experiment("tune", own, options, data_options, config, typed)
+
+    def fitting() -> int:
+        pace = timing.pace(experiment.makers()[0], config)
+        return int((timing.SPARE * budget / FULL_RUNS - HALVING * pace.evaluation) / pace.step)
+
+    full = begin(experiment, "tune", own, fitting, HALVING**2)
+    assert experiment.chosen is not None
+    shorter = f" (training would be {full:,})" if experiment.chosen.steps < full else ""
+    printed(f"A complete trial has {experiment.chosen.steps:,} steps{shorter}; seeds {experiment.seeds}.")
     tuning = Tuning(experiment, fitting_space(experiment, own.candidates), RunLog(experiment.folder / RUNS), printed)
     tuning.run(budget, own.max_trials)
-    say(config, finish(tuning, best_settings(tuning, typed, data_options)))
-
-
-def printed(line: str) -> None:
-    """A line for the terminal."""
-    print(cli.printable(line), flush=True)
-
-
-def check_own(own: TuneOptions, typed: set[str], config: DistillationConfig) -> float:
-    """The seconds of the budget.
-
-    Raises:
-        ValueError: for what is no time or objective, a flag that has no meaning here, and several processes.
-    """
-    if unused := sorted({"baseline", "time_budget"} & typed):
-        raise ValueError(f"found {' and '.join(unused)}, of hf-kdtl distill alone; here --budget is the time.")
-    if config.world_size > 1:
-        raise ValueError("the trials run on one process; start this command without accelerate launch or torchrun.")
-    SearchSpace.of(own.candidates, config.learning_rate)
-    return timing.seconds(own.budget, "budget")
-
-
-def begin(experiment: Experiment, own: TuneOptions, of_each: float | None) -> None:
-    """Check one batch, claim output_dir, choose the length of a trial, and print what is known.
-
-    Args:
-        of_each: seconds of a complete run; None where the length was typed.
-    """
-    config, settings = experiment.config, experiment.chosen
-    assert settings is not None
-    first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
-    runs.check_one_batch(first)
-    full = settings.steps
-    if of_each is not None and not settings.continued:
-        pace = timing.pace(experiment.makers()[0], config)
-        fitting = int((timing.SPARE * of_each - HALVING * pace.evaluation) / pace.step)
-        settings.set(min(full, max(HALVING**2, fitting)))
-    run = folders.describe_run("tune", config, own, experiment.options, experiment.data_options)
-    data = builders.facts(experiment.data, experiment.data_options)
-    sections = {"run": run, "defaults": settings.record(), "data": data, "objectives": config.objectives}
-    folders.begin(first, sections)
-    say(config, *builders.describe_data(experiment.data), *listing(settings.defaults))
-    shorter = f" (training would be {full:,})" if settings.steps < full else ""
-    say(config, f"A complete trial has {settings.steps:,} steps{shorter}; seeds {experiment.seeds}.")
+    printed(finish(tuning, best_settings(tuning, typed)))
 
 
 def fitting_space(experiment: Experiment, candidates: list[str]) -> SearchSpace:
@@ -127,13 +82,13 @@ def fitting_space(experiment: Experiment, candidates: list[str]) -> SearchSpace:
     return SearchSpace.of(fitting, experiment.config.learning_rate)
 
 
-def best_settings(tuning: Tuning, typed: set[str], data_options: DataOptions) -> dict[str, Any]:
+def best_settings(tuning: Tuning, typed: set[str]) -> dict[str, Any]:
     """Settings for hf-kdtl distill: those that were typed, and the best trial's."""
     experiment, best = tuning.experiment, tuning.complete[0]
-    values = vars(experiment.options) | vars(data_options) | experiment.config.to_dict()
-    kept = {name: values[name] for name in sorted(typed - {*OWN}) if values.get(name) is not None}
     found = {"objectives": best.objectives, "learning_rate": best.learning_rate, "seeds": experiment.seeds}
-    return kept | found | {"baseline": True, "output_dir": str(experiment.folder / "best")}
+    return (
+        typed_settings(experiment, typed) | found | {"baseline": True, "output_dir": str(experiment.folder / "best")}
+    )
 
 
 def finish(tuning: Tuning, settings: dict[str, Any]) -> str:
