@@ -59,6 +59,13 @@ def _preflight() -> Main:
     return main
 
 
+def _cache() -> Main:
+    """run the teacher once and store its outputs for training"""
+    from hf_kdtl.commands.cache import main
+
+    return main
+
+
 def _evaluate() -> Main:
     """measure students by more than accuracy, with their teacher"""
     from hf_kdtl.commands.evaluate import main
@@ -111,7 +118,7 @@ def _configs() -> Main:
 COMMANDS: dict[str, Callable[[], Main]] = {
     load.__name__.strip("_").replace("_", "-"): load
     for load in (_init, _train_teacher, _cut, _distill, _probe, _tune, _preflight, _evaluate, _compare, _export, _push,
-                 _model_card, _fit_representation, _configs)
+                 _model_card, _fit_representation, _configs, _cache)
 }  # fmt: skip
 
 

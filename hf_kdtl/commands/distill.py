@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
-from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, scores, timing
+from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, scores, stored, timing
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
-    pushing = push.planned(config, options.teacher_paths.values(), options.student)
+    pushing = push.planned(config, map(stored.model_path, options.teacher_paths.values()), options.student)
     experiment = Experiment(options, data_options, config, typed)
     begin(experiment, budget)
     for arm, seed, folder in experiment.runs():
@@ -73,7 +73,8 @@ def begin(experiment: Experiment, budget: float | None) -> None:
     splits = [note for path in paths for note in builders.split_notes(path, experiment.data, data_options)]
     notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
     members = first.teacher.members() if first.teacher else {}
-    models = {in_words(name): builders.summary(one.classifier()) for name, one in members.items()}
+    live = {name: model for name, one in members.items() if (model := one.classifier()) is not None}
+    models = {in_words(name): builders.summary(model) for name, model in live.items()}
     models |= {"student": experiment.student_summary}
     sections = {
         "run": run,
@@ -125,7 +126,8 @@ def evaluation_command(experiment: Experiment, seed: int | None) -> str:
     """`hf-kdtl evaluate` for the student of this seed, on the same splits."""
     options, folder = experiment.options, experiment.folder
     first = next(iter(experiment.scored), None)
-    teacher = options.student if options.teacher == "self" else options.teacher_paths.get(first or "")
+    paths = {name: stored.model_path(path) for name, path in options.teacher_paths.items()}
+    teacher = options.student if options.teacher == "self" else paths.get(first or "")
     alone = folder / f"alone-seed{seed}" / "model"
     texts = [" ".join(["--templates", *map(shlex.quote, options.templates)])] if options.templates else []
     return command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ class Draws:
     Args:
         seed: the run's seed.
         step: optimizer step, from 0.
-        positions: (B,) position of each image in the effective batch.
+        positions: (B,) position of each image in the effective batch; for draws that belong to a view of an image,
+            whatever the step, (view, row).
         include_all: every image takes part, whatever the fraction, as in evaluation.
     """
 
     seed: int
     step: int
-    positions: tuple[int, ...]
+    positions: tuple[Any, ...]
     include_all: bool = False
     _drawn: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -56,7 +58,7 @@ class Draws:
             self._drawn[key] = torch.stack(rows).to(device=like.device, dtype=like.dtype)
         return self._drawn[key]
 
-    def _generator(self, purpose: str, position: int) -> torch.Generator:
+    def _generator(self, purpose: str, position: Any) -> torch.Generator:
         key = f"{self.seed}/{self.step}/{position}/{purpose}".encode()
         # torch's CPU generator reads the low 32 bits of a seed and no more, so those must be well mixed: of a checksum
         # they are not, and an eighth of the images would share a direction.

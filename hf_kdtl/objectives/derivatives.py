@@ -163,6 +163,8 @@ def label_index(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _of_rows(batch: Batch, rows: Tensor) -> Batch:
     inner: Batch = {"draws": batch["draws"].permuted(rows)}
+    if "view_draws" in batch:
+        inner["view_draws"] = batch["view_draws"].permuted(rows)
     if "labels" in batch:
         inner["labels"] = batch["labels"][rows]
     return inner

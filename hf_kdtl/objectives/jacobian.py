@@ -20,6 +20,7 @@ from hf_kdtl.objectives.derivatives import DerivativeObjective, Output, label_in
 from hf_kdtl.objectives.embedding_jacobian import EMBEDDING, embedding_distance, embedding_projector, take_embedding
 from hf_kdtl.objectives.embeddings import Projector
 from hf_kdtl.objectives.estimators import Estimator, EstimatorChoice, check_estimator, choices_of, wanted_choices
+from hf_kdtl.objectives.sketching import checked_sketch, sketching
 
 CITATION = """@inproceedings{srinivas2018knowledge,
   title = {Knowledge Transfer with Jacobian Matching},
@@ -69,6 +70,9 @@ class Jacobian(DerivativeObjective):
         probes: random directions or projections that are averaged; one has a relative deviation of about 1.4.
         fraction: share of the images, in (0, 1], that take part.
         projector: P of `of: embedding`, as in `feature_kd`: mlp | linear | identity.
+        sketch: r, to compare p = R (sigma * g) / sqrt(r) in place of g: r random projections, with signs sigma of the
+            image's view. || p_S - p_T ||^2 is unbiased with a relative deviation of sqrt(2 / r); the normalized form
+            is biased by O(1 / r). r numbers of the teacher can be stored (hf-kdtl cache); 64 is usual. [ours]
 
     Cost: arithmetic against a logit-KD step, of which 1.00 is the KD step itself (benchmarks/derivative_cost.py): vjp
         2.0, split 2.6, finite_difference 2.0 (central 3.0), vjp on a quarter of the images 1.3.
@@ -81,6 +85,7 @@ class Jacobian(DerivativeObjective):
     """
 
     name = "jacobian"
+    projector: nn.Module
     citation = CITATION
 
     def __init__(
@@ -95,6 +100,7 @@ class Jacobian(DerivativeObjective):
         probes: int = 1,
         fraction: float = 1.0,
         projector: Projector = "mlp",
+        sketch: int | None = None,
     ):
         super().__init__(fraction=fraction, probes=probes, estimator=estimator, central=central, step=step)
         distances, outputs = ({pair[i] for pair in VALID} for i in (0, 1))
@@ -112,14 +118,14 @@ class Jacobian(DerivativeObjective):
         check_option(self.name, "of", of, of is None or not fixed, f"nothing: {distance} is of probabilities")
         drawn = output == "projection" or self._wants(estimator, valid) == "finite_difference"
         check_option(self.name, "probes", probes, probes == 1 or drawn, f"1: {output} by {estimator} draws nothing")
-        self.distance, self.output, self.of = distance, output, of
-        self.valid = valid
+        self.distance, self.output, self.of, self.valid = distance, output, of, valid
+        self.sketch = checked_sketch(self.name, sketch, of, output, self._wants(estimator, valid))
+        self.needs_index = sketch is not None  # its signs belong to the image's view
         self.divergence = distance != "softmax"
         self.needs_labels = output == "label"
         self.takes_soft_labels = output != "label"
         self.counts = "labelled" if output == "label" else "images"
-        self.kind = projector
-        self.projector: nn.Module = nn.Identity()
+        self.kind, self.projector = projector, nn.Identity()
         if of == EMBEDDING:
             take_embedding(self, projector)
 
@@ -130,6 +136,8 @@ class Jacobian(DerivativeObjective):
     def needs(self, plan: PairingPlan | None) -> tuple[Needs, Needs]:
         more = Needs(pooled=self.of == EMBEDDING)
         student, teacher = super().needs(plan)
+        if self.sketch is not None:
+            teacher = Needs(logits=True, sketches=frozenset({self.sketch}), fraction=self.fraction)
         return student | more, teacher | more
 
     @staticmethod
@@ -174,8 +182,11 @@ class Jacobian(DerivativeObjective):
         if self.choice.estimator == "finite_difference":
             its = self.slope(teacher, quantity, probe, batch).detach()
             return (self.slope(student, quantity, probe, batch) - its).square()
-        target = teacher.input_gradient(quantity(teacher.logits), create_graph=False)
         distance = fd.normalized if self.distance == "normalized" else fd.squared
+        if self.sketch is not None:
+            sketched, its = sketching(self.sketch, batch, student.input_leaf()), teacher.sketches[self.sketch]
+            return self.matched(student, lambda c: quantity(c.logits), lambda j: distance(sketched(j), its))
+        target = teacher.input_gradient(quantity(teacher.logits), create_graph=False)
         return self.matched(student, lambda c: quantity(c.logits), lambda j: distance(j, target))
 
     def _all_classes(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_kdtl.data.indexed import NOT_THE_STUDENTS
+from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, VIEW
 from hf_kdtl.functional.divergences import labelled
-from hf_kdtl.models.forward.capture import Capture
+from hf_kdtl.functional.random import Draws
+from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.teachers.source import called
 
 Counts = dict[str, Tensor]
@@ -42,6 +43,15 @@ def full_outputs(student: Capture) -> Any:
             "joined to the rest: the model gives no ModelOutput. Use fraction=1."
         )
     return student.outputs
+
+
+def by_view(known: Mapping[str, Any], seed: int, needs: Iterable[Needs]) -> dict[str, Draws]:
+    """The draws that belong to the views of the images of a batch, where a sketch needs them and it knows them."""
+    if INDEX not in known or not any(one.sketches for one in needs):
+        return {}
+    rows = known[INDEX].tolist()
+    views = known[VIEW].tolist() if VIEW in known else [0] * len(rows)
+    return {"view_draws": Draws(seed, 0, tuple(zip(views, rows, strict=True)))}
 
 
 def micro_batch_counts(inputs: dict[str, Any]) -> Counts:

@@ -76,6 +76,7 @@ def build_distiller(
         None if options is None else LayerRates(options, student, plans.get(options.teacher_name), seed=config.seed),
         _split_terms(config),
     )  # fmt: skip
+    distiller.view_seed = config.view_seed
     if not is_multi_label(student):
         distiller.chance = ChanceChecks(name for name in teachers if name in compared)
     distiller.notes += unread
@@ -89,15 +90,20 @@ def build_distiller(
 
 
 def match_teacher(
-    teacher: SignalSource, student: nn.Module, processing_class: Any, objectives: Iterable[Objective]
+    teacher: SignalSource, student: nn.Module, processing_class: Any, objectives: Iterable[Objective], data: Any = None
 ) -> set[str]:
     """`match`, of several teachers with the classes of those alone whose class outputs an objective compares.
+
+    Args:
+        data: the training data, where it is known: of stores, it must be theirs.
 
     Returns:
         their names.
     """
     compared = {objective.source for objective in objectives if objective.compares_classes} & teacher.members().keys()
     teacher.match(student, processing_class, bool(compared) if teacher.members().keys() == {"teacher"} else compared)
+    for one in teacher.members().values() if data is not None else ():
+        one.check_data(data)
     return compared
 
 

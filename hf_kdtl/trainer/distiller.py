@@ -25,7 +25,7 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective, prepare_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.trainer.batch import Counts, full_outputs, micro_batch_counts, of_student_alone
+from hf_kdtl.trainer.batch import Counts, by_view, full_outputs, micro_batch_counts, of_student_alone
 from hf_kdtl.trainer.headless import ZeroTouch, check_class_outputs, embedding_notes
 from hf_kdtl.trainer.labels import LabelCheck
 from hf_kdtl.trainer.sample import Images, read_sample
@@ -56,6 +56,7 @@ class Distiller(nn.Module):
         ValueError: where an objective does not fit the models, or its source does not give what it needs; naming it.
     """
 
+    view_seed = 0
     chance = ChanceChecks()  # none, until a trainer asks for them
 
     def __init__(
@@ -208,12 +209,13 @@ class Distiller(nn.Module):
         none = pixels.new_zeros(0, dtype=torch.long)
         rows = select_images(draws, fraction, pixels).nonzero()[:, 0] if fraction else none
         known: Any = {name: inputs[name] for name in ("labels", INDEX, VIEW) if inputs.get(name) is not None}
-        indexed = [name for name, source in self.sources.items() if source.needs_index]
-        if indexed and INDEX not in known:
+        indexed = [name for name, source in self.sources.items() if source.needs_index and INDEX not in known]
+        if indexed and not all(self.sources[name].answers_without_index for name in indexed):
             raise ValueError(
                 f"{called(indexed[0])} looks its signals up by {INDEX!r}, and the batch has only {sorted(inputs)}. "
                 "DistillationTrainer adds it to the training data; an evaluation's has none."
             )
+        known |= by_view(known, self.view_seed, self.source_needs.values())
         return Batch(draws=draws, differentiated_rows=rows, **known)
 
     @torch.no_grad()

@@ -228,7 +228,7 @@ class DistillationTrainer(LossTrainer):
         assert self.teacher is not None
         adopt_class_names(self.model, dataset_class_names(self.train_dataset))  # model_init makes new ones
         objectives = self.args.build_objectives().values()
-        for name in match_teacher(self.teacher, self.model, self.processing_class, objectives):
+        for name in match_teacher(self.teacher, self.model, self.processing_class, objectives, self.train_dataset):
             adopt_class_names(self.model, self.teacher.members()[name].provenance().class_names)
         for note in self.teacher.notes if self.is_world_process_zero() else ():
             logger.warning_once(note)

@@ -80,6 +80,8 @@ VARIANTS = {
         {"distance": "softmax", "output": "all"},
         {"of": "embedding"},
         {"of": "embedding", "distance": "squared", "estimator": "split", "projector": "identity"},
+        {"sketch": 5, "distance": "squared", "fraction": 0.5},
+        {"sketch": 5, "of": "centred", "estimator": "split"},
     ],
     "jacobian_norm": [{}, {"of": "centred", "estimator": "split"}, DIFFERENCE],
     "attention_jacobian": [{}, {"pool": 1, "layers": "uniform", "estimator": "split"}],
@@ -118,6 +120,6 @@ def short(name, options):
     for key, value in options.items():
         if key in ("step", "temperature"):
             continue
-        named = key in ("probes", "fraction", "noise", "pool", "layers")
+        named = key in ("sketch", "probes", "fraction", "noise", "pool", "layers")
         parts.append(f"{key}{value}" if named else str(words.get(value, value)))
     return "-".join([name, *parts]).replace(" ", "") if parts else f"{name}-default"

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_kdtl.functional.sketch import projection
 from tests.reference import features as rf
 
 
@@ -100,7 +101,7 @@ def _mean(values):
 
 def jacobian(
     student, teacher, pixel_values, labels, draws, distance="normalized", output="teacher_top1", of=None,
-    estimator="auto", central=False, step=None, probes=1, fraction=1.0, projector="mlp", projectors=None,
+    estimator="auto", central=False, step=None, probes=1, fraction=1.0, projector="mlp", projectors=None, sketch=None,
 ):  # fmt: skip
     if of == "embedding":
         return _of_embedding(student, teacher, pixel_values, draws, distance, projectors[0], fraction)
@@ -133,6 +134,8 @@ def jacobian(
             return [_scores(z, of)[c]]
 
         (mine,), (its,) = (_gradients(m, image, read, m is teacher) for m in (student, teacher))
+        if sketch is not None:
+            mine, its = (_sketch(g, i, pixel_values, sketch, draws) for g in (mine, its))
         return _distance(mine, its, distance)
 
     return _per_image(student, pixel_values, labels, draws, fraction, value)
@@ -158,6 +161,13 @@ def _of_embedding(student, teacher, pixel_values, draws, distance, projector, fr
         return _distance(mine, its, distance)
 
     return _per_image(student, pixel_values, [0] * len(pixel_values), draws, fraction, value)
+
+
+def _sketch(g, i, pixel_values, rows, draws):
+    """<R_k, sigma g> / sqrt(r), number by number; R and sigma are those of the package, which are random."""
+    signs = draws.rademacher((g.numel(),), "sketch", like=pixel_values)[i]
+    matrix = projection(rows, g.numel(), draws.seed).to(g)
+    return torch.stack([sum(matrix[k] * signs * g.flatten()) / math.sqrt(rows) for k in range(rows)])
 
 
 def _projected(student, teacher, i, image, draws, of, probes):

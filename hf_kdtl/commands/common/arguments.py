@@ -72,13 +72,19 @@ def typed_names(*types: Any, argv: Sequence[str] | None = None) -> set[str]:
 
     Call it after `parse` with the same arguments, which raises what there is to raise.
     """
+    return set(typed_values(*types, argv=argv))
+
+
+def typed_values(*types: Any, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """{setting: value} of what the user gave, flags before the file of `--config`."""
     parser = _parser(types)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     arguments = list(sys.argv[1:] if argv is None else argv)
     file = _config_file(arguments)
     flags = vars(parser.parse_known_args(arguments)[0])
-    return {*flags, *(file.values if file is not None else ())} - {"config"}
+    given = (file.values if file is not None else {}) | flags
+    return {name: value for name, value in given.items() if name != "config"}
 
 
 def _parser(types: Sequence[Any]) -> _Parser:

@@ -53,6 +53,9 @@ class DataOptions:
     augmentation: dict | str | None = field(
         default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}
     )
+    views: int | None = field(
+        default=None, metadata={"help": "Augmented versions of each image, in turn; by default always new ones."}
+    )
 
 
 def open_data(options: DataOptions) -> ImageData:
@@ -84,7 +87,10 @@ def pixels(
     settings = mapping("augmentation", options.augmentation) if options else {}
     augmentation = Augmentation(settings) if settings else None
     seeds = {} if config is None else {"seed": config.seed, "view_seed": config.view_seed}
-    return ImageDataset(split, processor, augmentation=augmentation, labelled_share=labelled_share, **seeds)
+    views = options.views if options else None
+    return ImageDataset(
+        split, processor, augmentation=augmentation, labelled_share=labelled_share, views=views, **seeds
+    )
 
 
 def labels_of(names: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from hf_kdtl import DistillationConfig
-from hf_kdtl.commands.common import adapters, builders, runs
+from hf_kdtl.commands.common import adapters, builders, runs, stored
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen
@@ -19,9 +19,8 @@ from hf_kdtl.commands.common.cutting import CutOptions, planned
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.commands.common.students import new_student, student_processor, student_start
-from hf_kdtl.commands.common.teachers import name_classes, open_teachers
+from hf_kdtl.commands.common.teachers import name_classes, open_teachers, scorable
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.models.teachers.source import called
 from hf_kdtl.trainer.checks import check_teacher_usage
@@ -33,7 +32,10 @@ class DistillOptions(CutOptions, UnlabelledOptions):
 
     teacher: dict | str | None = field(
         default=None,
-        metadata={"help": "A folder or Hub name; several: {name: folder}; self: the student without its adapters."},
+        metadata={"help": "A folder, Hub name or store; several: {name: folder}; self: without adapters."},
+    )
+    teacher_batch: int | None = field(
+        default=None, metadata={"help": "Images in each forward of the teacher; by default the batch."}
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Of a teacher of images and texts (CLIP, SigLIP); by default the data's."}
@@ -74,16 +76,6 @@ def in_words(name: str) -> str:
     return name if name == "teacher" else f"teacher {name}"
 
 
-def _same_classes(student: Any, teacher: Teacher) -> bool:
-    if teacher.new_head:
-        return False
-    try:
-        match_labels(student.config, teacher.provenance())
-    except ValueError:
-        return False
-    return True
-
-
 @dataclass
 class Arm:
     """A way of training the student, of which there is a run for each seed."""
@@ -116,7 +108,8 @@ class Experiment:
         self.notes: list[str] = []
         is_self = options.teacher == "self"
         check_teacher_usage(options.teacher, config)  # before any is read
-        self.teachers = self._open(options.teacher_paths)
+        self.teachers, self.stores = stored.opened(options, self._open, self.notes)
+        typed = stored.take_views(self.stores, data_options, config, typed)
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
         name_classes(self.teachers, data.label_names)
@@ -124,7 +117,7 @@ class Experiment:
         if is_self:
             adapters.check_self(student, options.student, config)
         # A teacher of other classes (lwf) cannot be scored on these.
-        self.scored = {name: one for name, one in self.teachers.items() if _same_classes(student, one)}
+        self.scored = {name: one for name, one in self.teachers.items() if scorable(student, one)}
         for name, teacher in self.teachers.items():
             if name not in self.scored:
                 why = "has no trained head" if teacher.new_head else "answers in other classes"
@@ -155,7 +148,7 @@ class Experiment:
         """What a trainer is given as its teacher."""
         if self.options.teacher == "self":
             return "self"
-        return self.teacher if self.teachers.keys() <= {"teacher"} else dict(self.teachers)
+        return stored.source(self.teachers, self.stores)
 
     def _choose(self, student: Any, typed: Iterable[str]) -> Chosen:
         kind = "adapter" if self.options.adapter else student_start(self.options, student)["how"]
@@ -230,7 +223,7 @@ class Experiment:
             assert self.options.student is not None
             teacher = Teacher.from_pretrained(self.options.student)
             self.teachers = self.scored = {"teacher": teacher}
-            if not _same_classes(teacher.classifier(), teacher):
+            if not scorable(teacher.classifier(), teacher):
                 self.scored = {}
 
     def _reopen_sharded(self) -> None:

@@ -24,6 +24,7 @@ from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.resolve import open_classifier
+from hf_kdtl.trainer.sample import training_sample
 
 TASK: list[dict[str, Any]] = [{"name": "task"}]
 
@@ -82,8 +83,9 @@ def run_settings(
 def check_one_batch(trainer: Any) -> None:
     """Run one batch through everything, so that what does not fit is an error before anything is written."""
     trainer.model.eval()  # in train mode BatchNorm would remember them
-    number = min(len(trainer.train_dataset), max(2, trainer.args.per_device_train_batch_size))
-    trainer.objective_terms(default_data_collator([trainer.train_dataset[i] for i in range(number)]))
+    batch = training_sample(trainer, max(2, trainer.args.per_device_train_batch_size))
+    assert batch is not None  # the commands' data has an index
+    trainer.objective_terms(next(iter(batch)))
 
 
 def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from hf_kdtl.models import Teacher
+from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.resolve import open_config
 from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
 
@@ -46,3 +48,14 @@ def name_classes(teachers: Mapping[str, Teacher], names: Sequence[str]) -> None:
     for teacher in teachers.values():
         if isinstance(teacher, TextHeadTeacher) and not teacher.named:
             teacher.name_classes(names)
+
+
+def scorable(student: Any, teacher: Teacher) -> bool:
+    """Whether a teacher answers in the student's classes, by a head that was trained."""
+    if teacher.new_head:
+        return False
+    try:
+        match_labels(student.config, teacher.provenance())
+    except ValueError:
+        return False
+    return True

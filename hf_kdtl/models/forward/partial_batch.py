@@ -56,18 +56,39 @@ def _joined(part: Capture, rest: Capture, rows: Tensor, order: Tensor) -> Captur
             return torch.cat([a, b])[order]
         return a if a.shape[:1] == (1,) else None  # a bias that all images share; else nothing is known of it
 
-    values = {
-        name: tree_map(join, getattr(part, name), getattr(rest, name))
-        for name in (
-            "logits",
-            "pixel_values",
-            "outputs",
-            "pooled",
-            "patches",
-            "hidden_states",
-            "attention",
-            "attention_rows",
-        )
+    both = part.outputs is not None and rest.outputs is not None  # forwards in chunks give none
+    names = ("logits", "pixel_values", "outputs", "pooled", "patches", "hidden_states", "attention", "attention_rows")
+    values: dict[str, Any] = {
+        name: tree_map(join, getattr(part, name), getattr(rest, name)) for name in names if both or name != "outputs"
     }
     values["patch_grid"] = part.patch_grid
     return Capture(**values, geometry=part.geometry, differentiated=part, differentiated_rows=rows)
+
+
+def capture_in_chunks(run: Callable[..., Capture], pixel_values: Tensor, needs: Needs, size: int) -> Capture:
+    """One capture of forwards of exactly `size` images, the last one filled up with copies of its last image.
+
+    What a model gives for an image depends on how many images a forward has, by rounding (3e-6 measured between 8 and
+    16): in equal chunks it is bitwise the same.
+
+    Args:
+        run: (pixel_values, needs) -> Capture.
+    """
+    parts = []
+    for chunk in pixel_values.split(size):
+        filled = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), *chunk.shape[1:])])
+        parts.append((run(filled, needs), len(chunk)))
+    if len(parts) == 1 and parts[0][1] == size:
+        return parts[0][0]
+
+    def join(*values: Any) -> Any:
+        first = values[0]
+        if not isinstance(first, Tensor):
+            return first if first is None or isinstance(first, int | float | str) else None
+        if all(isinstance(v, Tensor) and len(v) == size for v in values):
+            return torch.cat([v[:n] for v, (_, n) in zip(values, parts, strict=True)])
+        return first if first.shape[:1] == (1,) else None  # a bias that all images share; else nothing is known of it
+
+    names = ("logits", "pixel_values", "pooled", "patches", "hidden_states", "attention", "attention_rows", "sketches")
+    joined: dict[str, Any] = {n: tree_map(join, *(getattr(part, n) for part, _ in parts)) for n in names}
+    return Capture(**joined, geometry=parts[0][0].geometry, patch_grid=parts[0][0].patch_grid)

@@ -42,6 +42,12 @@ class Sketch(NamedTuple):
     def __str__(self) -> str:
         return f"{self.of}-{self.rows}"
 
+    @classmethod
+    def named(cls, name: str) -> Sketch:
+        """The sketch whose text this is."""
+        of, rows = name.split("-")
+        return cls(int(rows), of)
+
 
 class RNGState:
     """The random state a forward began with, so that another pass sees the same dropout and drop-path masks.

@@ -9,12 +9,14 @@ from typing import Any
 from hf_kdtl.models.teachers.self_teacher import SelfTeacher
 from hf_kdtl.models.teachers.several import SeveralTeachers, check_names
 from hf_kdtl.models.teachers.source import SignalSource
+from hf_kdtl.models.teachers.store.manifest import is_store
+from hf_kdtl.models.teachers.stored import StoredTeacher
 from hf_kdtl.models.teachers.teacher import Teacher
 
 
 def as_source(teacher: Any) -> SignalSource:
-    """The source of signals for whatever a user may name: a source, a model, a path, "self", or a
-    mapping of names to these.
+    """The source of signals for whatever a user may name: a source, a model, a path (also of a store),
+    "self", or a mapping of names to these.
 
     Raises:
         TypeError: for anything else.
@@ -26,8 +28,24 @@ def as_source(teacher: Any) -> SignalSource:
     if isinstance(teacher, str) and teacher == "self":
         return SelfTeacher()
     if isinstance(teacher, str | Path):
-        return Teacher.from_pretrained(teacher)
+        return open_source(teacher)
     return Teacher(teacher) if not hasattr(teacher, "capture") else teacher
 
 
-__all__ = ["SelfTeacher", "SeveralTeachers", "SignalSource", "Teacher", "as_source", "check_names"]
+def open_source(path: str | Path, **model_options: Any) -> SignalSource:
+    """A saved model as a live `Teacher`, or the store that `hf-kdtl cache` wrote as a `StoredTeacher`."""
+    if is_store(path):
+        return StoredTeacher(path)
+    return Teacher.from_pretrained(path, **model_options)
+
+
+__all__ = [
+    "SelfTeacher",
+    "SeveralTeachers",
+    "SignalSource",
+    "StoredTeacher",
+    "Teacher",
+    "as_source",
+    "check_names",
+    "open_source",
+]

@@ -49,6 +49,10 @@ class SeveralTeachers(SignalSource):
     def needs_index(self) -> bool:  # type: ignore[override]
         return any(one.needs_index for one in self.teachers.values())
 
+    @property
+    def answers_without_index(self) -> bool:  # type: ignore[override]
+        return all(one.answers_without_index for one in self.teachers.values() if one.needs_index)
+
     def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
         """As each teacher's.
 

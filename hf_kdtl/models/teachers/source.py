@@ -22,6 +22,7 @@ class Batch(TypedDict, total=False):
     draws: Draws  # randomness that does not depend on how the batch was split
     image_index: Tensor  # (B,) int64 rows of the source split as loaded; only where a source has `needs_index`
     image_view: Tensor  # (B,) int64 views of these images; absent where the data does not know them
+    view_draws: Draws  # randomness of each image's view, the same at every step; of sketches
     differentiated_rows: Tensor  # (b,) the images that derivatives are taken of; absent: all of them
 
 
@@ -94,6 +95,8 @@ class SignalSource(Protocol):
     needs_index: bool = False
     """Whether `capture` needs `batch["image_index"]` and `["image_view"]`: the training data is then made to carry
     them."""
+    answers_without_index: bool = False
+    """Whether it also serves images that are not of the training data, such as an evaluation's."""
     order: list[int] | None = None
     """The source's class for each of the student's, by index; None where they are the same, or not compared."""
 
@@ -107,6 +110,14 @@ class SignalSource(Protocol):
         Raises:
             ValueError: when pixels or classes cannot be matched, saying what to type.
         """
+
+    def check_data(self, data: Any) -> None:
+        """Learn the training data, before training; its items may be told how many views there are.
+
+        Raises:
+            ValueError: when the signals are of other images or views, saying what to type.
+        """
+        return None
 
     def unserved(self, needs: Needs) -> str:
         """Why these needs cannot be served, as a sentence that says what to type; empty where they can. Asked for each

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_kdtl.models.adapters import adapter_kinds
-from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
-from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, plain_model, untrained_pooler
+from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, untrained_pooler
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
-from hf_kdtl.models.forward.partial_batch import capture_subset
-from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels
+from hf_kdtl.models.forward.partial_batch import capture_in_chunks, capture_subset
+from hf_kdtl.models.labels import MULTI_LABEL, is_multi_label, match_labels
 from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
+from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
+from hf_kdtl.models.teachers.sketches import sketched
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
-from hf_kdtl.utils.options import check_option
+from hf_kdtl.utils.options import check_option, is_integer
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +45,8 @@ class Teacher(SignalSource):
         pool: what its embedding of an image is. "auto": what its classifier reads; without one image_embeds or
             pooler_output where their weights are trained, else the class token, else the mean of the patch tokens,
             both after the last norm. "pooler", "class" or "mean" take that one.
+        teacher_batch: images in each of its forwards, whatever the batch; the last one is filled up. By default the
+            batch. With the number of a store (hf-kdtl cache) it answers bitwise as the store does.
     """
 
     of_each_class = False  # whether the sigmoid of an output is a probability whatever it was trained for
@@ -53,8 +54,16 @@ class Teacher(SignalSource):
     new_head: Sequence[str] = ()  # tensors of the head that are random, because its file has none
     pool: Pool = "auto"
     pooler = True  # whether its pooler's weights are trained
+    teacher_batch: int | None = None
 
-    def __init__(self, model: nn.Module, processing_class: Any = None, *, pool: Pool = "auto"):
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: Any = None,
+        *,
+        pool: Pool = "auto",
+        teacher_batch: int | None = None,
+    ):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"the teacher is {type(model).__name__}; expected a model, a hf_kdtl.models.Teacher, or a path."
@@ -66,6 +75,9 @@ class Teacher(SignalSource):
             processing_class = SquareProcessor(processing_class)
         self.pool, self.pooler = pool, not (is_headless(model) and untrained_pooler(model))
         self._hold(model.eval().requires_grad_(False), processing_class)
+        check_option("the teacher", "teacher_batch", teacher_batch, teacher_batch is None or is_integer(teacher_batch),
+                     "a whole number of at least 1, or nothing")  # fmt: skip
+        self.teacher_batch = teacher_batch
 
     def _hold(self, model: Any, processing_class: Any = None) -> None:
         """Take a model as it is; subclasses whose model trains elsewhere do not freeze it."""
@@ -220,16 +232,8 @@ class Teacher(SignalSource):
         if size not in self._geometry:
             with self.eval_context():
                 found = describe(self.model, self.pixels(pixel_values), self.pool, self.pooler)
-            self._geometry[size] = self._reorder_classifier(found)
+            self._geometry[size] = in_order(found, self.order)
         return self._geometry[size]
-
-    def _reorder_classifier(self, geometry: ModelGeometry) -> ModelGeometry:
-        if self.order is None or geometry.classifier is None:
-            return geometry
-        head = copy.deepcopy(geometry.classifier)
-        for parameter in head.parameters():
-            parameter.data = parameter.data[self.order]
-        return replace(geometry, classifier=head)
 
     def unserved(self, needs: Needs) -> str:
         """A live model gives everything, but class outputs of a head that it lacks, or that was not in its file."""
@@ -243,12 +247,21 @@ class Teacher(SignalSource):
         """What the model gives for the student's pixel_values (B, C, h, w); logits in the student's class order."""
         if needs.logits:
             self._check_head()
-        rows = (batch or {}).get("differentiated_rows")
+        batch = batch or {}
+        rows, places = batch.get("differentiated_rows"), torch.arange(len(pixel_values), device=pixel_values.device)
         if rows is None:
-            return self._run(pixel_values, needs)
-        return capture_subset(self._run, self.model, pixel_values, needs, rows)
+            return self._run(pixel_values, needs, batch, places)
+        run = partial(self._run, batch=batch)
+        return capture_subset(run, self.model, pixel_values, needs, rows, places=places)
 
-    def _run(self, pixel_values: Tensor, needs: Needs) -> Capture:
+    def _run(self, pixel_values: Tensor, needs: Needs, batch: Batch, places: Tensor) -> Capture:
+        if needs.sketches:
+            return sketched(self._forward, pixel_values, needs, batch, places, self.teacher_batch)
+        if self.teacher_batch is None or needs.derivative or needs.block_calls:
+            return self._forward(pixel_values, needs)
+        return capture_in_chunks(self._forward, pixel_values, needs, self.teacher_batch)
+
+    def _forward(self, pixel_values: Tensor, needs: Needs) -> Capture:
         return capture(
             self.model,
             pixel_values,
@@ -273,22 +286,7 @@ class Teacher(SignalSource):
 
     def provenance(self) -> SourceInfo:
         """Read off the model and its config."""
-        base = plain_model(self.model)
-        base = base.model if isinstance(base, FlatPatches) else base
-        config = base.config
-        size = getattr(vision_config(config), "image_size", None)
-        return SourceInfo(
-            architecture=type(base).__name__,
-            name_or_path=str(getattr(config, "_name_or_path", "") or ""),
-            revision=getattr(config, "_commit_hash", None),
-            model_type=config.model_type,
-            num_labels=config.num_labels,
-            class_names=class_names(config),
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            image_size=[size, size] if isinstance(size, int) else size,
-            adapters=adapter_kinds(self.model),
-        )
+        return source_info(self.model)
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,225 @@
+"""Run the teacher once, over every training image in several views, and store its outputs for training.
+
+  hf-kdtl cache --config mine.yaml --views 50 --output cache/
+  hf-kdtl cache --teacher runs/teacher/model --dataset my_images --student_layers 6 --objectives task logit_kd \\
+      --augmentation '{"crop": 4, "flip": true}' --views 50 --precision float16 --output cache/
+  hf-kdtl distill --config mine.yaml --teacher cache/
+  hf-kdtl cache --info cache/
+
+It takes the settings of hf-kdtl distill, for the student decides which layers pair and which pixels are seen; with
+--image_size in place of a student, objectives on class outputs and embeddings can be stored. It stores what the
+objectives need and nothing else. Interrupted, the same command continues. With the --output of an existing store it
+adds what is new: --views 80, more images, --objectives with other needs; what is not typed stays as it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common import builders, stored
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.experiment import DistillOptions, Experiment
+from hf_kdtl.commands.common.runs import say
+from hf_kdtl.commands.common.store_text import described, duration, next_steps, too_large
+from hf_kdtl.data.store import Request, StoreWriter
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.teachers.store import signals
+from hf_kdtl.models.teachers.store.manifest import GB, is_store, read_manifest
+from hf_kdtl.utils.options import check_option, is_integer
+
+VIEWS, TEACHER_BATCH = 20, 64
+STUDENTS = ("student", "student_config", "student_layers")
+HOW = ("output", "info", "max_gb", "seeds", "baseline", "time_budget", "overwrite_output_dir")
+"""Settings that say where and how the command runs, not what is stored."""
+FURTHER = ("objectives", "layer_rates", "view_seed", "start")
+"""Settings of DistillationConfig that say what is stored."""
+
+
+@dataclass
+class CacheOptions(DistillOptions):
+    """What to store, and where."""
+
+    output: str | None = field(default=None, metadata={"help": "The folder of the store."})
+    precision: str = field(default="float32", metadata={"help": "float32, or float16: half the size."})
+    top_k: int | None = field(default=None, metadata={"help": "Keep the largest class outputs alone; by default all."})
+    max_gb: float = field(default=20.0, metadata={"help": "Stop where the store would be larger."})
+    info: str | None = field(default=None, metadata={"help": "Show what is in this store, and write nothing."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the settings, show size and time, write what is missing."""
+    cli.quiet()
+    types = (CacheOptions, DataOptions, DistillationConfig)
+    options, _, config = cli.parse(*types, argv=argv, doc=__doc__)
+    if options.info is not None:
+        return say(config, described(options.info))
+    if options.output is None:
+        raise ValueError("found no --output; expected the folder of the store, such as --output cache/.")
+    flags, settings = with_stored_settings(options.output, cli.typed_values(*types, argv=argv))
+    options, data_options, config = cli.parse(*types, argv=flags)
+    _check(options)
+    writer = planned(options, data_options, config, set(settings), settings)
+    missing, seconds = writer.bytes_to_write(), writer.seconds_to_write() / config.world_size
+    say(config, f"{described(writer.manifest)}\nTo write: {missing / GB:.2f} GB, about {duration(seconds)}.")
+    check_size(writer, missing, options)
+    _barrier()
+    if config.process_index == 0:
+        writer.begin()
+    _barrier()
+    _write(writer, config)
+    _barrier()
+    say(config, next_steps(options.output, settings))
+
+
+def with_stored_settings(output: str, typed: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The command's flags, and those of them that say what is stored: what was typed, and of an existing store what it
+    was written with."""
+    names = {f.name for kind in (CacheOptions, DataOptions) for f in fields(kind)} - {*HOW} | {*FURTHER}
+    kept = {name: _plain(value) for name, value in typed.items() if name in names and value is not None}
+    before = read_manifest(output).settings if is_store(output) else {}
+    if any(name in kept for name in STUDENTS):
+        before = {name: value for name, value in before.items() if name not in STUDENTS}
+    settings = before | kept
+    rest = {name: value for name, value in typed.items() if name not in names and value is not None}
+    return stored.flags(settings | rest), settings
+
+
+def _plain(value: Any) -> Any:
+    """A list that holds one JSON text, as flags give it, is that text."""
+    one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and value[0].startswith("[")
+    return value[0] if one else value
+
+
+def planned(
+    options: CacheOptions,
+    data_options: DataOptions,
+    config: DistillationConfig,
+    typed: set[str],
+    settings: dict[str, Any],
+) -> StoreWriter:
+    """The writer of a store for these settings.
+
+    Raises:
+        ValueError: for an objective whose needs cannot be stored, naming it.
+    """
+    if options.teacher_paths.keys() != {"teacher"}:
+        raise ValueError(f"teacher is {options.teacher!r}; expected one model: --teacher <a folder or Hub name>.")
+    if any(getattr(options, name) is not None for name in STUDENTS):
+        needs, data, processor, teacher, student = _with_student(options, data_options, config, typed)
+    else:
+        needs, data, processor, teacher, student = _without_student(options, data_options, config)
+    augmentation = {} if data.augmentation is None else data.augmentation.config
+    settings["augmentation"] = augmentation
+    teacher.match(student, processor, compare_classes=False)  # in its own order of classes
+    teacher.to(config.device)
+    views = data_options.views or VIEWS if augmentation else 1
+    batch = options.teacher_batch or TEACHER_BATCH
+    request = Request(needs, views, batch, options.precision, options.top_k, settings)
+    return StoreWriter(str(options.output), teacher, data, request)
+
+
+def _with_student(
+    options: CacheOptions, data_options: DataOptions, config: DistillationConfig, typed: set[str]
+) -> tuple[Needs, Any, Any, Teacher, Any]:
+    """What the objectives of this student need, and what it trains on."""
+    experiment = Experiment(options, data_options, config, typed)
+    assert experiment.teacher is not None
+    trainer = experiment.trainer("distilled", experiment.seeds[0], Path(str(options.output)))
+    distiller, needs = trainer.distiller, Needs()
+    for key in distiller.objectives:
+        objective = distiller.objective(key)
+        if objective.source == "teacher" and objective.needs_teacher:
+            plan = distiller.plans.get("teacher")
+            own = objective.needs(plan)[1] | Needs(logits=objective.compares_classes)
+            needs |= storable(
+                f"objective {key!r}", own | (objective.sample_needs(plan) if objective.sample else Needs())
+            )
+    if distiller.rates is not None:
+        needs |= storable("layer_rates", distiller.rates.source_needs[1])
+    data = trainer.train_dataset
+    return needs, data, experiment.processor, experiment.teacher, trainer.model
+
+
+def _without_student(
+    options: CacheOptions, data_options: DataOptions, config: DistillationConfig
+) -> tuple[Needs, Any, Any, Teacher, Any]:
+    """What objectives need that no student changes."""
+    if options.image_size is None:
+        raise ValueError(
+            "found no student; its pixels are what the teacher is shown. Type the student's flags as for hf-kdtl "
+            "distill (--student, --student_config or --student_layers), or --image_size <pixels>."
+        )
+    needs = Needs()
+    for key, objective in config.build_objectives().items():
+        if objective.needs_plan and objective.needs_teacher:
+            raise ValueError(
+                f"objective {key!r} pairs layers of a student with the teacher's; type the student's flags too: "
+                "--student, --student_config or --student_layers."
+            )
+        if objective.source == "teacher" and objective.needs_teacher:
+            own = objective.needs(None)[1] | Needs(logits=objective.compares_classes)
+            needs |= storable(f"objective {key!r}", own)
+    data = builders.open_data(data_options)
+    processor = builders.new_processor(SimpleNamespace(image_size=options.image_size), options.image_size)
+    teacher = Teacher.from_pretrained(str(options.teacher))
+    images = builders.pixels(data.train, processor, data_options, config=config)
+    return needs, images, processor, teacher, nn.Identity()
+
+
+def storable(who: str, needs: Needs) -> Needs:
+    """The needs as they are stored. Raises ValueError where they cannot be, naming who has them."""
+    if reason := signals.unstorable(needs):
+        raise ValueError(f"{who}: it cannot be stored, because {reason}.")
+    return signals.storable(needs)
+
+
+def check_size(writer: StoreWriter, missing: float, options: CacheOptions) -> None:
+    """Raises ValueError where it is more than --max_gb or the disk holds, with what would shrink it."""
+    if missing > options.max_gb * GB:
+        raise ValueError(
+            f"the store would take {missing / GB:.2f} GB more and --max_gb is {options.max_gb:g}: "
+            f"{too_large(writer.manifest, missing, options.max_gb * GB)}, or raise --max_gb."
+        )
+    place = next(path for path in (writer.folder, *writer.folder.resolve().parents) if path.exists())
+    if missing > (free := shutil.disk_usage(place).free):
+        raise ValueError(
+            f"the store would take {missing / GB:.2f} GB more and the disk of {writer.folder} has {free / GB:.2f} GB "
+            f"free: {too_large(writer.manifest, missing, free)}, or name another disk with --output."
+        )
+
+
+def _write(writer: StoreWriter, config: DistillationConfig) -> None:
+    rank, processes = config.process_index, config.world_size
+    images = writer.images_to_write(rank, processes)
+    with tqdm(total=images, unit="image", desc="teacher", disable=rank != 0 or config.disable_tqdm) as bar:
+        writer.write(rank, processes, config.dataloader_num_workers, bar.update)
+
+
+def _check(options: CacheOptions) -> None:
+    for name in ("teacher_batch", "top_k"):
+        value = getattr(options, name)
+        check_option("hf-kdtl cache", name, value, value is None or is_integer(value), "a whole number of at least 1")
+    precise = options.precision in ("float32", "float16")
+    check_option("hf-kdtl cache", "precision", options.precision, precise, "float32 or float16")
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

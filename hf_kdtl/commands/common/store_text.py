@@ -1,0 +1,69 @@
+"""Sentences about a store of teacher outputs: what is in it, what would shrink it, what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hf_kdtl.models.teachers.store.manifest import GB, Manifest, read_manifest
+from hf_kdtl.models.teachers.store.shards import incomplete
+from hf_kdtl.models.teachers.store.signals import TOP
+from hf_kdtl.utils.redaction import local_name
+
+
+def described(store: str | Manifest) -> str:
+    """What a store holds, or will hold."""
+    manifest = read_manifest(Path(store).expanduser()) if isinstance(store, str) else store
+    lines = [
+        f"{manifest.images} images x {manifest.views} views, {manifest.bytes / GB:.2f} GB, {manifest.precision}, of "
+        f"{manifest.teacher.architecture} {local_name(manifest.teacher.name_or_path)}".rstrip()
+        + f", teacher_batch {manifest.teacher_batch}"
+    ]
+    for name, kind in sorted(manifest.kinds.items()):
+        shape = " x ".join(map(str, kind.shape)) or "1"
+        lines.append(
+            f"  {name:<24} {shape:>14} {kind.dtype:<8} {kind.bytes / 1e3:10.3f} MB a thousand images and view"
+        )
+    data = manifest.fingerprint.get("data", {})
+    lines.append(f"  augmentation {data.get('augmentation') or 'none'}, view_seed {data.get('view_seed', 0)}")
+    if isinstance(store, str):
+        missing, every = len(incomplete(Path(store).expanduser(), manifest)), len(manifest.shards())
+        lines.append(f"  {every - missing} of {every} shards are written" + (", all of them." if not missing else "."))
+    return "\n".join(lines)
+
+
+def too_large(manifest: Manifest, missing: float, most: float) -> str:
+    """What would make a store fit."""
+    found = []
+    if (views := int(manifest.views * most / missing)) >= 1:
+        found.append(f"type --views {views}")
+    if manifest.precision == "float32":
+        found.append("--precision float16 (half the size)")
+    classes = manifest.kinds.get("logits")
+    total = sum(kind.bytes for kind in manifest.kinds.values())
+    if classes is not None and classes.shape[0] > 20 and classes.bytes > total / 2:
+        found.append("--top_k 10 (the largest class outputs alone)")
+    if sum(kind.bytes for name, kind in manifest.kinds.items() if name.startswith("hidden_states")) > total / 2:
+        found.append('fewer layers ("layers": "last" in the objective)')
+    if manifest.top_k is not None and TOP in manifest.kinds:
+        found.append("a smaller --top_k")
+    return " or ".join(found) or "store fewer images with --train_images"
+
+
+def duration(seconds: float) -> str:
+    """A time for a sentence.
+
+    >>> [duration(s) for s in (3, 100, 10000)]
+    ['3 s', '2 min', '2.8 h']
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def next_steps(output: str, settings: dict[str, Any]) -> str:
+    """What to type to train from it."""
+    kept = {name: value for name, value in settings.items() if name in ("dataset", "student", "student_layers")}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in kept.items())
+    return f"Written. Train from it: hf-kdtl distill --teacher {shlex.quote(output)} {flags} ...".replace("  ", " ")

@@ -1,0 +1,65 @@
+"""What the commands take from a store of teacher outputs: views, and the way to the model behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.models.teachers import StoredTeacher, Teacher
+from hf_kdtl.models.teachers.store.manifest import is_store, read_manifest
+
+
+def opened(
+    options: Any, open_live: Callable[[dict[str, str]], dict[str, Teacher]], notes: list[str]
+) -> tuple[dict[str, Teacher], dict[str, StoredTeacher]]:
+    """{name: live teacher}, of a store the one it was written from where that is still there; {name: store}."""
+    paths = options.teacher_paths
+    stores = {name: StoredTeacher(path) for name, path in paths.items() if is_store(path)}
+    teachers = open_live({name: path for name, path in paths.items() if name not in stores})
+    teachers |= {name: live for name, store in stores.items() if (live := store.live()) is not None}
+    for teacher in teachers.values():
+        teacher.teacher_batch = options.teacher_batch or teacher.teacher_batch
+    notes += [note for store in stores.values() for note in store.notes]
+    return teachers, stores
+
+
+def source(teachers: Mapping[str, Teacher], stores: Mapping[str, StoredTeacher]) -> Any:
+    """What a trainer is given: the only teacher, or a mapping; None without any."""
+    found: dict[str, Any] = {**teachers, **stores}
+    return found.get("teacher") if found.keys() <= {"teacher"} else found
+
+
+def take_views(
+    stores: Mapping[str, StoredTeacher],
+    data_options: DataOptions,
+    config: DistillationConfig,
+    typed: Iterable[str] | None,
+) -> set[str] | None:
+    """Give the run the views of its stores where nothing else was typed; the names that count as typed now."""
+    given = set(typed or ())
+    for settings in (store.manifest.settings for store in stores.values()):
+        if "augmentation" in settings and "augmentation" not in given:
+            data_options.augmentation = json.dumps(settings["augmentation"]) if settings["augmentation"] else None
+        if "view_seed" not in given:
+            config.view_seed = settings.get("view_seed", config.view_seed)
+        given |= {"augmentation"} & settings.keys()
+    return None if typed is None else given
+
+
+def model_path(teacher: str) -> str:
+    """The folder or Hub name of a teacher's model; of a store, the one it was written from."""
+    if not is_store(teacher):
+        return teacher
+    return read_manifest(Path(teacher).expanduser()).teacher.name_or_path or teacher
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """The settings of a store as the flags of its command."""
+    found: list[str] = []
+    for name, value in settings.items():
+        found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return found

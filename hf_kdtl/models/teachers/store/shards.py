@@ -1,0 +1,162 @@
+"""The arrays of a store: written shard by shard, each complete or not there, and read by position and view."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+
+from hf_kdtl.models.teachers.store.manifest import FILE, ROWS, Manifest, Shard, disk_error, read_manifest
+
+
+def header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """What a numpy file of this shape begins with."""
+    text = io.BytesIO()
+    npy.write_array_header_1_0(text, {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                                      "shape": shape})  # fmt: skip
+    return text.getvalue()
+
+
+class ShardFile:
+    """One shard while it is written, chunk by chunk; `close` gives it its name.
+
+    Raises:
+        OSError: where the disk is full, saying what to do.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shard: Shard):
+        kind = manifest.kinds[shard.kind]
+        self.path, self.kind = folder / shard.path, kind
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        self.file = self.part.open("wb")
+        self._write(header((manifest.blocks[shard.block], *kind.shape), kind.dtype))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Further rows (n, *shape)."""
+        assert rows.shape[1:] == self.kind.shape, (rows.shape, self.kind)
+        self._write(np.ascontiguousarray(rows, dtype=self.kind.dtype).data)
+
+    def close(self) -> None:
+        """Finish it."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        os.replace(self.part, self.path)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        try:
+            self.file.write(content)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+
+def incomplete(folder: Path, manifest: Manifest) -> list[Shard]:
+    """The shards that are not there yet, in the order of writing.
+
+    Raises:
+        ValueError: for one that is there with another size than it was written with.
+    """
+    missing = []
+    for shard in manifest.shards():
+        path = folder / shard.path
+        if not path.exists():
+            missing.append(shard)
+        elif path.stat().st_size != expected_size(manifest, shard):
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, expected {expected_size(manifest, shard)}: it was truncated "
+                "or changed after it was written. Remove this file and type the command that wrote the store again: "
+                f"hf-kdtl cache --output {folder}."
+            )
+    return missing
+
+
+def expected_size(manifest: Manifest, shard: Shard) -> int:
+    """Bytes of a complete shard."""
+    kind, rows = manifest.kinds[shard.kind], manifest.blocks[shard.block]
+    return len(header((rows, *kind.shape), kind.dtype)) + rows * kind.bytes
+
+
+class Reader:
+    """Rows of a complete store by image and view; shards are memory-mapped when first read.
+
+    Raises:
+        ValueError: for a store that is not complete or was damaged; when read, for an image or a view that it lacks.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        self.manifest = read_manifest(self.folder)
+        if missing := incomplete(self.folder, self.manifest):
+            every = len(self.manifest.shards())
+            raise ValueError(
+                f"the store {self.folder} is not complete: {every - len(missing)} of {every} shards are written. "
+                f"Continue it: hf-kdtl cache --output {self.folder}."
+            )
+        self.rows = np.load(self.folder / ROWS)[: self.manifest.images]
+        self._place = np.full(int(self.rows.max()) + 1, -1, np.int64)
+        self._place[self.rows] = np.arange(len(self.rows))
+        self._ends = np.cumsum(self.manifest.blocks)
+        self._maps: dict[Shard, np.ndarray] = {}
+
+    def has(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) whether each image, by the row of the source split, is there."""
+        inside = (rows >= 0) & (rows < len(self._place))
+        return inside & (self._place[np.where(inside, rows, 0)] >= 0)
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) where in the store each image is."""
+        return self._place[rows]
+
+    def read(self, kinds: Iterable[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        """{kind: (n, *shape)} of the images `rows` in the views `views`, both (n,)."""
+        self._check(rows, views)
+        places = self._place[rows]
+        blocks = np.searchsorted(self._ends, places, side="right")
+        starts = self._ends[blocks] - np.asarray(self.manifest.blocks)[blocks]
+        shards = views * len(self.manifest.blocks) + blocks
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order])) + 1
+        inner = places - starts
+        found = {}
+        for name in kinds:
+            kind = self.manifest.kinds[name]
+            out = np.empty((len(rows), *kind.shape), kind.dtype)
+            for group in np.split(order, cuts) if len(order) else ():
+                shard = Shard(name, int(views[group[0]]), int(blocks[group[0]]))
+                out[group] = self._map(shard)[inner[group]]
+            found[name] = out
+        return found
+
+    def _check(self, rows: np.ndarray, views: np.ndarray) -> None:
+        if not self.has(rows).all():
+            absent = rows[~self.has(rows)]
+            raise ValueError(
+                f"the store {self.folder} has {self.manifest.images} images and not the rows {absent[:5].tolist()} of "
+                f"the data. Add them: hf-kdtl cache --output {self.folder} with the data that has them."
+            )
+        if len(views) and not (views.min() >= 0 and views.max() < self.manifest.views):
+            raise ValueError(
+                f"the store {self.folder} has the views 0 to {self.manifest.views - 1}, and view {views.max()} is "
+                f"asked for. Set the data's views to {self.manifest.views} (ImageDataset(views=...)), or add views: "
+                f"hf-kdtl cache --output {self.folder} --views {views.max() + 1}."
+            )
+
+    def _map(self, shard: Shard) -> np.ndarray:
+        if shard not in self._maps:
+            self._maps[shard] = np.load(self.folder / shard.path, mmap_mode="r")
+        return self._maps[shard]
+
+
+def store_files(folder: Path) -> list[Path]:
+    """Every file of a store, for publishing."""
+    manifest = read_manifest(folder)
+    small = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.endswith(".part")]
+    return [folder / FILE, *(p for p in small if p.name != FILE), *(folder / s.path for s in manifest.shards())]

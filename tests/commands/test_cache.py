@@ -1,0 +1,85 @@
+"""hf-kdtl cache: what is written and how it is grown; a run from it is that of the live teacher."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hf_kdtl.models.teachers import StoredTeacher
+from hf_kdtl.models.teachers.store.manifest import FILE
+from tests.commands.conftest import CONFIG, QUICK
+
+STUDENT = ["--dataset", "images", "--student_config", json.dumps(CONFIG), "--teacher", "teacher"]
+STUDENT += ["--augmentation", '{"crop": 2, "flip": true}']
+OBJECTIVES = ["--objectives", '[{"name": "task"}, {"name": "logit_kd"}, {"name": "attention_map", "layers": "last"}]']
+BATCH = ["--teacher_batch", "8", "--use_cpu", "true"]
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def test_a_run_from_a_store_is_the_run_of_its_teacher(command, images, teacher, capsys):
+    command("cache").main([*STUDENT, *OBJECTIVES, *BATCH, "--views", "2", "--output", "store"])
+    printed = capsys.readouterr().out
+    assert "26 images x 2 views" in printed and "To write: 0.00 GB" in printed and "--teacher store" in printed
+    run = [*STUDENT, *OBJECTIVES, *QUICK, "--max_steps", "4", "--output_dir"]
+    command("distill").main([*run, "live", "--teacher_batch", "8", "--views", "2"])
+    command("distill").main([*run, "stored", "--teacher", "store"])
+    live, stored = (load_file(f"{name}/student/model.safetensors") for name in ("live", "stored"))
+    assert all(live[name].equal(stored[name]) for name in live)
+
+
+def test_a_store_is_grown_by_what_is_new(command, images, teacher, capsys):
+    main = command("cache").main
+    main([*STUDENT, *BATCH, "--views", "1", "--output", "store"])
+    before = tree("store")
+    main(["--output", "store", "--views", "2", *OBJECTIVES])
+    after = tree("store")
+    small = {name: content for name, content in before.items() if name != FILE}
+    assert small.items() <= after.items()
+    assert set(StoredTeacher("store").manifest.kinds) == {"logits", "attention_rows-2"}
+    main([*STUDENT, *OBJECTIVES, *BATCH, "--views", "2", "--output", "at_once"])
+    assert after == tree("at_once")
+    capsys.readouterr()
+    main(["--info", "store"])
+    printed = capsys.readouterr().out
+    assert "26 images x 2 views" in printed and "4 of 4 shards" in printed and "attention_rows-2" in printed
+
+
+def test_what_cannot_be_stored_or_is_not_is_refused_with_what_to_type(command, images, teacher):
+    main = command("cache").main
+    for entry, reason in (
+        ({"name": "noisy_kd"}, "objective 'noisy_kd': it cannot be stored, because the teacher runs at pixels"),
+        ({"name": "relation"}, "objective 'relation': it cannot be stored, because queries, keys and values"),
+        ({"name": "jacobian"}, "objective 'jacobian': it cannot be stored.*\"sketch\": 64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            main([*STUDENT, *BATCH, "--objectives", json.dumps([{"name": "task"}, entry]), "--output", "store"])
+    with pytest.raises(ValueError, match=r"expected the folder of the store, such as --output"):
+        main(STUDENT)
+    with pytest.raises(ValueError, match=r"take 0.00 GB more and --max_gb is 1e-09.*--precision float16"):
+        main([*STUDENT, *BATCH, "--output", "store", "--max_gb", "1e-9"])
+    assert not Path("store", FILE).exists()
+    main([*STUDENT, *BATCH, "--views", "1", "--output", "store"])
+    with pytest.raises(ValueError, match=r"objective 'attention_map': attention_rows-2 of the teacher is not stored"):
+        command("distill").main([*STUDENT, *OBJECTIVES, *QUICK, "--teacher", "store", "--output_dir", "out"])
+    with pytest.raises(
+        ValueError, match=r"data\.augmentation\.crop is '2 of 16x16 pixels' in the store and not set here"
+    ):
+        other = [*STUDENT, "--augmentation", '{"flip": true}', *QUICK, "--output_dir", "out"]
+        command("distill").main([*other, "--teacher", "store"])
+
+
+def test_without_a_student_what_pairs_no_layers_is_stored(command, images, teacher):
+    main = command("cache").main
+    plain = ["--dataset", "images", "--teacher", "teacher", *BATCH, "--views", "1", "--output", "store"]
+    with pytest.raises(ValueError, match=r"found no student.*--image_size <pixels>"):
+        main(plain)
+    main([*plain, "--image_size", "16"])
+    assert set(StoredTeacher("store").manifest.kinds) == {"logits"}
+    shutil.rmtree("store")
+    with pytest.raises(ValueError, match="objective 'hidden_states' pairs layers of a student"):
+        main([*plain, "--image_size", "16", "--objectives", "task", "hidden_states"])
