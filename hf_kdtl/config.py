@@ -58,6 +58,8 @@ class DistillationConfig(TrainingArguments):
             keeps it. It is saved with the run, for resuming.
         view_seed: of the augmentation, as in `hf_kdtl.data.ImageDataset`; `seed` does not change what images show.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
+        quantize: "int8": the student's linear and convolution layers round inputs and weights to 8 bits in training;
+            what is saved is the plain model, for an int8 export that loses less.
         license: the license under which `push_to_hub` publishes the student, such as "apache-2.0". None: its
             teacher's, which must then be known and allow it.
 
@@ -82,6 +84,9 @@ class DistillationConfig(TrainingArguments):
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )
+    quantize: str | None = field(
+        default=None, metadata={"help": "int8: train with layers that round as hf-kdtl export --int8 will."}
+    )
     license: str | None = field(
         default=None, metadata={"help": "License of the published student; by default its teacher's."}
     )
@@ -103,6 +108,8 @@ class DistillationConfig(TrainingArguments):
     def check(self) -> None:
         """Raises ValueError for an unknown name, key or value of objectives, layer_rates and gradient_rule."""
         self.build_objectives()
+        if self.quantize is not None:
+            check_known("quantize", self.quantize, ["int8"])
         if self.rate_options is not None:
             check_optimizer_name(self)
         self.build_rule()

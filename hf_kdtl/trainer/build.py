@@ -14,6 +14,7 @@ from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
+from hf_kdtl.models.quantization import round_layers
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.models.teachers.source import SignalSource
@@ -70,6 +71,8 @@ def build_distiller(
     plans = _plans(student, sources, objectives, options if options and options.measured else None, images)
     compiled, checkpointing = bool(config.torch_compile), bool(getattr(config, CHECKPOINTING))
     teachers = {name: source for name, source in sources.items() if name != "start"}
+    if config.quantize is not None:
+        round_layers(student)
     distiller = Distiller(
         student, objectives, config.weights(), sources, plans, task_loss,
         RunContext.of(student, teachers, compiled, checkpointing, sharded),

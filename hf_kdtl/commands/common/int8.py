@@ -86,7 +86,8 @@ def written(output: Path, images: Images, max_drop: float) -> OnnxModel:
             raise ValueError(
                 f"in int8 the student loses {lost:.2f} points of test accuracy ({100 * exact:.2f} % in float32, "
                 f"{100 * found:.2f} % in int8), more than --max_drop {max_drop:g}: {path_of(output)} was not written, "
-                f"{output} was. Use that one, or allow more: --max_drop {lost + 0.1:.1f}."
+                f"{output} was. Train it for int8 (hf-kdtl distill --quantize int8), or allow more: --max_drop "
+                f"{lost + 0.1:.1f}."
             )
         part.replace(path_of(output))
     finally:
