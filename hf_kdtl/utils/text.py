@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
+from unicodedata import east_asian_width
 
 _MARKUP = re.compile(r"[\\`*\[\]<>#|~&$@!]|(?<!\w)_|_(?!\w)|(?<=www)\.|:(?=//)")
 
@@ -39,13 +41,21 @@ def escape_markdown(text: str) -> str:
 
 
 def figure_label(text: str, most: int = 14) -> str:
-    """A text from outside for a picture: on one line, not longer than `most`, a dollar sign is one (and no formula).
+    """A text from outside for a picture: on one line, not wider than `most` letters, a dollar sign is one (and no
+    formula). A Chinese, Japanese or Korean character is as wide as two.
 
     >>> figure_label("a name that is too long", 8)
     'a name …'
     """
     line = one_line(text)
-    return (line if len(line) <= most else f"{line[: most - 1]}…").replace("$", r"\$")
+    if sum(map(_width, line)) > most:
+        ends = accumulate(map(_width, line))
+        line = "".join(c for c, end in zip(line, ends, strict=True) if end < most) + "…"
+    return line.replace("$", r"\$")
+
+
+def _width(character: str) -> int:
+    return 2 if east_asian_width(character) in "WF" else 1
 
 
 def percent(value: float | None) -> str:

@@ -152,7 +152,7 @@ def test_the_first_screen_answers():
         "Degradations left out: gaussian_noise,",
         "Severities left out: 2, 3, 4.",
         "student, attention agreement: the teacher has none.",
-        "give --max_drop for a pass or fail.",
+        "with --max_drop the report says pass or fail.",
     ):
         assert message in first, message
 
@@ -249,6 +249,11 @@ def test_a_bias_of_the_confidence_is_claimed_only_where_the_interval_excludes_ze
 def test_plain_and_drawn():
     assert escape_markdown("a\tb\n c\x1b[0m") == "a b c\\[0m"
     assert escape_markdown("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
+    assert (
+        figure_label("猫のしっぽがとても長い", 14) == "猫のしっぽが…"
+       
+    assert figure_label("猫のしっぽがとて", 16) == "猫のしっぽがとて"
+    )
     assert figure_label("two\nlines of $a$", 30) == r"two lines of \$a\$"
 
 
