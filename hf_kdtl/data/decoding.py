@@ -36,7 +36,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: when Pillow knows no conversion.
     """
-    return upright(image).convert("RGB")
+    image = upright(image)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def open_image(source: bytes | str | Path) -> Image.Image:

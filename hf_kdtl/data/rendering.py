@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from hf_kdtl.data.augmentation import Box, Changes, Mixing
@@ -16,6 +16,7 @@ from hf_kdtl.data.decoding import SIDEWAYS, decode_row, orientation, to_reduced_
 from hf_kdtl.models.teachers.pixels import SIDE, PixelFormat, UnknownSteps, process, test_image
 from hf_kdtl.utils.text import some
 
+_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
 _GREY = 128  # close to what normalisation takes to 0
 _SHAPES = (SIDE, SIDE), (SIDE // 2, SIDE), (SIDE, SIDE // 2)
 """Height and width of the images by which steps are measured: no size is rounded in them."""
@@ -50,7 +51,8 @@ class Renderer:
             self.format = PixelFormat.of(processor)
             self.way = _way(self.format)
             std, mean = (np.array(v, np.float64)[:, None, None] for v in (self.format.std, self.format.mean))
-            self.gain, self.offset = (self.format.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+            order = slice(None, None, -1 if self.format.flipped else 1)
+            self.gain, self.offset = ((v / std)[order].astype(np.float32) for v in (self.format.scale, -mean))
             self._check()
         except UnknownSteps as error:
             raise ValueError(
@@ -97,9 +99,8 @@ class Renderer:
         image = _resized(image, region, self.resample)
         if changes.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        kinds = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
-        for kind, factor in zip(kinds, changes.factors or (), strict=False):
-            image = kind(image).enhance(factor)
+        if changes.factors is not None:
+            image = _recolored(image, *changes.factors)
         pixels = np.array(image).reshape(*region.size, -1)
         if changes.erased is not None:
             pixels[inside(changes.erased, region.size)] = _GREY
@@ -107,13 +108,10 @@ class Renderer:
 
     def values(self, pixels: np.ndarray, weight: float = 1.0, partner: np.ndarray | None = None) -> Tensor:
         """(C, h, w) float32, normalised: weight * pixels + (1 - weight) * partner, both (h, w, C) of 8 bits."""
-        mixed = np.empty((pixels.shape[2], *pixels.shape[:2]), np.float32)
-        np.multiply(pixels.transpose(2, 0, 1), np.float32(weight), out=mixed)
-        if partner is not None:
-            mixed += partner.transpose(2, 0, 1) * np.float32(1 - weight)
+        mixed = pixels if partner is None else pixels * np.float32(weight) + partner * np.float32(1 - weight)
+        mixed = mixed.transpose(2, 0, 1).astype(np.float32, order="C")
         if self.format.flipped:
             mixed = np.ascontiguousarray(mixed[::-1])
-            return torch.from_numpy(mixed * self.gain[::-1] + self.offset[::-1])
         mixed *= self.gain
         mixed += self.offset
         return torch.from_numpy(mixed)
@@ -173,6 +171,15 @@ def inside(box: Box, size: tuple[int, int]) -> tuple[slice, slice]:
     """The rows and columns of a box."""
     top, left, bottom, right = (round(share * side) for share, side in zip(box, 2 * size, strict=True))
     return slice(top, bottom), slice(left, right)
+
+
+def _recolored(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
+    """One affine map of the colors: contrast about the mean grey, saturation about each pixel's grey; then clipped."""
+    image = image.convert("RGB") if image.mode == "L" else image
+    mean = brightness * float(_LUMINANCE @ image.reduce(image.size).getpixel((0, 0)))
+    colors = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _LUMINANCE)
+    offset = (1 - contrast) * mean
+    return image.convert("RGB", tuple(np.column_stack([colors, 3 * [offset]]).ravel().tolist()))
 
 
 def _resized(image: Image.Image, region: Region, resample: Image.Resampling) -> Image.Image:

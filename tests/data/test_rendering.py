@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -113,13 +113,12 @@ def test_flip_colors_and_erasing_act_in_this_order():
     factors = 1.2, 0.7, 0.5
     mine = shown(file(PHOTO), stretched(), Changes(flip=True, factors=factors, erased=(0.25, 0.5, 0.5, 1.0)))
     image = PHOTO.resize((16, 16), Image.Resampling.BILINEAR).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for kind, factor in zip(
-        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
-    ):
-        image = kind(image).enhance(factor)
-    expected = np.array(image)
+    luminance = np.array([0.299, 0.587, 0.114])
+    expected = np.array(image, float) * factors[0]
+    expected += (1 - factors[1]) * ((expected @ luminance).mean() - expected)
+    expected = (factors[2] * expected + (1 - factors[2]) * (expected @ luminance)[..., None]).clip(0, 255)
     expected[4:8, 8:] = 128
-    assert np.array_equal(mine, expected)
+    assert np.abs(mine - expected).max() <= 0.5 + 0.3 * 0.5 + 1e-3  # the mean color is rounded to 8 bits
 
 
 def test_two_sizes_show_the_same():
