@@ -249,11 +249,8 @@ def test_a_bias_of_the_confidence_is_claimed_only_where_the_interval_excludes_ze
 def test_plain_and_drawn():
     assert escape_markdown("a\tb\n c\x1b[0m") == "a b c\\[0m"
     assert escape_markdown("_x_ my_file *y* #1 a&lt;") == "\\_x\\_ my_file \\*y\\* \\#1 a\\&lt;"
-    assert (
-        figure_label("猫のしっぽがとても長い", 14) == "猫のしっぽが…"
-       
+    assert figure_label("猫のしっぽがとても長い", 14) == "猫のしっぽが…"
     assert figure_label("猫のしっぽがとて", 16) == "猫のしっぽがとて"
-    )
     assert figure_label("two\nlines of $a$", 30) == r"two lines of \$a\$"
 
 
