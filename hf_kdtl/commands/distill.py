@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
-from hf_kdtl.commands.common import advice, builders, chosen, folders, runs, scores, stored, timing
+from hf_kdtl.commands.common import advice, builders, chosen, folders, pretraining, runs, scores, stored, timing
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
@@ -44,8 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = timing.check_budget(options.time_budget, typed)
     folders.check_resumes_all(config)
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
+    free = pretraining.asked(options, config, typed)
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
+    if free:
+        return pretraining.main(options, data_options, config, typed)
     pushing = push.planned(config, map(stored.model_path, options.teacher_paths.values()), options.student)
     experiment = Experiment(options, data_options, config, typed)
     begin(experiment, budget)

@@ -44,6 +44,32 @@ def open_unlabelled(
     Raises:
         ValueError: when there are no images at `source`, or one cannot be read.
     """
+    split = _opened(source, image_column, on_bad_image, notes)
+    split = check_bit_depths({"unlabelled": split}, data.high_bit_depth, notes)["unlabelled"]
+    check_duplicates({"unlabelled": split, "validation": data.validation, "test": data.test}, notes)
+    notes.append(f"{len(split)} images without labels come from {source_name(source)}.")
+    splits = [one for one in (data.train, data.validation, data.test, data.rest) if one is not None]
+    first = max([data.train_rows, *(int(source_rows(one).max()) + 1 for one in splits)])  # rows that train has not
+    return without_labels(with_rows(split, first), data.label_names)
+
+
+def open_images(
+    source: Source,
+    *,
+    image_column: str | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    high_bit_depth: Literal["clip", "scale"] = "clip",
+    notes: list[str],
+) -> Dataset:
+    """Images of a source as a split in which no image has a label (-100), without any labelled set; see
+    `open_unlabelled`."""
+    split = _opened(source, image_column, on_bad_image, notes)
+    split = check_bit_depths({"unlabelled": split}, high_bit_depth, notes)["unlabelled"]
+    notes.append(f"{len(split)} images without labels come from {source_name(source)}.")
+    return without_labels(with_rows(split), ["unlabelled"])
+
+
+def _opened(source: Source, image_column: str | None, on_bad_image: str, notes: list[str]) -> Dataset:
     name = source_name(source)
     split = _folder(source)
     if split is None:
@@ -56,12 +82,7 @@ def open_unlabelled(
     else:
         for index, image in enumerate(tqdm(split["image"], desc="Reading unlabelled", leave=False, delay=2)):
             decode_row(image, index, len(split))
-    split = check_bit_depths({"unlabelled": split}, data.high_bit_depth, notes)["unlabelled"]
-    check_duplicates({"unlabelled": split, "validation": data.validation, "test": data.test}, notes)
-    notes.append(f"{len(split)} images without labels come from {name}.")
-    splits = [one for one in (data.train, data.validation, data.test, data.rest) if one is not None]
-    first = max([data.train_rows, *(int(source_rows(one).max()) + 1 for one in splits)])  # rows that train has not
-    return without_labels(with_rows(split, first), data.label_names)
+    return split
 
 
 def without_labels(split: Dataset, names: list[str]) -> Dataset:

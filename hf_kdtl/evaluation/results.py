@@ -32,6 +32,7 @@ SECTIONS = (
     "comparison",
     "student_evaluation",
     "export",
+    "embedding",
 )
 
 

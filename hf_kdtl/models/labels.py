@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 from unicodedata import normalize
 
+from hf_kdtl.models.forward.embedding import is_headless
+
 
 def class_names(config: Any) -> list[str] | None:
     """Names by class index, or None where they are transformers' defaults (LABEL_0, LABEL_1, ...).
@@ -121,7 +123,7 @@ def adopt_class_names(model: Any, names: Sequence[str] | None) -> None:
     Otherwise a teacher would be matched to it by position, and teach cat where the data says dog.
     """
     config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "id2label"):
+    if config is None or not hasattr(config, "id2label") or is_headless(model):
         return
     own = class_names(config)
     if own is None and names is not None and len(names) == config.num_labels:
@@ -133,6 +135,8 @@ def adopt_class_names(model: Any, names: Sequence[str] | None) -> None:
 def class_problem(model: Any, dataset: Any) -> str | None:
     """Why label i of a dataset does not mean the model's class i, with what to type; None where it does."""
     config, data = getattr(model, "config", None), dataset_class_names(dataset)
+    if is_headless(model):
+        return None
     own = class_names(config) if data and config is not None else None
     if data is None or own is None:
         return None

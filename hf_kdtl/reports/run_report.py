@@ -13,6 +13,7 @@ import yaml
 from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation, History, Results
 from hf_kdtl.evaluation.results import load_results
 from hf_kdtl.evaluation.statistics import mean_and_std
+from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.evaluation_sections import sections
 from hf_kdtl.reports.evaluation_summary import first_screen
 from hf_kdtl.reports.export_section import export_section
@@ -20,6 +21,7 @@ from hf_kdtl.reports.figures.arms import ARMS_FIGURE, arms_figure
 from hf_kdtl.reports.figures.curves import CURVES, curves_figure
 from hf_kdtl.reports.figures.gradient_rule import GRADIENT_RULE, gradient_rule_figure
 from hf_kdtl.reports.figures.layer_rates import LAYER_RATES, layer_rates_figure
+from hf_kdtl.reports.figures.patches import PATCHES
 from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET
 from hf_kdtl.reports.figures.samples import SHEET
 from hf_kdtl.reports.html import write_html
@@ -52,7 +54,9 @@ def write_report(folder: str | Path) -> Path:
     if results.comparison:
         arms_figure(results.evaluation.models, arm_names(results.evaluation), folder / ARMS_FIGURE)
     report = folder / "report.md"
-    figures = [name for name in (ARMS_FIGURE, CURVES, LAYER_RATES, GRADIENT_RULE, SHEET) if (folder / name).exists()]
+    figures = [
+        name for name in (ARMS_FIGURE, CURVES, LAYER_RATES, GRADIENT_RULE, PATCHES, SHEET) if (folder / name).exists()
+    ]
     details = sections(results.evaluation, folder) if results.is_evaluation else []
     report.write_text(markdown(results, figures, details), "utf-8")
     write_html(report)
@@ -71,6 +75,7 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
             lines += [table(evaluation), "", note(results), "", *_more_scores(evaluation)]
     if sentence := difference(results):
         lines += [sentence, ""]
+    lines += embedding_lines(results)
     lines += _figures(results, figures)
     if results.export is not None:
         lines += export_section(results.export)
@@ -100,6 +105,9 @@ def _figures(results: Results, figures: Sequence[str]) -> list[str]:
         shown.append(("learning rate multipliers and discrepancies by layer", LAYER_RATES, rates_note(*rates)))
     if GRADIENT_RULE in figures and (conflicts := first_with_history(results.gradient_rule)) is not None:
         shown.append(("conflicts between task and transfer gradients", GRADIENT_RULE, conflict_note(*conflicts)))
+    if PATCHES in figures:
+        about = "Each model's own principal components: compare shapes, not colors."
+        shown.append(("patch features as colors", PATCHES, about))
     if SHEET in figures:
         shown.append(("images with the probabilities of teacher and student", SHEET, evaluation.sheet))
     if evaluation.attention:

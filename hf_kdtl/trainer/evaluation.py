@@ -12,7 +12,10 @@ from torch import Tensor
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.multi_label import binary_cross_entropy
+from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import class_outputs
+from hf_kdtl.models.forward.capture import Needs, capture
+from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.objectives import Objective
 from hf_kdtl.trainer.distiller import Counts
@@ -30,6 +33,9 @@ class EvaluatingTrainer(PublishingTrainer):
     """The labelled images of the last window as Trainer got them, and all that was counted in it."""
 
     def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _draws(self, inputs: dict[str, Any]) -> Draws:
         raise NotImplementedError
 
     def evaluation_loop(
@@ -52,6 +58,8 @@ class EvaluatingTrainer(PublishingTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if is_headless(self.model):
+            return self._embedding_step(self._prepare_inputs(inputs), prediction_loss_only)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._eval_loss is not None and result[0] is not None:
             self._eval_loss.add(result[0], self._counted[1])
@@ -61,6 +69,23 @@ class EvaluatingTrainer(PublishingTrainer):
                 self._eval_terms.add(key, self.gather_function(value))
             self._micro_step += 1
         return result
+
+    def _embedding_step(self, inputs: dict[str, Any], loss_only: bool) -> tuple[Any, Any, Any]:
+        """(loss, embeddings, labels) of a student without a head: `eval_loss` is the weighted sum of the terms, and
+        the predictions are embeddings."""
+        with torch.no_grad():
+            student, terms = self.distiller.terms(inputs, self._draws(inputs))
+            if student.pooled is None and not loss_only:
+                student = capture(self.model, inputs["pixel_values"], Needs(pooled=True))
+        weights = self.distiller.weights
+        values = {key: per_image(self.distiller.objective(key), one.detach(), inputs) for key, one in terms.items()}
+        loss = torch.stack([weights[key] * value.mean() for key, value in values.items()]).sum()
+        if self._eval_terms is not None:
+            for key, value in values.items():
+                self._eval_terms.add(key, self.gather_function(value))
+        self._micro_step += 1
+        pooled = None if loss_only or student.pooled is None else student.pooled.detach().float()
+        return loss, pooled, None if loss_only else inputs.get("labels")
 
     def _task_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, counts: Counts) -> Any:
         """`eval_loss`: the task loss whatever the objectives, so that runs compare. As Trainer's, batch by batch."""

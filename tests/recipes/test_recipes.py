@@ -36,7 +36,7 @@ def test_is_short_and_names_its_command(path):
 
 
 def test_there_is_one_for_each_of_these():
-    names = {"train_teacher", "distill", "evaluate_student", "export_student", "push_student"}
+    names = {"train_teacher", "distill", "evaluate_student", "export_student", "push_student", "pretrain"}
     assert {path.stem for path in RECIPES} == names
 
 

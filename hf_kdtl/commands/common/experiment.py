@@ -20,7 +20,7 @@ from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.commands.common.students import new_student, student_processor, student_start
 from hf_kdtl.commands.common.teachers import name_classes, open_teachers, scorable
-from hf_kdtl.models import Teacher
+from hf_kdtl.models import Needs, Teacher
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.models.teachers.source import called
 from hf_kdtl.trainer.checks import check_teacher_usage
@@ -39,6 +39,9 @@ class DistillOptions(CutOptions, UnlabelledOptions):
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Of a teacher of images and texts (CLIP, SigLIP); by default the data's."}
+    )
+    teacher_pool: str | None = field(
+        default=None, metadata={"help": "A teacher's embedding: auto, pooler, class or mean (without labels)."}
     )
     templates: list[str] | None = field(default=None, metadata={"help": 'Its texts, such as "a photo of a {}".'})
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
@@ -120,7 +123,8 @@ class Experiment:
         self.scored = {name: one for name, one in self.teachers.items() if scorable(student, one)}
         for name, teacher in self.teachers.items():
             if name not in self.scored:
-                why = "has no trained head" if teacher.new_head else "answers in other classes"
+                headless = teacher.unserved(Needs(logits=True))
+                why = "has no trained head" if headless else "answers in other classes"
                 self.notes.append(f"{called(name)} {why}: it is not scored on these images.")
         self.data = data.in_order(student)
         self.images = training_images(self.data, options, data_options, self.notes)

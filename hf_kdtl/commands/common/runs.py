@@ -43,7 +43,7 @@ class Progress(ProgressCallback):
             self.training_bar.set_description(self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_accuracy") if key in (logs or {})}
+        self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_accuracy", "eval_knn") if key in (logs or {})}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown, refresh=False)
 
@@ -55,7 +55,8 @@ class Progress(ProgressCallback):
 
 def make_trainer(model: Any, config: DistillationConfig, processor: Any, title: str = "", **parts: Any) -> Any:
     """A DistillationTrainer as all commands use it."""
-    trainer = DistillationTrainer(model, config, processing_class=processor, compute_metrics=compute_metrics, **parts)
+    parts = {"compute_metrics": compute_metrics} | parts
+    trainer = DistillationTrainer(model, config, processing_class=processor, **parts)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(title))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 CURVES = "curves.png"
 
 
-SHOWN = {"loss": "training loss (of each arm's own terms)", "eval_accuracy": "validation accuracy"}
+SHOWN = {"loss": "training loss (of each arm's own terms)", "eval_accuracy": "validation accuracy",
+         "eval_knn": "kNN accuracy"}  # fmt: skip
 
 
 def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bool:

@@ -1,0 +1,231 @@
+"""hf-kdtl distill without any label: a student without a head learns a teacher's features from a folder of images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModel, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_kdtl import DistillationConfig, make_student
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common import builders, folders, runs, timing
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.chosen import Chosen
+from hf_kdtl.commands.common.defaults import listing
+from hf_kdtl.commands.common.embedding_scores import SPLITS, embeddings, picture, scores
+from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.config import DEFAULT_OBJECTIVES
+from hf_kdtl.data.unlabelled import open_images
+from hf_kdtl.evaluation import embeddings as ee
+from hf_kdtl.evaluation.results import load_results, read_results, update_results
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.teachers.backbone import open_backbone
+from hf_kdtl.reports.embedding import embedding_lines
+from hf_kdtl.reports.run_report import write_report
+from hf_kdtl.utils.options import check_known
+
+FEATURES: list[dict[str, Any]] = [{"name": "feature_kd"}]
+HELD_OUT = 2000
+
+
+def asked(options: Any, config: DistillationConfig, typed: Iterable[str]) -> bool:
+    """Whether a run has no labels to train by: --unlabelled, and no objective that reads labels or class outputs.
+
+    Where nothing but --unlabelled says which images, the objectives are by default those on features.
+    """
+    if options.unlabelled in (None, "rest"):
+        return False
+    if config.objectives == DEFAULT_OBJECTIVES and not {"dataset", "objectives"} & {*typed}:
+        config.objectives = FEATURES
+    return not any(one.compares_classes or one.needs_labels for one in config.build_objectives().values())
+
+
+@dataclass
+class Neighbours:
+    """`compute_metrics` of a run on embeddings: kNN accuracy of the evaluation's images among labelled ones."""
+
+    dataset: Any
+    batch: int
+    trainer: Any = None
+
+    def __call__(self, predictions: Any) -> dict[str, float]:
+        model = self.trainer.model
+        mode = model.training
+        bank, labels = embeddings(model.eval(), self.dataset, self.batch)
+        model.train(mode)
+        return {"knn": ee.knn_accuracy(bank, labels, predictions.predictions, predictions.label_ids)}
+
+
+class Pretraining:
+    """A run of `distill` for each seed, of a student without a head, on images without labels."""
+
+    def __init__(self, options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]):
+        self.options, self.data_options, self.config, self.typed = options, data_options, config, typed
+        self.folder, self.seeds, self.notes = folder_of(config), options.seeds or [config.seed], list[str]()
+        if options.baseline:
+            raise ValueError("baseline trains the student on its labels alone, and there are none. Leave it out.")
+        if list(options.teacher_paths) != ["teacher"]:
+            raise ValueError("a run without labels takes one teacher: type --teacher <folder or Hub name>.")
+        path = options.teacher_paths["teacher"]
+        self.teacher = Teacher.from_pretrained(path, pool=options.teacher_pool or "auto")
+        with config.main_process_first(local=False):
+            self.train, self.held_out = self._images()
+            self.labelled = builders.open_data(data_options) if "dataset" in typed else None
+        student = self.new_student()
+        self.processor = self._processor(student)
+        if "metric_for_best_model" not in typed:
+            config.metric_for_best_model = "knn" if self.labelled is not None else "loss"
+        known = {*typed, "metric_for_best_model"}
+        kind = "random" if options.student_config else "pretrained" if options.student else "cut"
+        budgeted = options.time_budget is not None
+        self.chosen = Chosen(
+            student, kind, self.train, len(self.train), self.processor, known, config, data_options, budgeted
+        )
+        self.student_summary = builders.summary(student)
+
+    def _images(self) -> tuple[Dataset, Dataset]:
+        data = self.data_options
+        images = open_images(
+            self.options.unlabelled,
+            image_column=data.image_column,
+            on_bad_image=data.on_bad_image,  # type: ignore[arg-type]
+            high_bit_depth=data.high_bit_depth,  # type: ignore[arg-type]
+            notes=self.notes,
+        )
+        number = min(HELD_OUT, int(len(images) * data.validation_fraction))
+        if number < 2 or len(images) - number < 2:
+            raise ValueError(f"{len(images)} images without labels are too few; expected 16 or more.")
+        order = np.random.default_rng(data.split_seed).permutation(len(images))
+        self.notes.append(f"{number} of them are held out, for eval_loss.")
+        return images.select(np.sort(order[number:])), images.select(np.sort(order[:number]))
+
+    def new_student(self) -> Any:
+        """The student before training."""
+        options = self.options
+        given = [name for name in ("student", "student_config") if getattr(options, name) is not None]
+        if len(given) + bool(options.cut_flags) != 1:
+            raise ValueError(
+                f"found {' and '.join([*given, *options.cut_flags]) or 'no student'}; expected one of --student, "
+                "--student_config and --student_layers."
+            )
+        if options.student is not None:
+            return open_backbone(options.student, role="the student", dtype=torch.float32).model
+        if options.student_config is not None:
+            settings = dict(cli.mapping("student_config", options.student_config))
+            kind = settings.pop("model_type", None)
+            check_known("model_type in student_config", kind, list(CONFIG_MAPPING))
+            return AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+        if options.student_layers is None:
+            raise ValueError("a student of a run without labels is cut by --student_layers alone.")
+        return make_student(self.teacher.model, options.student_layers).float()
+
+    def _processor(self, student: Any) -> Any:
+        if self.options.student is not None:
+            return builders.processor_of(self.options.student, student, self.notes)
+        if self.options.cut_flags and self.teacher.processing_class is not None:
+            return self.teacher.processing_class
+        return builders.new_processor(student.config, self.options.image_size)
+
+    def trainer(self, seed: int, folder: Path, config: DistillationConfig | None = None) -> Any:
+        """The trainer of one run."""
+        set_seed(seed)
+        student = self.new_student()
+        settings = runs.run_settings(config or self.config, folder, seed, self.config.entries)
+        labelled, metrics = self.labelled, None
+        if labelled is not None:
+            metrics = Neighbours(builders.pixels(labelled.train, self.processor), settings.per_device_eval_batch_size)
+        shown = self.held_out if labelled is None else labelled.validation
+        trainer = runs.make_trainer(
+            student, settings, self.processor, f"seed {seed}", teacher=self.teacher, compute_metrics=metrics,
+            train_dataset=builders.pixels(self.train, self.processor, self.data_options, config=settings),
+            eval_dataset=builders.pixels(shown, self.processor),
+        )  # fmt: skip
+        if metrics is not None:
+            metrics.trainer = trainer
+        return trainer
+
+    def folder_of_seed(self, seed: int) -> Path:
+        """The folder of a run."""
+        return self.folder / f"distilled-seed{seed}"
+
+
+def main(options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]) -> None:
+    """Train every seed, keep the best by validation, and write results.json, report.md and pictures."""
+    run = folders.describe_run("distill", config, options, data_options)
+    budget = timing.check_budget(options.time_budget, typed)
+    study = Pretraining(options, data_options, config, typed)
+    first = study.trainer(study.seeds[0], study.folder)
+    runs.check_one_batch(first)
+    maker = [lambda settings: study.trainer(study.seeds[0], folder_of(settings), settings)]
+    duration = timing.settle_steps(study.chosen, maker, len(study.seeds), budget)
+    models = {"teacher": builders.summary(study.teacher.model), "student": study.student_summary}
+    notes = [*study.notes, *study.teacher.notes, *first.distiller.notes]
+    folders.begin(first, _sections(study, run, models, notes, first))
+    runs.say(config, *(f"{who}: {what}" for who, what in models.items()), *(f"- {note}" for note in notes))
+    runs.say(config, *listing(study.chosen.defaults), folders.place(run), *duration)
+    for seed in study.seeds:
+        trainer = study.trainer(seed, study.folder_of_seed(seed))
+        runs.train_and_save(trainer, study.folder_of_seed(seed).name, study.folder)
+    if config.process_index == 0:
+        finish(study)
+
+
+def _sections(study: Pretraining, run: dict, models: dict, notes: list[str], first: Any) -> dict[str, Any]:
+    from hf_kdtl.hub.provenance import models_section
+
+    kinds = {"student": "pretrained", "student_config": "random"}
+    how = next((how for name, how in kinds.items() if getattr(study.options, name) is not None), "cut")
+    sizes = {"train": len(study.train), "held out": len(study.held_out)}
+    labelled = {}
+    if study.labelled is not None:
+        labelled = {f"labelled {name}": len(getattr(study.labelled, name)) for name in SPLITS}
+    data = {"source": str(study.options.unlabelled), "hub": False, "sizes": sizes | labelled, "classes": []}
+    data |= {"notes": study.notes, "augmentation": cli.mapping("augmentation", study.data_options.augmentation)}
+    return {
+        "run": run,
+        "defaults": study.chosen.record(),
+        "data": data,
+        "objectives": study.config.objectives,
+        "models": models_section(first, {"how": how}),
+        "pairing": models | {"notes": notes},
+    }
+
+
+def finish(study: Pretraining) -> None:
+    """Keep the best seed as student/, score it beside the teacher and itself before training, and write the report."""
+    scored = {seed: last_value(study, seed) for seed in study.seeds}
+    better = max if study.config.greater_is_better else min
+    seed = better(scored, key=lambda one: scored[one])
+    shutil.rmtree(study.folder / "student", ignore_errors=True)
+    shutil.copytree(study.folder_of_seed(seed) / "model", study.folder / "student")
+    after = AutoModel.from_pretrained(study.folder / "student").eval()
+    before = study.trainer(seed, study.folder).model.eval()
+    value = {"seed": seed, "metric": study.config.metric_for_best_model} | scores(study, before, after)
+    update_results(study.folder, "embedding", value)
+    section = read_results(study.folder)["models"]
+    section["student"]["fingerprint"] = fingerprint(after)
+    update_results(study.folder, "models", section)
+    picture(study, before, after)
+    write_report(study.folder)
+    lines = embedding_lines(load_results(study.folder))
+    student = study.folder / "student"
+    head = f"hf-kdtl train-teacher --model {student} --dataset <labelled images> --output_dir runs/classifier"
+    runs.say(study.config, *lines, f"The student is in {student}. It takes a head from few labels:", f"  {head}")
+
+
+def last_value(study: Pretraining, seed: int) -> float:
+    """The best value of the metric that a run was judged by."""
+    name = f"eval_{str(study.config.metric_for_best_model).removeprefix('eval_')}"
+    log = read_results(study.folder)["curves"][study.folder_of_seed(seed).name]
+    values = [entry[name] for entry in log if entry.get(name) is not None]
+    best = max if study.config.greater_is_better else min
+    return best(values) if values else 0.0
