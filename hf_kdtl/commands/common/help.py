@@ -37,7 +37,7 @@ MOST_USED = {
 CHOSEN = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "eval_strategy",
           "save_strategy", "augmentation")  # fmt: skip
 # Rarely needed: only `--help-all` shows them.
-RARE = ("image_column", "label_column", "on_bad_image", "high_bit_depth", "eval_objectives",
+RARE = ("teacher_pool", "image_column", "label_column", "on_bad_image", "high_bit_depth", "eval_objectives",
         "student_width", "student_parameters", "max_trials")  # fmt: skip
 
 
