@@ -29,8 +29,10 @@ from hf_kdtl.commands.common.trials import RUNS, RunLog
 from hf_kdtl.commands.common.tuning import HALVING, Tuning, check_optuna
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.reports.figures.tuning import TUNING, tuning_figure
+from hf_kdtl.utils.options import check_option
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
+FEW = 9  # trials, of which one would go on to the end
 FULL_RUNS = 12  # complete runs that fit into the budget, in which about 40 trials go
 
 
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     typed = cli.typed_names(*types, argv=argv)
     check_optuna()
     SearchSpace.of(own.candidates, config.learning_rate)
+    check_option("tune", "max_trials", own.max_trials, own.max_trials is None or own.max_trials > 0, "1 or more")
     experiment, budget = open_experiment("tune", own, options, data_options, config, typed)
 
     def fitting() -> int:
@@ -108,6 +111,8 @@ def finish(tuning: Tuning, settings: dict[str, Any]) -> str:
     update_results(folder, "tune", {"trials": trials, "best": best.number, "gain": tuning.gain()})
     text = table(tuning)
     (folder / "tune.md").write_text(f"# Settings tried\n\n{text}\n\n![trials]({TUNING})\n", encoding="utf-8")
+    if tuning.out_of_time and len(tuning.trials) < FEW:
+        text += f"\n\nFewer than {FEW} trials fitted: a larger --budget continues, with --resume_from_checkpoint true."
     return f"\n{text}\n\nThe best settings are in {path}. Next:\n\n  {command('distill', config=path)}"
 
 

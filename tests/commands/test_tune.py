@@ -67,6 +67,14 @@ def test_stopped_and_continued_it_is_the_same_search(command, images, teacher, m
         main([*TUNE, "--per_device_train_batch_size", "5", "--resume_from_checkpoint", "true"])
 
 
+def test_a_budget_that_is_too_short_ends_after_what_was_typed(command, images, teacher, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "short_run", lambda *a: {"curve": [[1, 0.2], [3, 0.3], [9, 0.4]]})
+    monkeypatch.setattr(tuning.Tuning, "_seconds", lambda self, trial: 40.0)
+    command("tune").main([*TUNE, "--budget", "42s"])
+    assert [line["run"] for line in lines()] == ["trial0-seed1", "trial0-seed2"]
+    assert "Fewer than 9 trials fitted" in capsys.readouterr().out
+
+
 def test_a_line_of_other_settings_is_refused(tmp_path):
     log = RunLog(tmp_path / "runs.jsonl")
     assert log.once("a", {"seed": 1}, lambda: {"curve": [[1, 0.5]]})["curve"] == [[1, 0.5]]
@@ -82,7 +90,8 @@ def test_a_line_of_other_settings_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "why"),
     [(["--budget", "soon"], "budget is 'soon'; expected a time"), (["--baseline", "true"], "found baseline"),
-     (["--candidates", "jacobian"], "expected one on class outputs"), (["--candidates", "logit_dk"], "Did you mean")],
+     (["--candidates", "jacobian"], "expected one on class outputs"), (["--candidates", "logit_dk"], "Did you mean"),
+     (["--max_trials", "0"], "max_trials is 0")],
 )  # fmt: skip
 def test_what_is_refused(command, images, teacher, capsys, flags, why):
     assert cli.run(lambda: command("tune").main([*TUNE, *flags])) == 2

@@ -68,18 +68,27 @@ class Tuning:
         self.steps, self.seeds = experiment.chosen.steps, experiment.seeds
         self.rungs = sorted({max(1, self.steps // part) for part in RUNGS})
         self.trials: list[Trial] = []
+        self.out_of_time = False  # whether the budget ended the search
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=HALVING)
         self._study = optuna.create_study(direction="maximize", pruner=pruner)
 
     def run(self, budget: float, most: int | None) -> None:
         """Trials until the next would exceed the budget of seconds, or there are `most`; trial 0 in any case."""
-        spent = 0.0
-        while not self.trials or (most or len(self.trials) + 1) > len(self.trials):
-            if self.trials and spent * (1 + 1 / len(self.trials)) > budget:
+        while most is None or len(self.trials) < most:
+            if self.trials and sum(map(self._seconds, self.trials)) + self._expected() > budget:
+                self.out_of_time = True
                 return
             self.say(str(self._trial()))
-            own = [f"trial{self.trials[-1].number}-seed{seed}" for seed in self.seeds]
-            spent += sum(self.log.lines[name]["seconds"] for name in own if name in self.log.lines)
+
+    def _seconds(self, trial: Trial) -> float:
+        names = [f"trial{trial.number}-seed{seed}" for seed in self.seeds]
+        return sum(self.log.lines[name]["seconds"] for name in names if name in self.log.lines)
+
+    def _expected(self) -> float:
+        """Seconds of the next trial: the mean of those before; of the first, one that stops at the second rung."""
+        if len(self.trials) > 1:
+            return fmean(map(self._seconds, self.trials[1:]))
+        return self._seconds(self.trials[0]) / len(self.seeds) / HALVING
 
     def _trial(self) -> Trial:
         import optuna
