@@ -13,7 +13,8 @@ def round_activation(x: Tensor) -> Tensor:
     """The values of x on 256 levels over its range, and 0 among them; gradient 1 (straight-through).
 
     scale = (max(x, 0) - min(x, 0)) / 255, z = round(-min(x, 0) / scale),
-    y = scale (clamp(round(x / scale) + z, 0, 255) - z): what uint8 holds. Written with differentiable operations, so that derivatives of any order exist.
+    y = scale (clamp(round(x / scale) + z, 0, 255) - z): what uint8 holds.
+    Written with differentiable operations, so that derivatives of any order exist.
 
     >>> round_activation(torch.tensor([-1.0, 0.0, 1.55]))  # steps of 0.01
     tensor([-1.0000,  0.0000,  1.5500])

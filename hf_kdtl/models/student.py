@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from hf_kdtl.models.cutting.budget import Budget, solve
 from hf_kdtl.models.cutting.families import Sizes, cut_config, family_of, sizes_of
 from hf_kdtl.models.cutting.importance import Scores, first_order
-from hf_kdtl.models.cutting.plan import CutPlan, cost_of, neurons_of, on_meta
+from hf_kdtl.models.cutting.plan import CutPlan, cost_of, like, neurons_of, on_meta
 from hf_kdtl.models.cutting.request import Number, kept_blocks, requested_sizes
 from hf_kdtl.models.cutting.weights import copy_weights
 from hf_kdtl.models.forward.capture import Needs
 from hf_kdtl.models.forward.classifier import blank_pixels
-from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.utils.options import check_known
 
@@ -76,8 +75,8 @@ def make_student(
     stage and MLP. ConvNeXt: blocks of each stage. Others whose depth is config.num_hidden_layers: blocks.
 
     Args:
-        teacher: a vision model of transformers with or without a classifier, a Teacher, or the path or Hub name of an
-            image classifier. It is left as it was.
+        teacher: a vision model of transformers with or without a classifier, a Teacher, or a path or Hub name. It
+            is left as it was.
         layers: blocks to keep, a count or a share; for Swin and ConvNeXt a count for each stage in a list, or a share.
             By default 6 where nothing else is asked for, otherwise all.
         heads: attention heads of each block to keep.
@@ -146,7 +145,7 @@ def plan_sizes(
     alternate = family is not None and family.alternate
     blocks = kept_blocks(full, sizes, alternate, None if scores is None else scores.blocks)
     config = cut_config(model.config, sizes, blocks)
-    before, after = (on_meta(type(model), this) for this in (model.config, config))
+    before, after = (on_meta(model, this) for this in (model.config, config))
     pixels = blank_pixels(model, default=224)
     neurons = neurons_of(before), neurons_of(after)
     costs = cost_of(before, pixels), cost_of(after, pixels)
@@ -157,7 +156,7 @@ def plan_sizes(
 def build(teacher: PreTrainedModel, plan: CutPlan, scores: Scores | None = None) -> PreTrainedModel:
     """The student of a plan."""
     with torch.random.fork_rng(devices=[]):  # its own weights are all replaced, so the caller's draws go on as before
-        student: Any = type(teacher)(plan.config)
+        student: Any = like(teacher, plan.config)
     copy_weights(teacher, student, plan.blocks, plan.full, scores)
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters())
     return (student.float() if half else student).to(teacher.device).eval()
@@ -165,11 +164,11 @@ def build(teacher: PreTrainedModel, plan: CutPlan, scores: Scores | None = None)
 
 def _vision_model(teacher: Any) -> Any:
     if isinstance(teacher, str | Path):
-        teacher = open_classifier(teacher, role="the teacher").model
+        teacher = Teacher.from_pretrained(teacher)
     if isinstance(teacher, Teacher):
-        if problem := teacher.unserved(Needs(logits=True)):
-            raise ValueError(problem)
-        return teacher.classifier()
+        if teacher.new_head:
+            raise ValueError(teacher.unserved(Needs(logits=True)))
+        teacher = teacher.classifier()
     if not isinstance(teacher, PreTrainedModel) or teacher.main_input_name != "pixel_values":
         raise TypeError(
             f"a student can be cut out of a vision model of transformers, found {type(teacher).__name__}. Load the "

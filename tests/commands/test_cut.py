@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_kdtl import make_student
 from hf_kdtl.commands.common import arguments as cli
@@ -55,6 +55,24 @@ def test_a_budget_of_distill(command, images, teacher):
     assert 0.4 < share <= 0.5
     results = read_results("out")
     assert results["models"]["student"]["start"]["how"] == "cut" and "of the FLOPs" in results["pairing"]["student"]
+
+
+def test_a_teacher_without_a_head(command, images, teacher):
+    """The student is cut out of it, and gets a head for the classes of the images."""
+    headless = open_model(teacher).vit
+    headless.save_pretrained("headless")
+    AutoImageProcessor.from_pretrained(teacher).save_pretrained("headless")
+    command("cut").main(["--teacher", "headless", "--layers", "2", "--heads", "1", "--output_dir", "small"])
+    assert AutoModel.from_pretrained("small").config.num_attention_heads == 1
+    module, building = command("common.experiment"), command("common.builders")
+    types = (module.DistillOptions, building.DataOptions, module.DistillationConfig)
+    flags = ["--teacher", "headless", "--dataset", images, "--student_layers", "2", "--student_heads", "1"]
+    flags += ["--objectives", "task", "feature_kd", "--output_dir", "out", *QUICK]
+    study = module.Experiment(*cli.parse(*types, argv=flags))
+    student = study.trainer("distilled", 1, Path("out")).model
+    assert sorted(student.config.id2label.values()) == ["blue", "green", "red"]
+    cut_out = make_student(headless, 2, heads=1)
+    assert torch.equal(student.vit.layers[1].mlp.fc1.weight, cut_out.layers[1].mlp.fc1.weight)
 
 
 def test_stages(command, images, teacher):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
+
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl.data import ImageData, ImageDataset
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.cutting.importance import Scores, first_order
 from hf_kdtl.models.cutting.plan import CutPlan
+from hf_kdtl.models.forward.embedding import is_headless
+from hf_kdtl.models.labels import set_class_names
 from hf_kdtl.models.student import Cut, build, plan_cut
 
 IMPORTANCE = "Which blocks, heads and neurons stay: uniform (evenly spaced), or first_order (by the loss)."
@@ -104,7 +110,21 @@ def planned(teacher: Teacher, cut: Cut, data: ImageData | None) -> tuple[CutPlan
     return made[cut]
 
 
-def cut_student(teacher: Teacher, cut: Cut, data: ImageData | None) -> Any:
-    """The student of a cut."""
+def cut_student(teacher: Teacher, cut: Cut, data: ImageData) -> Any:
+    """The student of a cut, with a new head for the classes of the data where the teacher has none."""
     plan, scores = planned(teacher, cut, data)
-    return build(teacher.classifier(), plan, scores)
+    student = build(teacher.classifier(), plan, scores)
+    return _with_head(student, data.label_names) if is_headless(student) else student
+
+
+def _with_head(backbone: Any, names: Sequence[str]) -> Any:
+    config = copy.deepcopy(backbone.config)
+    set_class_names(config, names)
+    model: Any = AutoModelForImageClassification.from_config(config)
+    lacking = getattr(model, model.base_model_prefix).load_state_dict(backbone.state_dict(), strict=False).missing_keys
+    if lacking:
+        raise ValueError(
+            f"a {type(backbone).__name__} does not fit into {type(model).__name__}, which lacks "
+            f"{', '.join(lacking[:4])}. Type hf-kdtl cut --teacher <it> --output_dir <new>; then --student <new>."
+        )
+    return model

@@ -74,7 +74,7 @@ class _Search:
 
     def cost(self, sizes: Sizes, kind: str) -> int:
         if (sizes, kind) not in self._known:
-            model = on_meta(type(self.model), self.config(sizes))
+            model = on_meta(self.model, self.config(sizes))
             found = parameters(model) if kind == "parameters" else flops(model, self.pixels.to("meta"))
             self._known[sizes, kind] = found
         return self._known[sizes, kind]
@@ -180,7 +180,7 @@ def _clock(search: _Search) -> Callable[[Sizes], float]:
     device, dtype = search.model.device, search.model.dtype
 
     def measure(sizes: Sizes) -> float:
-        model = on_meta(type(search.model), search.config(sizes)).to_empty(device=device).to(dtype)
+        model = on_meta(search.model, search.config(sizes)).to_empty(device=device).to(dtype)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.zero_()

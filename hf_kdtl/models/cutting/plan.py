@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -86,10 +87,17 @@ class CutPlan:
         return ", ".join([*kept, f"{self.after.flops / self.before.flops:.0%} of the FLOPs"])
 
 
-def on_meta(model_class: Any, config: Any) -> Any:
-    """A model without memory, for its shapes."""
+def like(model: Any, config: Any) -> Any:
+    """A new model of the class of `model`; without a pooler where it has none (ViTModel inside a classifier)."""
+    kind = type(model)
+    pools = "add_pooling_layer" in inspect.signature(kind).parameters and getattr(model, "pooler", None) is None
+    return kind(config, add_pooling_layer=False) if pools else kind(config)
+
+
+def on_meta(model: Any, config: Any) -> Any:
+    """A model of the class of `model` without memory, for its shapes."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return model_class(config).eval()
+        return like(model, config).eval()
 
 
 def cost_of(model: nn.Module, pixels: torch.Tensor) -> Cost:
