@@ -52,9 +52,9 @@ def build(options: TeacherOptions, data: ImageData, notes: list[str]) -> tuple[A
         raise ValueError("expected one of --model <folder or Hub name> and --model_config '{\"model_type\": ...}'.")
     if options.model is None:
         settings = cli.mapping("model_config", options.model_config)
-        model = builders.from_config(settings, data.label_names, "model_config")
+        model = builders.answering(builders.from_config(settings, data.label_names, "model_config"), data)
         return model, builders.new_processor(model.config, options.image_size), data
-    model = builders.pretrained(options.model, data.label_names, notes)
+    model = builders.answering(builders.pretrained(options.model, data.label_names, notes), data)
     return model, builders.processor_of(options.model, model, notes), data.in_order(model)
 
 

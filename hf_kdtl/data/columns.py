@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from hf_kdtl.data.several import cell_names, class_names_of, is_list, names_of, with_labels
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.text import some
 
@@ -16,9 +17,10 @@ UNLABELLED = -100
 
 
 def with_two_columns(
-    raw: dict[str, Dataset], image: str | None, label: str | None, notes: list[str]
+    raw: dict[str, Dataset], image: str | None, label: str | None, notes: list[str], multi_label: bool = False
 ) -> dict[str, Dataset]:
-    """Each split as the columns `image`, `label`, with the class names of train, and `row`; see `load_images`.
+    """Each split as the columns `image`, `label`, with the class names of train, and `row`; see `load_images`. Of
+    several labels an image also `labels`.
 
     Raises:
         ValueError: when a column cannot be identified, or a split holds a label that train does not know.
@@ -27,23 +29,39 @@ def with_two_columns(
     image = _column(features, "image", image, [name for name in features if _is_image(features[name])])
     others = [name for name in features if name != image]
     classes = [name for name in others if isinstance(features[name], ClassLabel)]
-    label = _column(features, "label", label, classes or [name for name in others if _is_category(features[name])])
+    lists = [name for name in others if is_list(features[name])] if multi_label else []
+    kinds = lists or classes or [name for name in others if _is_category(features[name])]
+    label = _column(features, "label", label, kinds)
     if not (_is_image(features[image]) or _dtype(features[image]) in ("binary", "large_binary", "string")):
         raise ValueError(
             f"Column {image!r} is of type {_type(features[image])}, expected images, their bytes or paths."
         )
-    if not _is_category(features[label]):
+    if not (_is_category(features[label]) or (multi_label and is_list(features[label]))):
         raise ValueError(f"Column {label!r} is of type {_type(features[label])}, expected ClassLabel, string or int.")
-    names = _class_names(raw["train"], label, notes)
+    cells = {name: _cells(split, label, name) for name, split in raw.items()} if multi_label else {}
+    names = class_names_of(cells["train"]) if multi_label else _class_names(raw["train"], label, notes)
+    if multi_label:
+        notes.append(f"Column {label!r} was read as several labels an image, of {len(names)} classes: {some(names)}.")
     splits = {}
     for name, split in raw.items():
         if absent := {image, label} - set(split.column_names):
             raise ValueError(f"The split {name!r} has no column {absent.pop()!r}, only {_columns(split.features)}.")
         pixels = split.select_columns(image).rename_columns({image: "image"})
         pixels = pixels.cast_column("image", datasets.Image(decode=False))
+        if multi_label:
+            refuse_unseen(name, Counter(n for cell in cells[name] for n in cell or () if n not in names))
+            splits[name] = with_rows(with_labels(pixels, cells[name], names))
+            continue
         indices = _class_indices(split, name, label, names, notes)
         splits[name] = with_rows(pixels.add_column("label", indices, feature=ClassLabel(names=names)))
     return splits
+
+
+def _cells(split: Dataset, label: str, name: str) -> list[list[str] | None]:
+    if label not in split.features:
+        raise ValueError(f"The split {name!r} has no column {label!r}, only {_columns(split.features)}.")
+    names = names_of(split.features[label])
+    return [cell_names(cell, names) for cell in split[label][:]]
 
 
 def with_rows(split: Dataset, first: int = 0) -> Dataset:
@@ -111,6 +129,8 @@ def _class_names(train: Dataset, label: str, notes: list[str]) -> list[str]:
         return list(feature.names)
     values = sorted({value for value in train[label][:] if value is not None and value != UNLABELLED})
     notes.append(f"Column {label!r} ({_type(feature)}) was read as {len(values)} classes: {some(values)}.")
+    if several := [value for value in values if isinstance(value, str) and ";" in value]:
+        notes.append(f"Classes such as {several[0]!r} hold ';': for several labels an image set multi_label.")
     return [str(value) for value in values]
 
 

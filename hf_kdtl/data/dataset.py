@@ -12,6 +12,7 @@ from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.indexed import RowPass
 from hf_kdtl.data.labelled_share import LabelledShareSampler
 from hf_kdtl.data.rendering import check_sizes
+from hf_kdtl.data.several import labels_of
 from hf_kdtl.data.views import Views
 from hf_kdtl.utils.options import check_option, is_integer
 
@@ -121,7 +122,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return self._augmented.items(plain, [self.image_view(index) for index in indices])
         rows = self.split[plain]
         images = [decode_row(image, i, len(self)) for image, i in zip(rows["image"], plain, strict=True)]
-        items = [{"labels": label} for label in rows["label"]]
+        items: list[dict[str, Any]] = [{"labels": label} for label in labels_of(rows)]
         for key, processor in self._processors.items():
             arrays = processor(images)["pixel_values"]
             check_sizes([array.shape for array in arrays], processor)

@@ -6,14 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import datasets
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from tqdm.auto import tqdm
 
 from hf_kdtl.data.bit_depth import CHOICES, check_bit_depths
 from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, with_two_columns
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.duplicates import check_duplicates
+from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.data.sources import Source, open_source, source_name
 from hf_kdtl.models.labels import class_names, label_order, same_classes, set_class_names
 from hf_kdtl.utils.text import some
@@ -48,6 +50,11 @@ class ImageData:
     rest: Dataset | None = None
     train_rows: int = 0
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has several labels, in the column `labels`."""
+        return SEVERAL in self.train.features
+
     def check_readable(self) -> None:
         """Decode every image once. Raises ValueError naming the first that cannot be read."""
         for name in ("train", "validation", "test"):
@@ -77,10 +84,17 @@ class ImageData:
         if place is None:
             return self
 
+        order = list(place)  # of the data's class i in the model
+
         def reordered(split: Dataset) -> Dataset:
             labels = [place[label] if label >= 0 else label for label in split["label"][:]]
             feature = type(split.features["label"])(names=names)
-            return split.remove_columns("label").add_column("label", labels, feature=feature)
+            several = split[SEVERAL][:] if SEVERAL in split.features else None
+            split = split.remove_columns("label").add_column("label", labels, feature=feature)
+            if several is None:
+                return split
+            rows = [[row[order.index(k)] for k in range(len(row))] for row in several]
+            return split.remove_columns(SEVERAL).add_column(SEVERAL, rows, feature=datasets.List(Value("int64")))
 
         message = "The data lists its classes in another order than the model: its labels are re-ordered, by name."
         splits = {name: reordered(getattr(self, name)) for name in ("train", "validation", "test")}
@@ -98,6 +112,7 @@ def load_images(
     seed: int = 42,
     on_bad_image: Literal["error", "skip"] = "error",
     high_bit_depth: Literal["clip", "scale"] = "clip",
+    multi_label: bool = False,
 ) -> ImageData:
     """Load images with labels, and make the splits that are missing.
 
@@ -125,6 +140,8 @@ def load_images(
         high_bit_depth: of images of 16 or 32 bits or floats: "clip" trains on what `pipeline("image-classification")`
             shows the model, which may be all white; "scale" scales them to 8 bits when loaded, all by the same
             factor, and whoever calls pipeline() must do the same first. The notes say how many there are, and how.
+        multi_label: an image has several labels: "cat;dog" in a cell (or a list); `none` for no class, an empty cell
+            for an unlabelled image. The splits have the column `labels` too, (K,) of 1, 0 and -100.
 
     Raises:
         ValueError: for anything that cannot be loaded as asked; the sentence says what to type.
@@ -139,7 +156,7 @@ def load_images(
             raise ValueError(f"{name}_fraction is {fraction}, expected a share between 0 and 1, such as 0.15.")
     notes: list[str] = []
     splits = with_two_columns(
-        open_source(source, notes, image_column, label_column), image_column, label_column, notes
+        open_source(source, notes, image_column, label_column), image_column, label_column, notes, multi_label
     )
     rows = len(splits["train"])
     if on_bad_image == "skip":
@@ -188,8 +205,9 @@ def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) 
     names = train.features["label"].names
     splits = {}
     for name, size in sizes.items():
+        strata = _strata(labels[rest], size) if SEVERAL in train.features else labels[rest]
         try:
-            rest, cut = train_test_split(rest, test_size=size, stratify=labels[rest], random_state=seed)
+            rest, cut = train_test_split(rest, test_size=size, stratify=strata, random_state=seed)
         except ValueError as error:
             rarest = min(counts, key=lambda index: counts[index], default=0)
             raise ValueError(
@@ -199,11 +217,18 @@ def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) 
             ) from error
         splits[name] = train.select(np.sort(cut))
         notes.append(
-            f"No {name} split was found: {size} images were cut from train, stratified by class, seed {seed}."
+            f"No {name} split was found: {size} images were cut from train, "
+            f"{'at random' if strata is None else 'stratified by class'}, seed {seed}."
         )
     left = np.union1d(rest, np.flatnonzero(labels == UNLABELLED))
     notes.append(f"{len(left)} images are left in train.")
     return {"train": train.select(left), **splits}
+
+
+def _strata(rarest: np.ndarray, size: int) -> np.ndarray | None:
+    """What a cut of images with several labels is stratified by: the rarest class; None where too few have it."""
+    counts = np.unique(rarest, return_counts=True)[1]
+    return rarest if counts.min() > 1 and len(counts) <= min(size, len(rarest) - size) else None
 
 
 def _check_labels(splits: dict[str, Dataset], notes: list[str]) -> None:
@@ -219,4 +244,6 @@ def _check_labels(splits: dict[str, Dataset], notes: list[str]) -> None:
             raise ValueError(
                 f"{unlabelled} images of {name} are unlabelled, expected a label on each; leave them out."
             )
+        if SEVERAL in splits[name].features:
+            continue  # an image's other classes may be in train
         refuse_unseen(name, Counter({names[index]: count for index, count in counts.items() if index not in seen}))

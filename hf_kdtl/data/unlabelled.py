@@ -16,6 +16,7 @@ from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.duplicates import check_duplicates
 from hf_kdtl.data.loading import ImageData, readable
 from hf_kdtl.data.scan import scan
+from hf_kdtl.data.several import SEVERAL, unlabelled_rows
 from hf_kdtl.data.sources import Source, open_source, source_name
 
 TABLES = ("*.parquet", "*.tar")
@@ -50,7 +51,7 @@ def open_unlabelled(
     notes.append(f"{len(split)} images without labels come from {source_name(source)}.")
     splits = [one for one in (data.train, data.validation, data.test, data.rest) if one is not None]
     first = max([data.train_rows, *(int(source_rows(one).max()) + 1 for one in splits)])  # rows that train has not
-    return without_labels(with_rows(split, first), data.label_names)
+    return without_labels(with_rows(split, first), data.label_names, data.multi_label)
 
 
 def open_images(
@@ -85,10 +86,15 @@ def _opened(source: Source, image_column: str | None, on_bad_image: str, notes: 
     return split
 
 
-def without_labels(split: Dataset, names: list[str]) -> Dataset:
+def without_labels(split: Dataset, names: list[str], several: bool = False) -> Dataset:
     """The images of a split, each with the label -100."""
     images = split.remove_columns("label") if "label" in split.features else split
     labelled = images.add_column("label", [UNLABELLED] * len(images), feature=ClassLabel(names=names))
+    if SEVERAL in split.features or several:
+        rows = unlabelled_rows(len(images), len(names))
+        labelled = labelled.remove_columns([SEVERAL] if SEVERAL in labelled.features else [])
+        labelled = labelled.add_column(SEVERAL, rows, feature=datasets.List(datasets.Value("int64")))
+        return labelled.select_columns(["image", "label", "row", SEVERAL])
     return labelled.select_columns(["image", "label", "row"])
 
 

@@ -12,6 +12,7 @@ import torch
 from hf_kdtl.data.augmentation import VIEW_VERSION, Augmentation, Mixing, soft_labels
 from hf_kdtl.data.columns import UNLABELLED, source_rows
 from hf_kdtl.data.rendering import Renderer, check_sizes, mix, render
+from hf_kdtl.data.several import SEVERAL, labels_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +41,8 @@ class Views:
         self.view_seed, self.num_labels = view_seed, num_labels
         self.rows = source_rows(split)
         self.renderers = {key: Renderer(processor) for key, processor in processors.items()}
+        if augmentation.mixes and SEVERAL in split.features:
+            raise ValueError("mixup and cutmix mix one label an image, and the data has several; leave them out.")
         if augmentation.mixes:
             self.labelled = np.array(split["label"][:]) != UNLABELLED
             order = np.argsort(self.rows, kind="stable")
@@ -56,7 +59,7 @@ class Views:
         cells = zip(rows["image"], [*indices, *partners], drawn + theirs, strict=True)
         renderers = list(self.renderers.values())
         shown = [render(cell, index, len(self.split), renderers, changes) for cell, index, changes in cells]
-        labels: Any = rows["label"]
+        labels: Any = labels_of(rows)
         found: list[dict[str, Any]] = [{} for _ in indices]
         for (key, renderer), pixels in zip(self.renderers.items(), zip(*shown, strict=True), strict=True):
             check_sizes([image.shape for image in pixels], renderer.processor)

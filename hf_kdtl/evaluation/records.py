@@ -6,6 +6,7 @@ that what a record does not know survives: `update_results` replaces one section
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,13 @@ from hf_kdtl.evaluation.json_records import Record
 from hf_kdtl.evaluation.model_records import Models
 
 Scores = dict[str, float | None]
+HEADLINES = {"accuracy": "accuracy", "map": "mAP"}
+"""{the metric that tables and cards begin with: what they call it}, of one label an image and of several."""
+
+
+def headline(scores: Mapping[str, Any]) -> str:
+    """The metric that stands for a model: accuracy, or map where an image has several labels."""
+    return "map" if "map" in scores else "accuracy"
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,11 @@ class EvaluatedModel(Record):
     peak_memory_bytes: float | None = None
     file_bytes: float | None = None
     fingerprint: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """`headline` of its scores."""
+        return headline({name: None for run in self.runs.values() for scores in run.values() for name in scores})
 
     @property
     def clean_accuracy(self) -> float | None:
@@ -154,6 +167,11 @@ class Evaluation(Record):
     degraded: DegradedImages | None = None
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     disagreement: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """`headline` of its models."""
+        return next((one.headline for one in self.models.values()), "accuracy")
 
     @property
     def student_run(self) -> str | None:

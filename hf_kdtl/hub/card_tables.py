@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_kdtl.evaluation.model_records import ModelFacts, Models
-from hf_kdtl.evaluation.records import Data, EvaluatedModel, Evaluation, Results, Scores
+from hf_kdtl.evaluation.records import Data, EvaluatedModel, Evaluation, Results, Scores, headline
 from hf_kdtl.evaluation.scoring import accuracy_interval
 from hf_kdtl.hub.markdown import Markdown
 from hf_kdtl.reports.evaluation_findings import confidence_text, sentences
@@ -73,12 +73,14 @@ def split_scores(results: Results) -> tuple[str, dict[str, float]]:
 def shown_scores(results: Results) -> dict[str, Any]:
     """What the card says of the student's accuracy."""
     split, found = split_scores(results)
-    shown: dict[str, Any] = {"split": split, "all": found, "value": found.get("accuracy"), "accuracy": None}
+    name = headline(found)
+    shown: dict[str, Any] = {"split": split, "all": found, "value": found.get(name), "accuracy": None, "metric": name}
+    shown["word"] = {"accuracy": "Accuracy", "map": "Mean average precision"}[name]
     if shown["value"] is None:
         return shown | {"split": ""}
     images = results.data.sizes.get(split)
     shown |= {"accuracy": percent(shown["value"]), "images": f"{images:,}" if images else "an unknown number of"}
-    shown["interval"] = _interval(shown["value"], images)
+    shown["interval"] = _interval(shown["value"], images) if name == "accuracy" else None
     if "agreement" in found:
         shown["agreement"] = percent(found["agreement"])
     return shown
@@ -140,7 +142,7 @@ def _figures(results: Results) -> dict[str, Markdown]:
 
 def _tabled(model: EvaluatedModel) -> bool:
     """Whether the report's table has a row for it."""
-    accuracies = [run.get(split, {}).get("accuracy") for run in model.runs.values() for split in SPLITS]
+    accuracies = [run.get(split, {}).get(model.headline) for run in model.runs.values() for split in SPLITS]
     return None not in (model.parameters, model.images_per_second, *accuracies)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hf_kdtl.evaluation.model_records import ModelFacts, Origin, Start
-from hf_kdtl.evaluation.records import Data, Results
+from hf_kdtl.evaluation.records import HEADLINES, Data, Results, headline
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.hub.card_tables import (
     ARM,
@@ -120,7 +120,7 @@ def _teacher(model: ModelFacts, student: ModelFacts) -> dict[str, Any]:
 def _teachers_accuracy(results: Results) -> str:
     """Of several teachers, each one's on the split that the student's accuracy is shown of."""
     names = models_of(results).teachers
-    found = {name: teacher_scores(results, f"teacher {name}").get("accuracy") for name in names}
+    found = {name: teacher_scores(results, f"teacher {name}").get(results.evaluation.headline) for name in names}
     shown = [f"{without_paths(name)} {'not measured' if a is None else percent(a)}" for name, a in found.items()]
     return ", ".join(shown)
 
@@ -150,7 +150,7 @@ def _data(data: Data) -> dict[str, Any]:
 
 
 def _seeds(results: Results) -> dict[str, Any]:
-    found = [run["test"].get("accuracy") for run in runs_of(results, ARM).values() if "test" in run]
+    found = [run["test"].get(headline(run["test"])) for run in runs_of(results, ARM).values() if "test" in run]
     values = [value for value in found if value is not None]
     if len(values) < 2:
         return {"number": len(values)}
@@ -164,7 +164,8 @@ def _seeds(results: Results) -> dict[str, Any]:
 
 
 def _difference(results: Results) -> dict[str, Any]:
-    mine, its = shown_scores(results), teacher_scores(results).get("accuracy")
+    mine = shown_scores(results)
+    its = teacher_scores(results).get(mine["metric"])
     found = {"points": None, "interval": None, "teacher": None, "agreement": mine.get("agreement")}
     if mine["accuracy"] is None or its is None:
         return found
@@ -180,11 +181,12 @@ def _difference(results: Results) -> dict[str, Any]:
 
 def _effect(results: Results) -> str | None:
     """Test accuracy of the distilled student minus that of the student alone; None where only one was trained."""
-    wanted = ("distilled", "alone", "accuracy", "test")
+    metric = results.evaluation.headline
+    wanted = ("distilled", "alone", metric, "test")
     found = next((one for one in results.comparison if (one.a, one.b, one.metric, one.split) == wanted), None)
     if found is None:
         return None
-    than = f"{100 * found.mean:+.1f} points of accuracy against the same student trained without it"
+    than = f"{100 * found.mean:+.1f} points of {HEADLINES[metric]} against the same student trained without it"
     if found.low is None or found.high is None:
         return f"{than}; {found.note}, so another seed may reverse it."
     low, high = 100 * found.low, 100 * found.high
@@ -195,6 +197,8 @@ def _effect(results: Results) -> str | None:
 def _cannot(results: Results) -> Markdown:
     classes, size = _classes(results), _image_size(models_of(results).student)
     lines = [f"it always predicts one of its {classes['count']} classes, also for images of none of them"]
+    if results.evaluation.headline == "map":
+        lines = [f"it answers for each of its {classes['count']} classes apart, and for nothing else"]
     if size:
         lines.append(f"images are resized to {size} pixels")
     if (measured := results.student_evaluation) is not None:

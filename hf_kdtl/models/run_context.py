@@ -104,6 +104,18 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in model.modules())
 
 
+def not_differentiable(model: Any) -> str:
+    """Why no derivative by the pixels is taken of a model, with what to type; empty where it can be."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    if low_precision(model) == "quantised":
+        why = "quantised, and kernels of quantised weights give no exact gradient"
+    elif len({str(place) for place in placed.values()}) > 1:
+        why = f"spread over {len(set(map(str, placed.values())))} places (device_map), by hooks that move its inputs"
+    else:
+        return ""
+    return f"the teacher is {why}. Load it as it is, or use objectives without derivatives, such as logit_kd."
+
+
 def low_precision(model: nn.Module) -> str:
     """How a model's weights are rounded, in a word; empty for 32 bits and more."""
     dtypes = {p.dtype for p in (*model.parameters(), *model.buffers())}

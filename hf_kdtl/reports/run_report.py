@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation, History, Results
+from hf_kdtl.evaluation.records import HEADLINES, EvaluatedModel, Evaluation, History, Results
 from hf_kdtl.evaluation.results import load_results
 from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.embedding import embedding_lines
@@ -119,7 +119,8 @@ def _figures(results: Results, figures: Sequence[str]) -> list[str]:
 
 def table(evaluation: Evaluation) -> str:
     """A row for each model: accuracy on validation and test (mean and standard deviation over seeds), size, speed."""
-    header = ["", "validation accuracy", "test accuracy", "seeds", "parameters", "images/s"]
+    word = HEADLINES[evaluation.headline]
+    header = ["", f"validation {word}", f"test {word}", "seeds", "parameters", "images/s"]
     rows, names = [], arm_names(evaluation)
     for arm, model in evaluation.models.items():
         accuracy = [_accuracy(model, split) for split in SPLITS]
@@ -136,7 +137,12 @@ SPLITS = ("validation", "test")
 def note(results: Results) -> str:
     """What the table's columns mean."""
     several = any(len(model.runs) > 1 for model in results.evaluation.models.values())
-    first = "Accuracy: mean ± standard deviation over seeds. " if several else ""
+    word = HEADLINES[results.evaluation.headline]
+    first = (
+        f"{word[0].upper() if word == 'accuracy' else word[0]}{word[1:]}: mean ± standard deviation over seeds. "
+        if several
+        else ""
+    )
     if several and results.evaluation.student_seed is not None:
         first += (
             f"The student that is kept is that of seed {results.evaluation.student_seed}, the best on validation. "
@@ -228,7 +234,7 @@ def weight_text(entry: dict[str, Any], results: Results) -> str:
 
 
 def _accuracy(model: EvaluatedModel, split: str) -> str:
-    values = [run.get(split, {}).get("accuracy") for run in model.runs.values()]
+    values = [run.get(split, {}).get(model.headline) for run in model.runs.values()]
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "-"
@@ -242,9 +248,9 @@ def _more_scores(evaluation: Evaluation) -> list[str]:
         arm_names(evaluation)[arm]: [run.get("test", {}) for run in model.runs.values()]
         for arm, model in evaluation.models.items()
     }
-    if not any(set(scores) - {"accuracy"} for found in runs.values() for scores in found):
+    if not any(set(scores) - {*HEADLINES} for found in runs.values() for scores in found):
         return []
-    return ["On test, beyond accuracy:", "", scores_table(runs), "", scores_note(runs), ""]
+    return [f"On test, beyond {HEADLINES[evaluation.headline]}:", "", scores_table(runs), "", scores_note(runs), ""]
 
 
 def _list(title: str, items: Sequence[str]) -> list[str]:

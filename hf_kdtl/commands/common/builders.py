@@ -21,7 +21,7 @@ from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import vision_config
-from hf_kdtl.models.labels import class_names, match_labels, same_classes, set_class_names
+from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels, same_classes, set_class_names
 from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, open_processor, renew_head
 from hf_kdtl.utils.options import check_known
 
@@ -43,6 +43,9 @@ class DataOptions:
     high_bit_depth: str = field(
         default="clip",
         metadata={"help": "16-bit, 32-bit, float images: clip as pipeline() does, or scale."},
+    )
+    multi_label: bool = field(
+        default=False, metadata={"help": "Several labels an image: cat;dog in a cell, none for no class."}
     )
     train_images: int | None = field(
         default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
@@ -70,6 +73,7 @@ def open_data(options: DataOptions) -> ImageData:
         seed=options.split_seed,
         on_bad_image=options.on_bad_image,  # type: ignore[arg-type]
         high_bit_depth=options.high_bit_depth,  # type: ignore[arg-type]
+        multi_label=options.multi_label,
     )
     if options.on_bad_image == "error":
         data.check_readable()  # all of them now: a bad test image would be found after hours of training
@@ -141,6 +145,22 @@ def pretrained(path: str, names: Sequence[str], notes: list[str]) -> Any:
     if not opened.new_head:  # of the same size, so it was loaded
         renew_head(opened.model)
     return opened.model
+
+
+def answering(model: Any, data: ImageData) -> Any:
+    """The model, whose config says that an image has several labels where the data's have.
+
+    Raises:
+        ValueError: for a model of several labels an image and data of one.
+    """
+    if is_multi_label(model) and not data.multi_label:
+        raise ValueError(
+            f"{type(model).__name__} has several labels an image (its problem_type), and the data was read with one. "
+            "Type --multi_label true, or take another model."
+        )
+    if data.multi_label:
+        model.config.problem_type = MULTI_LABEL
+    return model
 
 
 def named(model: Any, names: Sequence[str]) -> Any:

@@ -27,7 +27,7 @@ from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.scoring import correct, diagnostics
 from hf_kdtl.evaluation.statistics import images_difference
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.labels import class_names, label_order
+from hf_kdtl.models.labels import class_names, is_multi_label, label_order
 from hf_kdtl.models.teachers.resolve import open_classifier, open_config
 from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
 from hf_kdtl.reports.evaluation_sections import figure_name
@@ -96,6 +96,11 @@ def _open(
         model = teacher.classifier()
     else:
         model = open_classifier(path, role=name).model.eval()
+    if is_multi_label(model):
+        raise ValueError(
+            f"{name} ({path}) has several labels an image, and hf-kdtl evaluate judges models of one (accuracy, "
+            "calibration, confusion). Its mAP and F1 are in the report of its run."
+        )
     unnamed = class_names(model.config) is None
     try:
         data.in_order(model)  # checks the classes, and names those of a model that does not

@@ -18,6 +18,7 @@ from hf_kdtl.commands.common.folders import folder_of, resumes
 from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import FILE, read_results
 
@@ -50,7 +51,8 @@ class Chosen:
         budgeted: bool = False,
     ):
         side = int(builders.pixels(train.select([0]), processor)[0]["pixel_values"].shape[-1])
-        seen = images, side, has_color(train), config.world_size
+        metric = "map" if SEVERAL in train.features else "accuracy"
+        seen = images, side, has_color(train), config.world_size, metric
         self.case = Case(kind, has_attention(model), parameters(model), *seen)
         self.config, self.data_options = config, data_options
         values = vars(data_options) | vars(config)

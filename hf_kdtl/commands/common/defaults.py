@@ -45,6 +45,7 @@ class Case:
         side: pixels a side of what the model is fed.
         color: whether the images have any.
         processes: that train, each with a batch of its own.
+        metric: by which the best model is chosen.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Case:
     side: int
     color: bool = True
     processes: int = 1
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _cadence(case: Case, known: Mapping[str, Any]) -> list[Default]:
         chosen.append(Default("save_steps", every, why))
     if not asked or known.get("eval_strategy") == known.get("save_strategy") == "epoch":
         chosen.append(Default("load_best_model_at_end", True, "the end need not be the best"))
-        chosen.append(Default("metric_for_best_model", "accuracy", "on validation"))
+        chosen.append(Default("metric_for_best_model", case.metric, "on validation"))
     chosen.append(Default("save_total_limit", 2, "checkpoints: the best and the last"))
     return chosen
 

@@ -19,7 +19,7 @@ from hf_kdtl.commands.common.cutting import CutOptions, planned
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.labels import UnlabelledOptions, training_images
 from hf_kdtl.commands.common.students import new_student, student_processor, student_start
-from hf_kdtl.commands.common.teachers import name_classes, open_teachers, scorable
+from hf_kdtl.commands.common.teachers import loading_options, name_classes, open_teachers, scorable
 from hf_kdtl.models import Needs, Teacher
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.models.teachers.source import called
@@ -42,6 +42,12 @@ class DistillOptions(CutOptions, UnlabelledOptions):
     )
     teacher_pool: str | None = field(
         default=None, metadata={"help": "A teacher's embedding: auto, pooler, class or mean (without labels)."}
+    )
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16, float16, float32; by default as it was saved."}
+    )
+    teacher_options: dict | str | None = field(
+        default=None, metadata={"help": "Of its from_pretrained, as JSON: device_map, quantization_config."}
     )
     templates: list[str] | None = field(default=None, metadata={"help": 'Its texts, such as "a photo of a {}".'})
     student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
@@ -111,11 +117,14 @@ class Experiment:
         self.notes: list[str] = []
         is_self = options.teacher == "self"
         check_teacher_usage(options.teacher, config)  # before any is read
+        names = ("class_names", "templates", "teacher_dtype", "teacher_options")
+        if not options.teacher_paths and (given := [name for name in names if getattr(options, name) is not None]):
+            raise ValueError(f"--{given[0]} is of a saved teacher; add --teacher <folder>, or leave it out.")
         self.teachers, self.stores = stored.opened(options, self._open, self.notes)
         typed = stored.take_views(self.stores, data_options, config, typed)
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
-        name_classes(self.teachers, data.label_names)
+        name_classes(self.teachers, data)
         student = new_student(options, self.teacher, data, self.notes)
         if is_self:
             adapters.check_self(student, options.student, config)
@@ -140,7 +149,9 @@ class Experiment:
 
     def _open(self, paths: dict[str, str]) -> dict[str, Teacher]:
         compared = {one.source for one in self.config.build_objectives().values() if one.compares_classes}
-        return open_teachers(paths, compared, self.options.class_names, self.options.templates) if paths else {}
+        options = self.options
+        loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
+        return open_teachers(paths, compared, options.class_names, options.templates, **loading) if paths else {}
 
     @property
     def teacher(self) -> Teacher | None:
@@ -236,7 +247,7 @@ class Experiment:
         self.teachers |= self._open(
             {name: path for name, path in paths.items() if self.teachers[name].facts().sharded}
         )
-        name_classes(self.teachers, self.data.label_names)
+        name_classes(self.teachers, self.data)
         self.scored = {name: self.teachers[name] for name in self.scored}
 
     def makers(self) -> list[Callable[[DistillationConfig], Any]]:

@@ -43,6 +43,8 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
     """
     if images is not None and per_class is not None:
         raise ValueError("found train_images and labels_per_class; expected one of them.")
+    if per_class is not None and data.multi_label:
+        raise ValueError("labels_per_class counts one label an image, and the data has several; use train_images.")
     labels = np.array(data.train["label"][:])
     if images is not None and images != len(labels):
         rows, message = _stratified(labels, images, len(data.label_names), seed)
@@ -51,7 +53,7 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
     else:
         return data
     rest = np.setdiff1d(np.arange(len(labels)), rows)
-    left = without_labels(data.train.select(rest), data.label_names) if len(rest) else None
+    left = without_labels(data.train.select(rest), data.label_names, data.multi_label) if len(rest) else None
     return replace(data, train=data.train.select(np.sort(rows)), rest=left, notes=[*data.notes, message])
 
 

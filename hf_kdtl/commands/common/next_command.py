@@ -14,7 +14,7 @@ from hf_kdtl.models.blocks import stated_depth, vision_config
 
 # Options that say which images a split holds; the others concern training alone.
 SPLIT_OPTIONS = ("dataset", "image_column", "label_column", "validation_fraction", "test_fraction", "split_seed",
-                 "on_bad_image", "high_bit_depth")  # fmt: skip
+                 "on_bad_image", "high_bit_depth", "multi_label")  # fmt: skip
 
 # What a saved config says of its classes and of its file, and not of its shape.
 LABELS_AND_FILES = ("id2label", "label2id", "num_labels", "architectures", "dtype", "transformers_version",

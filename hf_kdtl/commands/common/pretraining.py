@@ -22,6 +22,7 @@ from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.embedding_scores import SPLITS, embeddings, picture, scores
 from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.commands.common.teachers import loading_options
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.unlabelled import open_images
 from hf_kdtl.evaluation import embeddings as ee
@@ -76,7 +77,8 @@ class Pretraining:
         if list(options.teacher_paths) != ["teacher"]:
             raise ValueError("a run without labels takes one teacher: type --teacher <folder or Hub name>.")
         path = options.teacher_paths["teacher"]
-        self.teacher = Teacher.from_pretrained(path, pool=options.teacher_pool or "auto")
+        loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
+        self.teacher = Teacher.from_pretrained(path, pool=options.teacher_pool or "auto", **loading)
         with config.main_process_first(local=False):
             self.train, self.held_out = self._images()
             self.labelled = builders.open_data(data_options) if "dataset" in typed else None

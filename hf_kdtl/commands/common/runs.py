@@ -43,7 +43,8 @@ class Progress(ProgressCallback):
             self.training_bar.set_description(self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_accuracy", "eval_knn") if key in (logs or {})}
+        names = ("loss", "eval_accuracy", "eval_map", "eval_knn")
+        self.shown |= {key: f"{logs[key]:.3f}" for key in names if key in (logs or {})}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown, refresh=False)
 

@@ -16,6 +16,7 @@ from hf_kdtl.commands.common.experiment import in_words
 from hf_kdtl.data.decoding import decode
 from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.predictions import save_predictions
+from hf_kdtl.evaluation.records import headline
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.evaluation.saliency import attention_map, input_saliency
 from hf_kdtl.evaluation.statistics import paired_difference
@@ -48,7 +49,7 @@ def evaluate(study: Any) -> None:
         kept = study.folder / f"distilled-seed{seed}"
         shutil.rmtree(study.folder / "student", ignore_errors=True)
         shutil.copytree(kept / "model", study.folder / "student")
-        if only:
+        if only and not study.data.multi_label:  # its bars are probabilities of one class or another
             value["sheet"] = _sheet(study, only["test"][0], logits[seed])
         else:
             _example(study, 0)
@@ -72,7 +73,7 @@ def _runs(
             logits[arm, seed, split], labels = runs.predict(model, data, study.config)
             before = logits.get(("alone", seed, split)) if arm != "alone" else None
             found[split] = paired_scores(logits[arm, seed, split], labels, taught.get(split), before)
-            if study.config.process_index == 0:
+            if study.config.process_index == 0 and labels.ndim == 1:
                 save_predictions(folder, split, logits[arm, seed, split], labels)
         by_arm[arm][str(seed)] = found
     return by_arm, {seed: logits["distilled", seed, "test"] for seed in study.seeds}
@@ -84,7 +85,12 @@ def best_seed(runs: dict[str, dict[str, dict[str, float]]]) -> int:
     Args:
         runs: {seed: {split: scores}} of the distilled student.
     """
-    return int(max(runs, key=lambda seed: (runs[seed]["validation"]["accuracy"], -runs[seed]["validation"]["nll"])))
+
+    def rank(seed: str) -> tuple[float, float]:
+        found = runs[seed]["validation"]
+        return found[headline(found)], -found.get("nll", 0.0)
+
+    return int(max(runs, key=rank))
 
 
 def _teacher_pixels(study: Any, teacher: Any) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _teacher_logits(study: Any, teacher: Any, student: Any, dataset: Any) -> tup
     return (logits if order is None else logits[:, order]), labels
 
 
-def comparisons(by_arm: dict[str, dict[str, Any]], metric: str = "accuracy") -> list[dict[str, Any]]:
+def comparisons(by_arm: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The section `comparison`: each arm minus each one before it, on every split, paired by seed.
 
     Args:
@@ -108,6 +114,7 @@ def comparisons(by_arm: dict[str, dict[str, Any]], metric: str = "accuracy") -> 
     entries = []
     for (b, its), (a, mine) in combinations(by_arm.items(), 2):
         for split in SPLITS:
+            metric = headline(next(iter(mine.values()))[split])
             ours, theirs = ([run[split][metric] for run in found.values()] for found in (mine, its))
             found = paired_difference(ours, theirs)
             low, high = found["interval"] or (None, None)
@@ -121,8 +128,10 @@ def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]
     different classes."""
     before = study.trainer("distilled", seed, study.folder).model
     data = builders.pixels(study.data.test, study.processor)
-    rows = data.__getitems__(spread(study.data.test["label"][:], count))
-    pixels, labels = torch.stack([row["pixel_values"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    of_classes = study.data.test["label"][:]
+    chosen = spread(of_classes, count)
+    pixels = torch.stack([row["pixel_values"] for row in data.__getitems__(chosen)])
+    labels = torch.tensor([of_classes[row] for row in chosen])
     images = unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
     try:
@@ -136,11 +145,14 @@ def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]
     except ValueError as error:  # a model without any map; the run must not end for want of a picture
         runs.say(study.config, f"no attention sheet: {error}")
     moved = {}
-    for name, teacher in study.scored.items():  # in its own order of classes
+    for name, teacher in ({} if study.data.multi_label else study.scored).items():  # in its own order of classes
         order, _ = match_labels(student.config, teacher.provenance())
         its, model = labels if order is None else torch.tensor(order)[labels], teacher.classifier()
         moved[in_words(name)] = input_saliency(model, pixels.to(model.device), its, teacher.pixels)
-    moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in students.items()}
+    labelled = {} if study.data.multi_label else students
+    moved |= {name: input_saliency(model, pixels.to(model.device), labels) for name, model in labelled.items()}
+    if study.data.multi_label:
+        return captions  # the pixels of which class?
     about = "Which pixels move the log-probability of the image's class"
     return captions | {"gradients": saliency_figure(study.folder / GRADIENT_SHEET, images, moved, about)}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def new_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:
     """The student before training; after `set_seed` with the same seed always the same weights."""
-    student = plain_student(options, teacher, data, notes)
+    student = builders.answering(plain_student(options, teacher, data, notes), data)
     return student if options.adapter is None else adapters.with_adapter(student, options.adapter)
 
 

@@ -103,7 +103,8 @@ def no_classifier(who: str, architecture: str, path: str = "") -> str:
     return (
         f"{who}, {architecture}, has no classifier, so it gives no class outputs. Expected objectives on features: "
         "feature_kd, similarity, hidden_states, attention_map, relation; or train a head for it first: "
-        f"hf-kdtl train-teacher --model {path or '<its folder>'} --dataset <labelled images>."
+        f"hf-kdtl train-teacher --model {path or '<its folder>'} --dataset <labelled images>. A model of images and "
+        "texts needs class names alone: Teacher.from_pretrained(path, class_names=[...])."
     )
 
 

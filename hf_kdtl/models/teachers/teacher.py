@@ -18,7 +18,7 @@ from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, untrained
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.models.forward.partial_batch import capture_in_chunks, capture_subset
 from hf_kdtl.models.labels import MULTI_LABEL, is_multi_label, match_labels
-from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers
+from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers, not_differentiable
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
 from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
@@ -238,6 +238,8 @@ class Teacher(SignalSource):
     def unserved(self, needs: Needs) -> str:
         """A live model gives everything, but class outputs of a head that it lacks, or that was not in its file."""
         if needs.logits and (reason := self._no_classes()):
+            return reason
+        if needs.derivative and (reason := not_differentiable(self.model)):
             return reason
         if needs.weights:
             return "the teacher does not hold the student's weights at the start; only the start does."

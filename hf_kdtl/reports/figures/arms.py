@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hf_kdtl.evaluation.records import EvaluatedModel
+from hf_kdtl.evaluation.records import HEADLINES, EvaluatedModel
 from hf_kdtl.evaluation.statistics import mean_interval
 from hf_kdtl.reports.figures.style import COLORS, new_figure, save
 
@@ -46,9 +46,10 @@ def arms_figure(
     axes.set_xlim(left, right + 0.02 * (right - left))
     axes.set_yticks(range(len(arms)), [names[arm].replace(", ", ",\n") for arm in arms], fontsize=11)
     axes.set_ylim(len(arms) - 0.4, -0.6)
+    word = HEADLINES[next(iter(models.values())).headline]
     seeds = len(next(iter(arms.values())))
     scale = f" (the axis begins at {left:.0f})" if left else ""
-    axes.set_xlabel(f"{split} accuracy in %{scale}\nmean of {seeds} seeds, its 95 % interval; a ring is one seed")
+    axes.set_xlabel(f"{split} {word} in %{scale}\nmean of {seeds} seeds, its 95 % interval; a ring is one seed")
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
@@ -67,5 +68,5 @@ def _bar(axes: Axes, place: int, arm: str, found: list[float]) -> None:
 
 
 def _accuracies(model: EvaluatedModel, split: str) -> list[float]:
-    found = (run.get(split, {}).get("accuracy") for run in model.runs.values())
+    found = (run.get(split, {}).get(model.headline) for run in model.runs.values())
     return [100 * value for value in found if value is not None]

@@ -17,7 +17,7 @@ CURVES = "curves.png"
 
 
 SHOWN = {"loss": "training loss (of each arm's own terms)", "eval_accuracy": "validation accuracy",
-         "eval_knn": "kNN accuracy"}  # fmt: skip
+         "eval_map": "validation mAP", "eval_knn": "kNN accuracy"}  # fmt: skip
 
 
 def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bool:

@@ -1,0 +1,59 @@
+"""train-teacher and distill with several labels an image: settings, scores, report and card."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.evaluation import read_results
+from hf_kdtl.hub.model_card import student_card
+from tests.commands.conftest import CONFIG, QUICK
+
+CELLS = ["red;green", "red", "none", "green;blue", "blue", "green"]
+
+
+@pytest.fixture
+def table():
+    draw, lines = np.random.default_rng(0), ["file,label"]
+    for i in range(48):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(f"{i}.png")
+        lines.append(f'{i}.png,"{CELLS[i % 6]}"')
+    Path("images.csv").write_text("\n".join(lines) + "\n")
+    return ["--dataset", "images.csv", "--multi_label", "true"]
+
+
+def test_from_a_table_to_a_student_and_its_card(command, table, capsys):
+    command("train-teacher".replace("-", "_")).main(
+        [*table, "--model_config", json.dumps(CONFIG), "--output_dir", "teacher", *QUICK]
+    )
+    assert "mAP" in capsys.readouterr().out
+    command("distill").main(
+        [*table, "--teacher", "teacher/model", "--student_layers", "1", "--baseline", "true", "--output_dir", "out",
+         "--objectives", "task", "logit_kd", *QUICK]
+    )  # fmt: skip
+    printed, results = capsys.readouterr().out, read_results("out")
+    scores = results["evaluation"]["models"]["distilled"]["runs"]["42"]["test"]
+    assert set(scores) == {"map", "micro_f1", "macro_f1"} and "teacher" in results["evaluation"]["models"]
+    assert results["comparison"][0]["metric"] == "map" and "paired by seed" in printed
+    assert "--multi_label True" in printed
+    report = Path("out/report.md").read_text()
+    assert "test mAP" in report and "`micro_f1`" in report and "accuracy" not in report.split("## Objectives")[0]
+    card = str(student_card(results))
+    assert "**Mean average precision:**" in card and "it answers for each of its 3 classes apart" in card
+    saved = json.loads(Path("out/student/config.json").read_text())
+    assert saved["problem_type"] == "multi_label_classification"
+    answers = pipeline("image-classification", "out/student")("0.png")
+    assert abs(sum(entry["score"] for entry in answers) - 1) > 1e-4  # sigmoids
+    refused = ["--models", "out/student", *table, "--output_dir", "evaluation", "--use_cpu", "true"]
+    assert cli.run(lambda: command("evaluate").main(refused)) == 2
+    assert "has several labels an image, and hf-kdtl evaluate judges models of one" in capsys.readouterr().err
+
+
+def test_one_label_and_several_are_not_confused(command, table, images, capsys):
+    new = ["--student_config", json.dumps(CONFIG), "--output_dir", "out", *QUICK, "--objectives", "task"]
+    assert cli.run(lambda: command("distill").main([*table, "--labels_per_class", "3", *new])) == 2
+    assert "labels_per_class counts one label an image" in capsys.readouterr().err
