@@ -39,7 +39,7 @@ CHOSEN = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "w
 # Rarely needed: only `--help-all` shows them.
 RARE = ("teacher_pool", "image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image",
         "high_bit_depth", "eval_objectives", "multi_label", "teacher_dtype", "teacher_options", "student_width",
-        "student_parameters", "max_trials")  # fmt: skip
+        "student_parameters", "max_trials", "templates", "start")  # fmt: skip
 
 
 class _Formatter(argparse.HelpFormatter):
