@@ -11,12 +11,16 @@ from hf_kdtl.models import make_student
 from hf_kdtl.models.cutting import budget as module
 from hf_kdtl.models.student import Cut, plan_cut
 from tests.models.cutting.test_cut import dinov3, teacher_of
+from tests.support.helpers import and_slow
 from tests.support.tiny import build
 
 PIXELS = torch.zeros(1, 3, 32, 32)
+FURTHER = ["dinov2", "dinov2_gated", "siglip", "convnext", "dinov3"]
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_gated", "siglip", "swin", "convnext", "dinov3"])
+@pytest.mark.parametrize(
+    "family", and_slow(["vit", "swin"], ["dinov2", "dinov2_gated", "siglip", "convnext", "dinov3"])
+)
 @pytest.mark.parametrize(("kind", "share"), [("flops", 0.55), ("parameters", 0.6)])
 def test_the_student_is_within_the_budget_and_near_it(family, kind, share):
     layers = [4, 3] if family in ("swin", "convnext") else 5
@@ -55,7 +59,7 @@ def test_a_number_is_absolute_and_what_is_given_stays(capsys):
     assert "heads of a block" in printed and f"{parameters(student):,}" in printed
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", and_slow(["vit"], ["swin"]))
 def test_a_budget_that_cannot_be_met_names_the_nearest(family):
     teacher = build(family, layers=[2, 2] if family == "swin" else 3)
     with pytest.raises(

@@ -10,11 +10,13 @@ from transformers import AutoModel, AutoModelForImageClassification, DINOv3ViTCo
 from hf_kdtl.models import make_student
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.student import Cut, plan_cut
+from tests.support.helpers import and_slow
 from tests.support.tiny import build
 
 PIXELS = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
 HEADS = ["vit", "deit", "deit_teacher", "dinov2", "dinov2_with_registers", "beit", "vit_msn", "ijepa"]
 TOWERS = ["siglip", "clip"]
+SAVED_TOO = ["deit", "deit_teacher", "dinov2_with_registers", "beit", "vit_msn", "ijepa", "clip"]
 SHARED_BIAS = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
 VARIANTS = {
     "beit_shared_bias": ("beit", SHARED_BIAS),
@@ -121,7 +123,7 @@ def test_full_size_gives_the_teachers_own_output_and_config(family):
     assert student.config.to_dict() == teacher.config.to_dict()
 
 
-@pytest.mark.parametrize("family", [*HEADS, "beit_shared_bias", *TOWERS])
+@pytest.mark.parametrize("family", and_slow(["vit", "dinov2", "beit_shared_bias", "siglip"], SAVED_TOO))
 def test_saved_and_opened_by_plain_transformers(family, tmp_path):
     fixed = family in TOWERS
     width = {"width": 16} if fixed else {"width": 24, "heads": 1}
