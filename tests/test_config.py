@@ -66,6 +66,7 @@ def test_a_name_stands_for_an_entry_with_its_defaults(tmp_path, given):
         ([{"name": "task", "weight": 0}], "every weight is 0"),
         ([{"name": "task"}, {"name": "task"}], "two entries have the key 'task'"),
         ([{"name": "task", "key": "a.b"}], "expected a word without dots"),
+        ([{"name": "task", "key": "forward"}], "which torch's modules use"),
         ([{"name": "task", "role": "teacher"}], "role is 'teacher'; expected 'task' or 'transfer'"),
     ],
 )

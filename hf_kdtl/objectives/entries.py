@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.utils.options import check_option, is_number
 
@@ -19,6 +21,10 @@ def entry_key(entry: Mapping[str, Any]) -> str:
     key = entry.get("key", entry["name"])
     if not isinstance(key, str) or not key or "." in key:
         raise ValueError(f"objectives: key is {key!r}; expected a word without dots, for the log.")
+    if hasattr(nn.ModuleDict, key):  # in which the objectives are held by their keys
+        raise ValueError(
+            f"objectives: key is {key!r}, which torch's modules use; take {key + '_1'!r}."
+        )
     return key
 
 
