@@ -1,4 +1,8 @@
-"""Weights of the loss's terms from the sizes of their gradients: w_j = r ||w_ref g_ref|| / ||g_j||."""
+"""Weights of the loss's terms from the sizes of their gradients: w_j = r ||w_ref g_ref|| / ||g_j||.
+
+That weights be chosen by the size of the gradients is the advice of RKD's author (issue 6 of its repository); the rule
+is ours.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class SearchSpace:
             check_known("objective in candidates", name, [n for n in OBJECTIVES if n != "task"])
         outputs = tuple(name for name in names if OBJECTIVES[name].compares_classes and not _inside(name))
         if not outputs:
-            raise ValueError(f"candidates are {names}; expected one on class outputs among them, such as logit_kd.")
+            raise ValueError(f"candidates: {names or 'none fits'}; expected one on class outputs, such as logit_kd.")
         return cls(outputs, tuple(name for name in names if name not in outputs), rate)
 
     def suggest(self, trial: Any) -> tuple[list[dict[str, Any]], float]:
