@@ -57,6 +57,7 @@ class DistillationConfig(TrainingArguments):
             None: the student as it is when the trainer first uses it, in `train` or `evaluate`; a second `train`
             keeps it. It is saved with the run, for resuming.
         view_seed: of the augmentation, as in `hf_kdtl.data.ImageDataset`; `seed` does not change what images show.
+        teacher_pixels: "shared", the student's, resized; or "own": the files at its own size, from `ImageDataset`.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
         quantize: "int8": the student's linear and convolution layers round inputs and weights to 8 bits in training;
             what is saved is the plain model, for an int8 export that loses less.
@@ -81,6 +82,7 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "A folder or Hub name: what the student is held to; by default its own first weights."},
     )
     view_seed: int = field(default=0, metadata={"help": "Of the augmentation: runs with other seeds see the same."})
+    teacher_pixels: str = field(default="shared", metadata={"help": "shared: the student's; own: at its own size."})
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )

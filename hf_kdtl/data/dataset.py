@@ -9,7 +9,7 @@ import torch
 
 from hf_kdtl.data.columns import source_rows
 from hf_kdtl.data.decoding import decode_row
-from hf_kdtl.data.indexed import RowPass
+from hf_kdtl.data.indexed import TEACHER_PIXELS, RowPass
 from hf_kdtl.data.labelled_share import LabelledShareSampler
 from hf_kdtl.data.rendering import check_sizes
 from hf_kdtl.data.several import labels_of
@@ -48,6 +48,8 @@ class ImageDataset(torch.utils.data.Dataset):
         labelled_share: of the images in each training batch, where the split has images without a label (-100). By
             default a batch has as many of them as chance will have it. DistillationTrainer takes the order from
             `train_sampler`.
+        teacher_processor: the teacher's, for `teacher_pixels: own`: items then also hold `teacher_pixel_values`, the
+            same crop, flip, colors and mixture at the teacher's size, from the same decoded file.
 
     Cost: with augmentation, decoding, one resize and about 0.2 ms an image of 224 pixels; color_jitter 0.6 ms; mixing
     renders a second image. A JPEG that is much larger than what is shown of it is decoded smaller.
@@ -73,6 +75,7 @@ class ImageDataset(torch.utils.data.Dataset):
         views: int | None = None,
         seed: int = 0,
         labelled_share: float | None = None,
+        teacher_processor: Any = None,
     ):
         self.split = split
         self.image_processor = image_processor
@@ -85,7 +88,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self.labelled_share = labelled_share
         # In shared memory, because persistent workers keep the copy of the dataset that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.teacher_processor = teacher_processor
         self._processors = {"pixel_values": image_processor}
+        if teacher_processor is not None:
+            self._processors[TEACHER_PIXELS] = teacher_processor
         self._augmented: Views | None = None
         if augmentation is not None:
             self._augmented = Views(split, augmentation, self._processors, view_seed, self.num_labels)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-INDEX, VIEW = "image_index", "image_view"
-NOT_THE_STUDENTS = (INDEX, VIEW)
+INDEX, VIEW, TEACHER_PIXELS = "image_index", "image_view", "teacher_pixel_values"
+NOT_THE_STUDENTS = (INDEX, VIEW, TEACHER_PIXELS)
 """What a batch holds that is no argument of the student's forward."""
 
 
@@ -35,11 +36,13 @@ class RowPass(int):
 
 
 class IndexedItem(NamedTuple):
-    """An item of the data, its row, and its view (None where the data does not know it)."""
+    """An item of the data, its row, its view (None where the data does not know it), and the teacher's pixels of it
+    (None where they are the student's)."""
 
     item: Any
     row: int
     view: int | None
+    teacher_pixels: Tensor | None = None
 
 
 class IndexedDataset(Dataset):
@@ -78,12 +81,15 @@ class IndexedDataset(Dataset):
 
     def _indexed(self, item: Any, i: int) -> IndexedItem:
         row = self.data.source_index(i) if hasattr(self.data, "source_index") else int(i)
-        return IndexedItem(item, row, self.data.image_view(i) if hasattr(self.data, "image_view") else None)
+        view = self.data.image_view(i) if hasattr(self.data, "image_view") else None
+        # Apart from the item, of which Trainer's collator keeps only what the student's forward takes.
+        teachers = item.pop(TEACHER_PIXELS, None) if isinstance(item, dict) else None
+        return IndexedItem(item, row, view, teachers)
 
 
 class IndexCollator:
-    """A collator of `IndexedItem`s: the given one's batch, and `image_index` (B,) and `image_view` (B,), int64, the
-    latter where the data knows it. Others pass unchanged."""
+    """A collator of `IndexedItem`s: the given one's batch, `image_index` (B,) int64 and, where the data has them,
+    `image_view` (B,) int64 and `teacher_pixel_values` (B, C, H, W). Others pass unchanged."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
         self.collate = collate
@@ -94,4 +100,6 @@ class IndexCollator:
         batch = self.collate([one.item for one in items]) | {INDEX: torch.tensor([one.row for one in items])}
         if items[0].view is not None:
             batch[VIEW] = torch.tensor([one.view for one in items])
+        if items[0].teacher_pixels is not None:
+            batch[TEACHER_PIXELS] = torch.stack([one.teacher_pixels for one in items])
         return batch

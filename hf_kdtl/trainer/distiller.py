@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, VIEW
+from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, TEACHER_PIXELS, VIEW
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.partial_batch import capture_subset
@@ -208,7 +208,8 @@ class Distiller(nn.Module):
         pixels = inputs["pixel_values"]
         none = pixels.new_zeros(0, dtype=torch.long)
         rows = select_images(draws, fraction, pixels).nonzero()[:, 0] if fraction else none
-        known: Any = {name: inputs[name] for name in ("labels", INDEX, VIEW) if inputs.get(name) is not None}
+        names = ("labels", INDEX, VIEW, TEACHER_PIXELS)
+        known: Any = {name: inputs[name] for name in names if inputs.get(name) is not None}
         indexed = [name for name, source in self.sources.items() if source.needs_index and INDEX not in known]
         if indexed and not all(self.sources[name].answers_without_index for name in indexed):
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from hf_kdtl.data.indexed import INDEX, VIEW, IndexedDataset
+from hf_kdtl.data.indexed import INDEX, TEACHER_PIXELS, VIEW, IndexedDataset
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.objectives.base import Objective
@@ -68,7 +68,7 @@ class CapturedSample:
         for inputs in self.sample:
             if left <= 0:
                 return
-            names = ("pixel_values", "labels", INDEX, VIEW)
+            names = ("pixel_values", "labels", INDEX, VIEW, TEACHER_PIXELS)
             known = {name: inputs[name][:left] for name in names if name in inputs}
             left -= len(known["pixel_values"])
             batch: Any = {name: value for name, value in known.items() if name != "pixel_values"}

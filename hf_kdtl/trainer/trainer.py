@@ -31,7 +31,7 @@ from hf_kdtl.data.indexed import IndexCollator, IndexedDataset
 from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
 from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
-from hf_kdtl.models.teachers import as_source
+from hf_kdtl.models.teachers import as_source, shown
 from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
 from hf_kdtl.trainer import auto_weights, checks, contracts
 from hf_kdtl.trainer.build import build_distiller, match_teacher
@@ -100,7 +100,7 @@ class DistillationTrainer(LossTrainer):
             )
         contracts.without_jit_checkpoint(args)
         checks.check_teacher_usage(teacher, args)
-        self.teacher = None if teacher is None else as_source(teacher)
+        self.teacher = None if teacher is None else shown(as_source(teacher), args.teacher_pixels)
         self._distiller: Distiller | None = None
         self.auto_weights = auto_weights.AutoWeights(self)
         self._built_from: tuple[Any, ...] = ()

@@ -86,14 +86,17 @@ def pixels(
     options: DataOptions | None = None,
     labelled_share: float | None = None,
     config: Any = None,
+    teacher: Any = None,
 ) -> ImageDataset:
     """A split as what the model is fed; augmented where `options` are given, with the seeds of the `config`."""
     settings = mapping("augmentation", options.augmentation) if options else {}
     augmentation = Augmentation(settings) if settings else None
-    seeds = {} if config is None else {"seed": config.seed, "view_seed": config.view_seed}
+    given: dict[str, Any] = {} if config is None else {"seed": config.seed, "view_seed": config.view_seed}
+    if teacher is not None and config is not None and config.teacher_pixels == "own":
+        given["teacher_processor"] = teacher.processing_class
     views = options.views if options else None
     return ImageDataset(
-        split, processor, augmentation=augmentation, labelled_share=labelled_share, views=views, **seeds
+        split, processor, augmentation=augmentation, labelled_share=labelled_share, views=views, **given
     )
 
 

@@ -214,7 +214,9 @@ class Experiment:
             self.processor,
             f"{arm}, seed {seed}",
             teacher=self.source if this.taught else None,
-            train_dataset=builders.pixels(images, self.processor, self.data_options, share, settings),
+            train_dataset=builders.pixels(
+                images, self.processor, self.data_options, share, settings, self.source if this.taught else None
+            ),
             eval_dataset=builders.pixels(self.data.validation, self.processor),
         )
 

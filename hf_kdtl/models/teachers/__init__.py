@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_kdtl.models.teachers.own_pixels import CHOICES, OwnPixels
 from hf_kdtl.models.teachers.self_teacher import SelfTeacher
 from hf_kdtl.models.teachers.several import SeveralTeachers, check_names
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.store.manifest import is_store
 from hf_kdtl.models.teachers.stored import StoredTeacher
 from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.utils.options import check_known
 
 
 def as_source(teacher: Any) -> SignalSource:
@@ -32,6 +34,16 @@ def as_source(teacher: Any) -> SignalSource:
     return Teacher(teacher) if not hasattr(teacher, "capture") else teacher
 
 
+def shown(source: SignalSource, pixels: str) -> SignalSource:
+    """The source, which sees the student's pixels ("shared") or the files at its own size ("own").
+
+    Raises:
+        ValueError: for another word, or a source that cannot.
+    """
+    check_known("teacher_pixels", pixels, CHOICES)
+    return source if pixels == "shared" or isinstance(source, OwnPixels) else OwnPixels(source)
+
+
 def open_source(path: str | Path, **model_options: Any) -> SignalSource:
     """A saved model as a live `Teacher`, or the store that `hf-kdtl cache` wrote as a `StoredTeacher`."""
     if is_store(path):
@@ -40,6 +52,7 @@ def open_source(path: str | Path, **model_options: Any) -> SignalSource:
 
 
 __all__ = [
+    "OwnPixels",
     "SelfTeacher",
     "SeveralTeachers",
     "SignalSource",
@@ -48,4 +61,5 @@ __all__ = [
     "as_source",
     "check_names",
     "open_source",
+    "shown",
 ]
