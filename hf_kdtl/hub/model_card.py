@@ -18,11 +18,13 @@ from hf_kdtl.hub.card_values import facts, millions
 from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
+from hf_kdtl.models.forward.embedding import HEADLESS
+from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.utils.redaction import is_local, local_name, without_paths
 from hf_kdtl.utils.text import one_line
 
 __all__ = ["inline", "results_of", "student_card", "with_evaluation", "write_card"]
-TASK = "image-classification"
+TASK, FEATURES = "image-classification", "image-feature-extraction"
 
 
 def student_card(
@@ -84,7 +86,7 @@ def _card(
     found, sentence = _license(results, license)
     model_name = next(iter(_list(model_name)), None)
     name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
-    task = next(iter(_list(tasks)), TASK)
+    task = next(iter(_list(tasks)), FEATURES if _headless(results) else TASK)
     data = ModelCardData(
         license=found,
         language=_list(language) or None,
@@ -98,6 +100,9 @@ def _card(
         **_parents(results, finetuned_from),
     )
     values = facts(results, _title(results, model_name or model_id), sentence, _usage(results, model_id))
+    values["headless"] = _headless(results)
+    if lines := embedding_lines(results):
+        values["figures"] = Markdown("\n".join(lines).strip())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render('student.md', **values)}")
 
 
@@ -186,6 +191,13 @@ def _title(results: Results, name: str | None) -> str:
 
 def _usage(results: Results, model_id: str | None) -> Markdown:
     where, student = json.dumps(model_id or "path/to/this/folder"), models_of(results).student
+    if _headless(results) and not student.saved_as_adapter:
+        return fenced(
+            "from transformers import AutoModel, pipeline\n\n"
+            f"extractor = pipeline({json.dumps(FEATURES)}, model={where})\n"
+            'features = extractor("an_image.png", return_tensors=True)  # the last hidden state\n'
+            f"model = AutoModel.from_pretrained({where})  # hf-kdtl train-teacher gives it a head", "python",
+        )  # fmt: skip
     if not student.saved_as_adapter:
         return fenced(
             "from transformers import pipeline\n\n"
@@ -202,6 +214,10 @@ def _usage(results: Results, model_id: str | None) -> Markdown:
         "ignore_mismatched_sizes=True\n)  # its head is replaced by the student's own\n"
         f"student = PeftModel.from_pretrained(base, {where})", "python",
     )  # fmt: skip
+
+
+def _headless(results: Results) -> bool:
+    return models_of(results).student.architecture in HEADLESS
 
 
 def write_card(folder: str | Path) -> Path:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, ViTImageProcessor
+from transformers import AutoModel, ViTImageProcessor, pipeline
 
 from hf_kdtl.evaluation import read_results
+from hf_kdtl.hub.model_card import student_card
 from tests.commands.conftest import CONFIG, QUICK
 from tests.recipes.test_recipes import STEPS, script
 from tests.support.headless import headless
@@ -51,6 +52,13 @@ def test_no_labels_anywhere(command, backbone, capsys):
     )
     assert Path("out/patches.png").is_file() and "patches.png" in Path("out/report.md").read_text()
     assert AutoModel.from_pretrained("out/student").config.model_type == "vit"
+    card = student_card(found, model_id="me/features", license="mit")
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert (
+        'pipeline("image-feature-extraction", model="me/features")' in card.text and "| student before |" in card.text
+    )
+    seen = pipeline("image-feature-extraction", "out/student", device="cpu")("more/deep/0.png", return_tensors=True)
+    assert seen.shape == (1, 5, 32)
     assert "takes a head from few labels" in capsys.readouterr().out
 
 

@@ -170,9 +170,11 @@ def main(options: Any, data_options: DataOptions, config: DistillationConfig, ty
     maker = [lambda settings: study.trainer(study.seeds[0], folder_of(settings), settings)]
     duration = timing.settle_steps(study.chosen, maker, len(study.seeds), budget)
     models = {"teacher": builders.summary(study.teacher.model), "student": study.student_summary}
-    notes = [*study.notes, *study.teacher.notes, *first.distiller.notes]
+    notes = [*study.teacher.notes, *first.distiller.notes]
     folders.begin(first, _sections(study, run, models, notes, first))
-    runs.say(config, *(f"{who}: {what}" for who, what in models.items()), *(f"- {note}" for note in notes))
+    runs.say(
+        config, *(f"{who}: {what}" for who, what in models.items()), *(f"- {note}" for note in [*study.notes, *notes])
+    )
     runs.say(config, *listing(study.chosen.defaults), folders.place(run), *duration)
     for seed in study.seeds:
         trainer = study.trainer(seed, study.folder_of_seed(seed))
