@@ -22,9 +22,7 @@ def entry_key(entry: Mapping[str, Any]) -> str:
     if not isinstance(key, str) or not key or "." in key:
         raise ValueError(f"objectives: key is {key!r}; expected a word without dots, for the log.")
     if hasattr(nn.ModuleDict, key):  # in which the objectives are held by their keys
-        raise ValueError(
-            f"objectives: key is {key!r}, which torch's modules use; take {key + '_1'!r}."
-        )
+        raise ValueError(f"objectives: key is {key!r}, which torch's modules use; take {key + '_1'!r}.")
     return key
 
 

@@ -22,9 +22,7 @@ class Batch(TypedDict, total=False):
     draws: Draws  # randomness that does not depend on how the batch was split
     image_index: Tensor  # (B,) int64 rows of the source split as loaded; only where a source has `needs_index`
     image_view: Tensor  # (B,) int64 views of these images; absent where the data does not know them
-    teacher_pixel_values: (
-        Tensor  # (B, C, H, W) the same in the teacher's format; with teacher_pixels own
-    )
+    teacher_pixel_values: Tensor  # (B, C, H, W) the same in the teacher's format; with teacher_pixels own
     view_draws: Draws  # randomness of each image's view, the same at every step; of sketches
     differentiated_rows: Tensor  # (b,) the images that derivatives are taken of; absent: all of them
 
