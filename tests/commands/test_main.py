@@ -51,7 +51,7 @@ def test_help_of_distill_has_groups_defaults_objectives_and_more_on_demand(capsy
     assert short.count("\n  hf-kdtl distill") >= 2 and "accelerate launch" in short
     for part in (
         "Teacher, student, and how many runs:",
-        "--split_seed N",
+        "--seed N",
         "(default: 42)",
         "Its peak. (chosen)",
         "(chosen): by model",

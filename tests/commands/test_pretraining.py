@@ -84,7 +84,9 @@ def test_labels_beside_it_serve_knn_and_probe_and_then_a_head(command, backbone,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--baseline", "true"], "baseline trains the student on its labels alone, and there are none"),
+        (["--baseline", "true"], "baseline is True in a run without labels: it trains the student on its labels"),
+        (["--adapter", '{"peft_type": "LORA", "r": 2}'], "adapter is .* in a run without labels"),
+        (["--push_to_hub", "true"], "push_to_hub is set in a run without labels, which publishes nothing"),
         (["--student_layers", "2"], "found student_config and student_layers; expected one of"),
         (["--teacher_pool", "pooled"], "pool is 'pooled'; expected 'auto' or 'pooler'"),
         (["--gradient_rule", '{"name": "never_hurt"}', "--objectives", "feature_kd"], "protects the task, and none"),

@@ -72,8 +72,7 @@ class Pretraining:
     def __init__(self, options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]):
         self.options, self.data_options, self.config, self.typed = options, data_options, config, typed
         self.folder, self.seeds, self.notes = folder_of(config), options.seeds or [config.seed], list[str]()
-        if options.baseline:
-            raise ValueError("baseline trains the student on its labels alone, and there are none. Leave it out.")
+        _check(options, config)
         if list(options.teacher_paths) != ["teacher"]:
             raise ValueError("a run without labels takes one teacher: type --teacher <folder or Hub name>.")
         path = options.teacher_paths["teacher"]
@@ -158,6 +157,24 @@ class Pretraining:
     def folder_of_seed(self, seed: int) -> Path:
         """The folder of a run."""
         return self.folder / f"distilled-seed{seed}"
+
+
+def _check(options: Any, config: DistillationConfig) -> None:
+    """Refuse the settings of `distill` that a run without labels does not follow."""
+    reasons = {
+        "baseline": "it trains the student on its labels alone, and there are none",
+        "adapter": "all of the student is trained; an adapter can be trained on labels afterwards",
+        "stages": "a student without labels is cut once, by --student_layers",
+    }
+    for name, reason in reasons.items():
+        value = getattr(options, name)
+        if value and value != 1:
+            raise ValueError(f"{name} is {value!r} in a run without labels: {reason}. Leave it out.")
+    if config.push_to_hub:
+        raise ValueError(
+            "push_to_hub is set in a run without labels, which publishes nothing. Leave it out, and upload the "
+            "student afterwards: AutoModel.from_pretrained('<output_dir>/student').push_to_hub(<name>)."
+        )
 
 
 def main(options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]) -> None:
