@@ -168,7 +168,7 @@ def _check(options: Any, config: DistillationConfig) -> None:
     }
     for name, reason in reasons.items():
         value = getattr(options, name)
-        if value and value != 1:
+        if value and not (name == "stages" and value == 1):
             raise ValueError(f"{name} is {value!r} in a run without labels: {reason}. Leave it out.")
     if config.push_to_hub:
         raise ValueError(
