@@ -127,7 +127,7 @@ class Pretraining:
             return AutoModel.from_config(AutoConfig.for_model(kind, **settings))
         if options.student_layers is None:
             raise ValueError("a student of a run without labels is cut by --student_layers alone.")
-        return make_student(self.teacher.model, options.student_layers).float()
+        return make_student(self.teacher, options.student_layers).float()
 
     def _processor(self, student: Any) -> Any:
         if self.options.student is not None:
@@ -186,7 +186,7 @@ def main(options: Any, data_options: DataOptions, config: DistillationConfig, ty
     runs.check_one_batch(first)
     maker = [lambda settings: study.trainer(study.seeds[0], folder_of(settings), settings)]
     duration = timing.settle_steps(study.chosen, maker, len(study.seeds), budget)
-    models = {"teacher": builders.summary(study.teacher.model), "student": study.student_summary}
+    models = {"teacher": builders.summary(study.teacher.modules()[0]), "student": study.student_summary}
     notes = [*study.teacher.notes, *first.distiller.notes]
     folders.begin(first, _sections(study, run, models, notes, first))
     runs.say(

@@ -10,7 +10,6 @@ from hf_kdtl.models.teachers.own_pixels import CHOICES, OwnPixels
 from hf_kdtl.models.teachers.self_teacher import SelfTeacher
 from hf_kdtl.models.teachers.several import SeveralTeachers, check_names
 from hf_kdtl.models.teachers.source import SignalSource
-from hf_kdtl.models.teachers.store.manifest import is_store
 from hf_kdtl.models.teachers.stored import StoredTeacher
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.utils.options import check_known
@@ -30,7 +29,7 @@ def as_source(teacher: Any) -> SignalSource:
     if isinstance(teacher, str) and teacher == "self":
         return SelfTeacher()
     if isinstance(teacher, str | Path):
-        return open_source(teacher)
+        return Teacher.from_pretrained(teacher)
     return Teacher(teacher) if not hasattr(teacher, "capture") else teacher
 
 
@@ -44,13 +43,6 @@ def shown(source: SignalSource, pixels: str) -> SignalSource:
     return source if pixels == "shared" or isinstance(source, OwnPixels) else OwnPixels(source)
 
 
-def open_source(path: str | Path, **model_options: Any) -> SignalSource:
-    """A saved model as a live `Teacher`, or the store that `hf-kdtl cache` wrote as a `StoredTeacher`."""
-    if is_store(path):
-        return StoredTeacher(path)
-    return Teacher.from_pretrained(path, **model_options)
-
-
 __all__ = [
     "OwnPixels",
     "SelfTeacher",
@@ -60,6 +52,5 @@ __all__ = [
     "Teacher",
     "as_source",
     "check_names",
-    "open_source",
     "shown",
 ]

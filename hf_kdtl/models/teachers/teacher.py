@@ -22,6 +22,7 @@ from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_laye
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
 from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
+from hf_kdtl.models.teachers.kinds import other_kind
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
 from hf_kdtl.models.teachers.sketches import sketched
@@ -98,16 +99,15 @@ class Teacher(SignalSource):
             pool: as of the class.
             model_options: of the model's from_pretrained.
 
-        With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP).
+        With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP); of a folder
+        that `hf-kdtl cache` wrote a `StoredTeacher`.
 
         Raises:
             OSError: when nothing is there or it cannot be read, with what to type.
             ValueError: when the file lacks weights of the backbone, or holds no vision model.
         """
-        if {"class_names", "templates"} & model_options.keys():
-            from hf_kdtl.models.teachers.text_head import TextHeadTeacher  # which is a Teacher
-
-            return TextHeadTeacher.from_pretrained(path, **model_options)
+        if (other := other_kind(path, model_options)) is not None:
+            return other
         opened = open_vision_model(path, role="the teacher", **model_options)
         return cls.of(opened, open_processor(path, role="the teacher", **model_options), pool)
 
