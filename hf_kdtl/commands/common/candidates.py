@@ -89,7 +89,7 @@ def student_names(paths: Sequence[str]) -> list[str]:
 
 
 def _open(
-    role: str, name: str, path: str, data: ImageData, notes: list[str], templates: Sequence[str] | None
+    role: str, name: str, path: str, data: ImageData, notes: list[str], templates: Sequence[str] | None = None
 ) -> Candidate:
     if role == "teacher" and (templates or has_text_tower(open_config(path, role=name))):
         teacher = TextHeadTeacher.from_pretrained(path, class_names=data.label_names, templates=templates)

@@ -10,7 +10,7 @@ import torch
 from hf_kdtl.data import ImageData
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import MULTI_LABEL, is_multi_label, match_labels
-from hf_kdtl.models.teachers.resolve import open_config
+from hf_kdtl.models.teachers.resolve import TRUST, open_config
 from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
 from hf_kdtl.utils.options import check_known
 
@@ -59,7 +59,7 @@ def loading_options(dtype: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """
     if dtype is not None:
         check_known("teacher_dtype", dtype, DTYPES)
-    if wrong := sorted({"dtype", "torch_dtype", "class_names", "templates", "trust_remote_code"} & given.keys()):
+    if wrong := sorted({"dtype", "torch_dtype", "class_names", "templates", TRUST} & given.keys()):
         raise ValueError(
             f"teacher_options holds {wrong[0]!r}; the dtype is --teacher_dtype, texts are --class_names and "
             "--templates, and code in a model's folder is run from Python alone."

@@ -21,9 +21,9 @@ from hf_kdtl.models.forward.classifier import classifiers
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
-_TRUST = "trust_remote_code"
+TRUST = "trust_remote_code"
 _WHERE = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
-_WHERE |= {_TRUST, "code_revision"}
+_WHERE |= {TRUST, "code_revision"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Opened:
     model: Any
     new_head: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def untrusted(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained that run no code of the model's folder, unless they ask for it; where nothing is said
+    transformers would ask on the terminal."""
+    return {TRUST: False} | options
 
 
 def locate(path: str | Path, role: str = "the model") -> str:
@@ -95,7 +101,7 @@ def open_with(
         OSError, ValueError: as `open_classifier`, for names with a prefix and blocks that the config leaves out.
     """
     source = locate(path, role)
-    options = {_TRUST: False} | options
+    options = untrusted(options)
     try:
         with _without_report():
             model, info = opener.from_pretrained(source, output_loading_info=True, **options)
@@ -142,7 +148,7 @@ def open_config(path: str | Path, *, role: str = "the model", **options: Any) ->
     """
     source = locate(path, role)
     try:
-        where = {_TRUST: False} | {key: value for key, value in options.items() if key in _WHERE}
+        where = untrusted({key: value for key, value in options.items() if key in _WHERE})
         return AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise OSError(f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, {})}") from error
@@ -164,7 +170,7 @@ def open_processor(path: str | Path, *, role: str = "the model", **options: Any)
         OSError: when a processor is there and cannot be read or is not trusted, with what to type.
     """
     source = locate(path, role)
-    where = {_TRUST: False} | {key: value for key, value in options.items() if key in _WHERE}
+    where = untrusted({key: value for key, value in options.items() if key in _WHERE})
     try:
         return AutoImageProcessor.from_pretrained(source, **where)
     except Exception as error:  # a broken file raises whatever its content leads to
@@ -190,8 +196,8 @@ def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
 
 def _processor_cure(error: Exception) -> str:
     by_hand = "or pass the processor: Teacher(model, processing_class=<its image processor>)"
-    if _TRUST in str(error):
-        return f"Its class is code in the model's folder: pass {_TRUST}=True if you trust it, {by_hand}."
+    if TRUST in str(error):
+        return f"Its class is code in the model's folder: pass {TRUST}=True if you trust it, {by_hand}."
     if isinstance(error, ImportError):
         return f"Install what it asks for, {by_hand}."
     return (
@@ -204,8 +210,8 @@ def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     inner = [name for name in ("model", "student") if Path(source, name, "config.json").is_file()]
     if inner:
         return f"Did you mean {Path(source, inner[0])}?"
-    if _TRUST in str(error):
-        return f"Its architecture is code in the model's folder: pass {_TRUST}=True if you trust it."
+    if TRUST in str(error):
+        return f"Its architecture is code in the model's folder: pass {TRUST}=True if you trust it."
     if "ignore_mismatched_sizes" in str(error):
         asked = {key: options[key] for key in ("num_labels", "id2label", "image_size") if key in options}
         return f"The sizes asked for ({asked or options}) are not the file's: leave them out."

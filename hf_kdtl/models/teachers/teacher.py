@@ -99,8 +99,8 @@ class Teacher(SignalSource):
             pool: as of the class.
             model_options: of the model's from_pretrained.
 
-        With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP); of a folder
-        that `hf-kdtl cache` wrote a `StoredTeacher`.
+        With `class_names` or `templates` a `TextHeadTeacher` of a model of images and texts (CLIP, SigLIP); of a
+        folder that `hf-kdtl cache` wrote a `StoredTeacher`.
 
         Raises:
             OSError: when nothing is there or it cannot be read, with what to type.

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.models.teachers.resolve import locate, open_config, open_processor
+from hf_kdtl.models.teachers.resolve import locate, open_config, open_processor, untrusted
 from hf_kdtl.models.teachers.source import SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.models.text_classifier import TOWERS, TextHeadClassifier, checked_templates, text_embeddings
@@ -160,7 +160,7 @@ def has_text_tower(config: Any) -> bool:
 
 
 def _open(path: str | Path, who: str, options: dict[str, Any]) -> Any:
-    source, options = locate(path, "the teacher"), {"trust_remote_code": False} | options
+    source, options = locate(path, "the teacher"), untrusted(options)
     try:
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -176,7 +176,7 @@ def _open(path: str | Path, who: str, options: dict[str, Any]) -> Any:
 
 def _tokenizer(path: str | Path, who: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(locate(path, "the teacher"), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(locate(path, "the teacher"), **untrusted({}))
     except Exception as error:  # a missing or broken file raises whatever its content leads to
         raise OSError(
             f"{who} has no tokenizer that can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}), "

@@ -142,7 +142,9 @@ def test_a_store_that_was_interrupted_is_continued_to_the_same_bytes(shards_done
         as_source("store")
     write()
     assert tree("store") == tree("whole")
-    assert isinstance(as_source("store"), StoredTeacher) and isinstance(Teacher.from_pretrained("store"), StoredTeacher)
+    assert isinstance(as_source("store"), StoredTeacher) and isinstance(
+        Teacher.from_pretrained("store"), StoredTeacher
+    )
 
 
 def test_two_writers_share_the_shards(monkeypatch):
