@@ -56,7 +56,7 @@ def value_and_gradient(name, student, teacher):
         student.train(), {name: OBJECTIVES[name](**options)}, {name: 1.0}, {"teacher": teacher},
         {"teacher": plan(student, teacher)}, context=RunContext.of(student, {"teacher": teacher}),
     )  # fmt: skip
-    made.observe([batch()])
+    made.observe(lambda number: [batch(16)])
     torch.manual_seed(1)  # dropout
     terms = made.terms(batch(), Draws(0, 0, (0, 1, 2, 3)))[1]
     terms[name].sum().backward()
