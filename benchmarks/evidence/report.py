@@ -2,7 +2,7 @@
 
     python -m benchmarks.evidence.report
 
-Writes <table>.md beside each <table>.jsonl, and few_labels_many_images.png.
+Writes <table>.md beside each <table>.jsonl, and few_labels_many_images.png once each arm has two numbers of labels.
 """
 
 from __future__ import annotations
@@ -202,8 +202,10 @@ def main() -> None:
             continue
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.with_suffix(".md").write_text(written(name, lines))
-        if name == "few_labels_many_images":
-            few_labels_figure(arm_runs(lines), file.with_suffix(".png"), FEW_LABELS)
+        runs = arm_runs(lines)
+        curves = [sum(run.arm == arm for run in runs) for arm in FEW_LABELS]
+        if name == "few_labels_many_images" and min(curves) > 1:
+            few_labels_figure(runs, file.with_suffix(".png"), FEW_LABELS)
 
 
 if __name__ == "__main__":
