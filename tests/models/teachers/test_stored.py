@@ -70,6 +70,13 @@ def test_a_teacher_in_chunks_gives_what_it_gives_in_one_batch_to_rounding():
     assert all(torch.equal(s.of(again).flip(0), s.of(chunked)) for s in signals.signals(EVERYTHING))
     attention = teacher(teacher_batch=4).capture(x, Needs(attention=frozenset({1}))).attention[1]
     assert attention.query.shape[0] == 11
+    live, sizes = teacher(teacher_batch=4), []
+    live.classifier().register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs.get("pixel_values", args[0] if args else ()))),
+        with_kwargs=True,
+    )
+    live.capture(x, Needs(logits=True))
+    assert set(sizes) == {4}, "the last chunk is filled up: a forward of another size has other bits"
     with pytest.raises(ValueError, match="teacher_batch is 0; expected a whole number of at least 1"):
         teacher(teacher_batch=0)
 
