@@ -30,7 +30,8 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders, stored
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment
+from hf_kdtl.commands.common.distill_options import DistillOptions
+from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.store_text import described, duration, next_steps, too_large
 from hf_kdtl.data.store import Request, StoreWriter

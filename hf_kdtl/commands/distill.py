@@ -22,7 +22,8 @@ from hf_kdtl.commands.common import advice, builders, chosen, folders, pretraini
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment, in_words
+from hf_kdtl.commands.common.distill_options import DistillOptions
+from hf_kdtl.commands.common.experiment import Experiment, in_words
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.stages import train_run

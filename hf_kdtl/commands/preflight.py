@@ -17,7 +17,8 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment
+from hf_kdtl.commands.common.distill_options import DistillOptions
+from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.preflight import preflight
 

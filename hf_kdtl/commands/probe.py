@@ -20,7 +20,7 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import timing
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.experiment import DistillOptions
+from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.commands.common.probing import Probe, verdict
 from hf_kdtl.commands.common.searches import begin, open_experiment, printed

@@ -21,7 +21,8 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import runs, timing
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.commands.common.experiment import Arm, DistillOptions, Experiment
+from hf_kdtl.commands.common.distill_options import DistillOptions
+from hf_kdtl.commands.common.experiment import Arm, Experiment
 from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.commands.common.search_space import SearchSpace, words
 from hf_kdtl.commands.common.searches import begin, open_experiment, printed, typed_settings

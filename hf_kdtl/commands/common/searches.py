@@ -10,7 +10,8 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders, chosen, folders, runs, timing
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.experiment import DistillOptions, Experiment
+from hf_kdtl.commands.common.distill_options import DistillOptions
+from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 
 SEEDS = 3

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_kdtl.commands.common import adapters, builders
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.cutting import cut_student
+from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.data import ImageData
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.teachers.text_head import TextHeadTeacher
-
-if TYPE_CHECKING:
-    from hf_kdtl.commands.common.experiment import DistillOptions
 
 
 def new_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:

@@ -10,9 +10,12 @@ from hf_kdtl.models.teachers.own_pixels import CHOICES, OwnPixels
 from hf_kdtl.models.teachers.self_teacher import SelfTeacher
 from hf_kdtl.models.teachers.several import SeveralTeachers, check_names
 from hf_kdtl.models.teachers.source import SignalSource
-from hf_kdtl.models.teachers.stored import StoredTeacher
-from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.models.teachers.stored import StoredTeacher, open_store
+from hf_kdtl.models.teachers.teacher import OPENERS, Teacher
+from hf_kdtl.models.teachers.text_head import open_text_head
 from hf_kdtl.utils.options import check_known
+
+OPENERS[:] = [open_store, open_text_head]  # a line for each kind that `Teacher.from_pretrained` opens
 
 
 def as_source(teacher: Any) -> SignalSource:

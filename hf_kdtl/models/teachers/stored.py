@@ -22,7 +22,7 @@ from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.facts import load_classifier, teacher_record
 from hf_kdtl.models.teachers.store.images import TrainingImages
-from hf_kdtl.models.teachers.store.manifest import DIGESTS, differences
+from hf_kdtl.models.teachers.store.manifest import DIGESTS, differences, is_store
 from hf_kdtl.models.teachers.store.shards import Reader
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -218,3 +218,8 @@ class StoredTeacher(SignalSource):
     def to(self, device: torch.device) -> StoredTeacher:
         """Arrays are read to the device of the pixels."""
         return self
+
+
+def open_store(path: str | Path, options: dict[str, Any]) -> StoredTeacher | None:
+    """The store that a folder holds, if it holds one."""
+    return StoredTeacher(path) if is_store(path) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_laye
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
 from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
-from hf_kdtl.models.teachers.kinds import other_kind
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
 from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
 from hf_kdtl.models.teachers.sketches import sketched
@@ -30,6 +29,7 @@ from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, Sou
 from hf_kdtl.utils.options import check_option, is_integer
 
 logger = logging.get_logger(__name__)
+OPENERS: list[Callable[[str | Path, dict[str, Any]], Any]] = []  # other kinds of teachers, or None: see __init__.py
 
 
 class Teacher(SignalSource):
@@ -106,8 +106,9 @@ class Teacher(SignalSource):
             OSError: when nothing is there or it cannot be read, with what to type.
             ValueError: when the file lacks weights of the backbone, or holds no vision model.
         """
-        if (other := other_kind(path, model_options)) is not None:
-            return other
+        for opener in OPENERS:
+            if (other := opener(path, model_options)) is not None:
+                return other
         opened = open_vision_model(path, role="the teacher", **model_options)
         return cls.of(opened, open_processor(path, role="the teacher", **model_options), pool)
 

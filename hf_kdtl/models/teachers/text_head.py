@@ -153,6 +153,12 @@ def check_tower(config: Any, who: str) -> None:
     )
 
 
+def open_text_head(path: str | Path, options: dict[str, Any]) -> TextHeadTeacher | None:
+    """A model of images and texts, where the options name classes or templates."""
+    named = {"class_names", "templates"} & options.keys()
+    return TextHeadTeacher.from_pretrained(path, **options) if named else None
+
+
 def has_text_tower(config: Any) -> bool:
     """Whether a config is of a model that class names make a classifier of, and not of a trained classifier."""
     names = getattr(config, "architectures", None) or []
