@@ -41,7 +41,8 @@ def test_a_store_is_grown_by_what_is_new(command, images, teacher, capsys):
     small = {name: content for name, content in before.items() if name != FILE}
     assert small.items() <= after.items()
     assert set(StoredTeacher("store").manifest.kinds) == {"logits", "attention_rows-2"}
-    main([*STUDENT, *OBJECTIVES, *BATCH, "--views", "2", "--output", "at_once"])
+    Path("mine.yaml").write_text("seeds: [1, 2]\n")  # a file of distill's settings serves
+    main(["--config", "mine.yaml", *STUDENT, *OBJECTIVES, *BATCH, "--views", "2", "--output", "at_once"])
     assert after == tree("at_once")
     capsys.readouterr()
     main(["--info", "store"])

@@ -61,5 +61,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
     """The settings of a store as the flags of its command."""
     found: list[str] = []
     for name, value in settings.items():
-        found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        several = isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+        texts = [one if isinstance(one, str) else json.dumps(one) for one in (value if several else [value])]
+        found += [f"--{name}", *texts]
     return found
