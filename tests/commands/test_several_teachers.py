@@ -21,9 +21,9 @@ def test_the_command_takes_them_as_json_and_from_yaml(command, images, teacher, 
                                  "- {name: hidden_states, teacher: a}\n")  # fmt: skip
     common = ["--dataset", "images", "--student_config", json.dumps(CONFIG), *QUICK]
     command("distill").main(["--config", "mine.yaml", "--output_dir", "out", *common])
-    told = capsys.readouterr().out
-    assert "teacher a: ViTForImageClassification" in told and "teacher b: ViT" in told
-    assert "the teacher 'a' answers in other classes: it is not scored" in told
+    printed = capsys.readouterr().out
+    assert "teacher a: ViTForImageClassification" in printed and "teacher b: ViT" in printed
+    assert "the teacher 'a' answers in other classes: it is not scored" in printed
     results = json.loads(Path("out/results.json").read_text())
     assert list(results["models"]["teachers"]) == ["a", "b"] and "teacher b" in results["evaluation"]["models"]
     assert results["run"]["settings"]["teacher"] == {"a": "other", "b": "teacher"}

@@ -15,7 +15,7 @@ from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 
 SEEDS = 3
-# Of these commands alone, or chosen anew by distill.
+# Of these commands alone, or chosen again by distill.
 OWN = ("budget", "max_trials", "candidates", "second", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
        "seed", "seeds", "objectives", "learning_rate", "max_steps", "num_train_epochs", "disable_tqdm")  # fmt: skip
 

@@ -113,7 +113,7 @@ class SignalSource(Protocol):
         """
 
     def check_data(self, data: Any) -> None:
-        """Learn the training data, before training; its items may be told how many views there are.
+        """Learn the training data, before training; it may learn how many views there are.
 
         Raises:
             ValueError: when the signals are of other images or views, saying what to type.
