@@ -42,7 +42,7 @@ class Opened:
 
 
 def untrusted(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of from_pretrained that run no code of the model's folder, unless they ask for it; where they do not say
+    """Options of from_pretrained that run no code of the model's folder, unless they ask for it: without this
     transformers would ask on the terminal."""
     return {TRUST: False} | options
 

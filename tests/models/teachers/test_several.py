@@ -1,4 +1,4 @@
-"""Several teachers: each by its own pixels, blocks and classes, run once a step, and named wherever a run is reported."""
+"""Several teachers: each by its own pixels, blocks and classes, run once a step, and named in every report."""
 
 from pathlib import Path
 
