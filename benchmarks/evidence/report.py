@@ -22,6 +22,7 @@ from hf_kdtl.reports.figures.style import new_figure, save
 from hf_kdtl.utils.text import markdown_table
 
 Lines = list[dict[str, Any]]
+SEEDS = 10  # of the plan; arms with fewer are unfinished
 
 
 class ArmRuns(NamedTuple):
@@ -151,8 +152,10 @@ def few_labels(lines: Lines) -> str:
 
 
 def _worth(runs: Sequence[ArmRuns]) -> str:
+    finished = [run for run in runs if len(run.test) >= SEEDS]
+
     def curve(arm: str) -> dict[int, float]:
-        found = {int(run.setting.split("_")[-1]): fmean(run.test.values()) for run in runs if run.arm == arm}
+        found = {int(run.setting.split("_")[-1]): fmean(run.test.values()) for run in finished if run.arm == arm}
         return dict(sorted(found.items()))
 
     alone = curve("alone")
@@ -192,7 +195,8 @@ def written(name: str, lines: Lines) -> str:
     hours = sum(line["cpu_seconds"] for line in lines) / 3600
     title = name.replace("_", " ").capitalize()
     head = f"# {title}\n\nMade by `python -m benchmarks.evidence.report` from {name}.jsonl; the plan is ../plan.md.\n"
-    return f"{head}{len(lines)} runs, {hours:.1f} core hours.\n\n{TABLES[name](lines)}\n"
+    note = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
+    return f"{head}{len(lines)} runs, {hours:.1f} core hours. {note}\n\n{TABLES[name](lines)}\n"
 
 
 def main() -> None:
