@@ -1,11 +1,12 @@
 """What is best left out of a teacher at half and at a quarter of its arithmetic, before and after some distillation?
 
     python benchmarks/cut.py --teacher <cifar10 ViT> --dataset <cifar10 parquet folder>          # 60 steps, one seed
-    python benchmarks/cut.py ... --steps 500 --seeds 1 2 3                                        # a larger one
+    python benchmarks/cut.py ... --steps 500 --seeds 1 2 3 --train_images 10000                  # the table of RESULTS.md
 
 Arms: depth (every k-th block), heads and MLP (evenly spaced, or by first-order importance), width (evenly spaced
 channels), all of depth, heads and MLP as `flops=` chooses, and random weights of the shape of heads and MLP. Each
-learns from the teacher's stored logits of unaugmented training images, one line of JSON a run.
+learns from the teacher's stored logits of unaugmented training images, one line of JSON a run. Stopped and started
+again it goes on where it was.
 """
 
 from __future__ import annotations
@@ -104,15 +105,24 @@ def main() -> None:
     def score(student: Any) -> float:
         return float((logits_of(student, shown).argmax(1) == truth).double().mean())
 
-    def write(**line: Any) -> None:
-        line |= {key: getattr(options, key) for key in ("steps", "batch", "train_images", "test_images")}
-        with options.file.open("a") as file:
-            file.write(json.dumps(line | {"threads": torch.get_num_threads(), "torch": torch.__version__}) + "\n")
+    sizes = {key: getattr(options, key) for key in ("steps", "batch", "train_images", "test_images")}
+    lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
 
-    write(arm="teacher", before=score(model), flops=1.0, parameters=parameters(model))
+    def done(**key: Any) -> bool:
+        return any((key | sizes).items() <= line.items() for line in lines)
+
+    def write(**line: Any) -> None:
+        line |= sizes | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        with options.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    if not done(arm="teacher"):
+        write(arm="teacher", before=score(model), flops=1.0, parameters=parameters(model))
     for seed in options.seeds:
         for share in options.shares:
             for arm in options.arms:
+                if done(arm=arm, share=share, seed=seed):
+                    continue
                 set_seed(seed)
                 student, begun = student_of(arm, model, share, train), time.time()
                 line = {"arm": arm, "share": share, "seed": seed, "flops": round(flops(student, shown) / whole, 4)}
