@@ -1,7 +1,7 @@
 """What is best left out of a teacher at half and at a quarter of its arithmetic, before and after some distillation?
 
     python benchmarks/cut.py --teacher <cifar10 ViT> --dataset <cifar10 parquet folder>          # 60 steps, one seed
-    python benchmarks/cut.py ... --steps 500 --seeds 1 2 3 --train_images 10000                  # the table of RESULTS.md
+    python benchmarks/cut.py ... --steps 500 --seeds 1 2 3 --train_images 10000   # the table of RESULTS.md
 
 Arms: depth (every k-th block), heads and MLP (evenly spaced, or by first-order importance), width (evenly spaced
 channels), all of depth, heads and MLP as `flops=` chooses, and random weights of the shape of heads and MLP. Each
