@@ -20,11 +20,12 @@ def round_activation(x: Tensor) -> Tensor:
     tensor([-1.0000,  0.0000,  1.5500])
     """
     with torch.no_grad():
-        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
+        exact = _at_least_float32(x)
+        low, high = exact.amin().clamp(max=0), exact.amax().clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=torch.finfo(exact.dtype).tiny)
         zero = torch.round(-low / scale)
-        rounded = (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
-    return x + (rounded - x).detach()
+        rounded = (torch.clamp(torch.round(exact / scale) + zero, 0, 255) - zero) * scale
+    return x + (rounded.to(x.dtype) - x).detach()
 
 
 def round_weight(weight: Tensor) -> Tensor:
@@ -34,10 +35,16 @@ def round_weight(weight: Tensor) -> Tensor:
     tensor([[1.2700, 0.0100, 0.0000]])
     """
     with torch.no_grad():
-        scale = weight.flatten(1).abs().amax(1) / 127
-        scale = scale.clamp(min=torch.finfo(weight.dtype).tiny).view(-1, *[1] * (weight.ndim - 1))
-        rounded = torch.clamp(torch.round(weight / scale), -127, 127) * scale
-    return weight + (rounded - weight).detach()
+        exact = _at_least_float32(weight)
+        scale = exact.flatten(1).abs().amax(1) / 127
+        scale = scale.clamp(min=torch.finfo(exact.dtype).tiny).view(-1, *[1] * (weight.ndim - 1))
+        rounded = torch.clamp(torch.round(exact / scale), -127, 127) * scale
+    return weight + (rounded.to(weight.dtype) - weight).detach()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """In bfloat16 a scale is off by up to half a level at the ends of the range."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RoundedLinear(nn.Linear):
@@ -62,8 +69,9 @@ def round_layers(model: nn.Module) -> int:
 
     Only how they compute changes: parameters, names and what is saved stay, so the saved student is the plain model in
     float32, whose weights have learned to be rounded. The range of an activation is that of the batch at hand, so
-    nothing has to be kept, and the values of an image depend a little on the others of its batch. [ours, after Jacob
-    et al. 2018, arXiv 1712.05877, who keep running ranges]
+    nothing has to be kept, and the values of an image depend a little on the others of its batch: under accumulation
+    and on several processes each part of a batch has ranges of its own, as statistics of BatchNorm have. [ours, after
+    Jacob et al. 2018, arXiv 1712.05877, who keep running ranges]
 
     Raises:
         ValueError: for a model with adapters, or one without such layers.

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher, plan
+from hf_kdtl.models.quantization import round_layers
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives import OBJECTIVES
@@ -31,6 +32,7 @@ WAYS = {
     "differences": [("jacobian", {"distance": "fisher", "output": "all", "step": 0.01})],
     "auto with others": [KD, ("jacobian", {}), HIDDEN],  # a projector after an inner backward pass
     "inside": [("attention_jacobian", {}), ("attention_map", {})],
+    "rounded": [KD, HIDDEN],  # with the student's layers computing in 8 bits
 }
 
 
@@ -40,6 +42,8 @@ def container(way, sharded=False, parts=None):
     teacher.match(student, None, True)
     torch.manual_seed(0)
     objectives = {name: OBJECTIVES[name](**options) for name, options in way}
+    if way == WAYS["rounded"]:
+        round_layers(student)
     context, start = RunContext.of(student, {"teacher": teacher}, sharded=sharded), StartingPoint(student)
     weights, pairing = dict.fromkeys(objectives, 1.0), plan(student, teacher)
     sources, plans = {"teacher": teacher, "start": start}, {"teacher": pairing}

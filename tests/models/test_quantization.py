@@ -10,6 +10,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.models.quantization import round_activation, round_layers, round_weight
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import KD, trainer
 from tests.support.tiny import build
 
@@ -78,6 +79,25 @@ def test_a_student_is_trained_with_rounded_layers_and_saved_plain(tmp_path):
     assert type(saved.vit.layers[0].mlp.fc1) is nn.Linear
     before = copy.deepcopy(student.state_dict())
     assert any(not torch.equal(value, before[key]) for key, value in saved.state_dict().items())
+
+
+def test_half_precision_keeps_the_levels():
+    x = torch.linspace(-3, 5, 1000)
+    coarse, fine = round_activation(x.bfloat16()), round_activation(x.bfloat16().float())
+    assert coarse.dtype == torch.bfloat16 and torch.equal(coarse, fine.bfloat16())
+    assert torch.equal(
+        round_weight(x.bfloat16().view(2, -1)), round_weight(x.bfloat16().float().view(2, -1)).bfloat16()
+    )
+
+
+def test_checkpointed_blocks_round_alike(tmp_path):
+    weights = []
+    for checkpointed in (False, True):
+        more = {CHECKPOINTING: checkpointed, "quantize": "int8", "max_steps": 2}
+        runner = trainer(tmp_path / str(checkpointed), build("vit"), build("vit", seed=5), objectives=KD, **more)
+        runner.train()
+        weights.append({name: value.clone() for name, value in runner.model.state_dict().items()})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_what_does_not_fit(tmp_path):
