@@ -144,3 +144,10 @@ def test_flags_for_half_a_student_are_settings_that_work(command, family):
         command("common.arguments").mapping("x", found.student_config), ["a", "b"], "student_config"
     )
     assert student.config.depths == [2, 2] and (found.image_size == 32) == (family == "resnet")
+
+
+@pytest.mark.parametrize("field", ["id2label", "num_labels"])
+def test_a_config_with_classes_of_its_own_is_refused(command, field):
+    settings = {"model_type": "vit", field: {"0": "a"} if field == "id2label" else 3}
+    with pytest.raises(ValueError, match=f"student_config has {field}; leave them out: the classes are those of the"):
+        command("common.builders").from_config(settings, ["a", "b"], "student_config")

@@ -109,10 +109,12 @@ def from_config(settings: dict[str, Any], names: Sequence[str], what: str) -> An
     """A model with random weights, from the fields of its config and `model_type`.
 
     Raises:
-        ValueError: for an unknown model_type or field.
+        ValueError: for an unknown model_type or field, and for classes, which are those of the data.
     """
     settings = dict(settings)
     kind = settings.pop("model_type", None)
+    if own := [name for name in ("num_labels", "id2label", "label2id") if name in settings]:
+        raise ValueError(f"{what} has {', '.join(own)}; leave them out: the classes are those of the data.")
     check_known(f"model_type in {what}", kind, list(CONFIG_MAPPING))
     _check_fields(settings, CONFIG_MAPPING[kind]().to_dict(), what)
     return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings, **labels_of(names)))
