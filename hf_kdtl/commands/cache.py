@@ -35,6 +35,7 @@ from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.store_text import described, duration, next_steps, too_large
 from hf_kdtl.data.store import Request, StoreWriter
+from hf_kdtl.hub.license import license_of
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.forward.capture import Needs
 from hf_kdtl.models.teachers.store import signals
@@ -42,7 +43,8 @@ from hf_kdtl.models.teachers.store.manifest import GB, is_store, read_manifest
 from hf_kdtl.utils.options import check_option, is_integer
 
 VIEWS, TEACHER_BATCH = 20, 64
-STUDENTS = ("student", "student_config", "student_layers")
+CUTS = ("layers", "heads", "mlp", "width", "flops", "parameters", "importance")
+STUDENTS = ("student", "student_config", *(f"student_{name}" for name in CUTS))
 HOW = ("output", "info", "max_gb", "seeds", "baseline", "time_budget", "overwrite_output_dir")
 """Settings that say where and how the command runs, not what is stored."""
 FURTHER = ("objectives", "layer_rates", "view_seed", "start")
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _barrier()
     _write(writer, config)
     _barrier()
-    say(config, next_steps(options.output, settings))
+    say(config, f"Written. Train from it:\n  {next_steps(options.output, settings)}")
 
 
 def with_stored_settings(output: str, typed: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -118,17 +120,18 @@ def planned(
     """
     if options.teacher_paths.keys() != {"teacher"}:
         raise ValueError(f"teacher is {options.teacher!r}; expected one model: --teacher <a folder or Hub name>.")
-    if any(getattr(options, name) is not None for name in STUDENTS):
+    if options.cut_flags or options.student is not None or options.student_config is not None:
         needs, data, processor, teacher, student = _with_student(options, data_options, config, typed)
     else:
         needs, data, processor, teacher, student = _without_student(options, data_options, config)
     augmentation = {} if data.augmentation is None else data.augmentation.config
-    settings["augmentation"] = augmentation
+    settings |= {"augmentation": augmentation, "dataset": data_options.dataset}
     teacher.match(student, processor, compare_classes=False)  # in its own order of classes
     teacher.to(config.device)
     views = data_options.views or VIEWS if augmentation else 1
     batch = options.teacher_batch or TEACHER_BATCH
-    request = Request(needs, views, batch, options.precision, options.top_k, settings)
+    its_license = license_of(str(options.teacher))
+    request = Request(needs, views, batch, options.precision, options.top_k, settings, its_license)
     return StoreWriter(str(options.output), teacher, data, request)
 
 

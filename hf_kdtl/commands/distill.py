@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders.check_folder(config, run, options.overwrite_output_dir)
     if free:
         return pretraining.main(options, data_options, config, typed)
-    pushing = push.planned(config, map(stored.model_path, options.teacher_paths.values()), options.student)
+    pushing = push.planned(config, options.teacher_paths.values(), options.student)
     experiment = Experiment(options, data_options, config, typed)
     begin(experiment, budget)
     for arm, seed, folder in experiment.runs():

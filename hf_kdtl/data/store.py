@@ -47,6 +47,7 @@ class Request:
         needs: of the objectives.
         views, teacher_batch, precision, top_k: as in `Manifest`.
         settings: the command's, kept in the store.
+        license: of the teacher, kept in the store; None where it is not known.
     """
 
     needs: Needs
@@ -55,6 +56,7 @@ class Request:
     precision: str = "float32"
     top_k: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
 
 class StoreWriter:
@@ -101,7 +103,8 @@ class StoreWriter:
         grid = self._capture(pixels[:1], Needs(patches=True), batch).patch_grid if request.needs.patches else None
         return Manifest(
             kinds, request.views, _blocks(len(rows), block), block, request.teacher_batch, request.precision,
-            request.top_k, fingerprint, self.teacher.provenance(), geometry, request.settings, grid,
+            request.top_k, fingerprint, replace(self.teacher.provenance(), license=request.license), geometry,
+            request.settings, grid,
         )  # fmt: skip
 
     def _grown(
@@ -127,7 +130,9 @@ class StoreWriter:
         kinds = old.kinds | self._kinds(request.needs, pixels, request)
         views, blocks = max(old.views, request.views), [*old.blocks, *_blocks(len(added), old.block)]
         settings = old.settings | request.settings
-        return replace(old, kinds=kinds, views=views, blocks=blocks, settings=settings), np.concatenate([there, added])
+        teacher = replace(old.teacher, license=old.teacher.license or request.license)
+        grown = replace(old, kinds=kinds, views=views, blocks=blocks, settings=settings, teacher=teacher)
+        return grown, np.concatenate([there, added])
 
     def _kinds(self, needs: Needs, pixels: Tensor, request: Request) -> dict[str, Kind]:
         if not signals.signals(needs):

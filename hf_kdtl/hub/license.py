@@ -74,13 +74,16 @@ def student_license(models: Models, asked: str | None) -> str:
     return resolve_license(of_parents(models), asked, whose)
 
 
-def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHERS) -> str:
+def resolve_license(
+    inherited: str | None, asked: str | None, whose: str = EITHERS, what: str = "a distilled student"
+) -> str:
     """The license of a student.
 
     Args:
         inherited: what its teacher's license is, as `license_of` returns it.
         asked: what the user typed, None where nothing.
         whose: how errors call the inherited license; "" for a student without a teacher that starts at random.
+        what: how they call what is published.
 
     Raises:
         ValueError: when neither is known; when the teacher's forbids derivatives; when the requested one
@@ -97,7 +100,7 @@ def resolve_license(inherited: str | None, asked: str | None, whose: str = EITHE
         )
     if its is not None and "nd" in its.split("-"):
         raise ValueError(
-            f"{whose} is {its}, which allows no derivatives, and a distilled student is one as we read "
+            f"{whose} is {its}, which allows no derivatives, and {what} is one as we read "
             "it. Do not publish it, or ask the teacher's owner and distil from a copy whose card states what they "
             "allow."
         )

@@ -26,18 +26,18 @@ from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
 
 
-def origin(name_or_path: str | Path | None, revision: str | None = None) -> dict[str, Any]:
+def origin(name_or_path: str | Path | None, revision: str | None = None, license: str | None = None) -> dict[str, Any]:
     """Where a model was loaded from: name (of a folder its last part alone), hub, revision, license; None each where
-    it is not known. Never a path: it may be published."""
+    it is not known. Never a path: it may be published. The license is read from its card where none is given."""
     text = str(name_or_path or "")
     if not text:
-        return {"name": None, "hub": False, "revision": None, "licence": None}
+        return {"name": None, "hub": False, "revision": None, "licence": license}
     hub = is_on_hub(text)
     return {
         "name": text if hub else one_line(local_name(text)),
         "hub": hub,
         "revision": revision if hub else None,
-        "licence": licenses.license_of(text),
+        "licence": license or licenses.license_of(text),
     }
 
 
@@ -50,6 +50,8 @@ def origin_of(model: Any) -> dict[str, Any]:
 def origin_of_source(source: SignalSource) -> dict[str, Any]:
     """`origin` of the model that teacher signals are of."""
     info = source.provenance()
+    if info.license is not None:
+        return origin(info.name_or_path, info.revision, info.license)
     return _known_origin(source, info.name_or_path, info.revision)
 
 

@@ -56,7 +56,7 @@ def stage_student(
     other = FULL if is_adapter(student, results) else ADAPTER
     for path in sorted(path for path in student.iterdir() if path.is_file() and not _fits(path.name, other)):
         if path.name in SETTINGS:
-            _write(target / path.name, _sanitized(path))
+            _write(target / path.name, sanitized(path))
         elif is_students(path.name):
             shutil.copyfile(path, target / path.name)
     _check_complete(student, {path.name for path in target.iterdir()})
@@ -102,7 +102,8 @@ def refuse_secrets(what: str, content: bytes, token: str | None = None) -> None:
             )
 
 
-def _sanitized(path: Path) -> Any:
+def sanitized(path: Path) -> Any:
+    """A file of settings without paths of this machine."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     if path.name == "adapter_config.json":
         check_base(settings.get("base_model_name_or_path"))

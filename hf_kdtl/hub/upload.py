@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
@@ -15,6 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results
 from hf_kdtl.hub.staging import is_students, refuse_secrets, stage_student
+from hf_kdtl.models.teachers.store.manifest import FILE as STORE
+from hf_kdtl.models.teachers.store.manifest import read_manifest
+from hf_kdtl.models.teachers.store.named import is_stores
 
 # What a repository may hold that was made on the web site and not used yet.
 BLANK = (".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -31,6 +35,7 @@ def check_access(
     *,
     revision: str | None = None,
     create_pr: bool = False,
+    kind: str = "model",
 ) -> str:
     """Make sure, before any work, that a student may be published there; the repository is made where there is none.
 
@@ -40,6 +45,7 @@ def check_access(
         private: who may see a new repository; by default what its owner has set.
         revision: a branch, made where there is none.
         create_pr: it will be proposed as a pull request: the repository exists, and may be somebody else's.
+        kind: model; dataset for a store of teacher outputs.
 
     Returns: the repository's full name.
 
@@ -54,7 +60,7 @@ def check_access(
             "(https://huggingface.co/settings/tokens) and type `hf auth login`, or set HF_TOKEN."
         )
     api = HfApi(token=token)
-    with _hub_errors(repo_id):
+    with hub_errors(repo_id):
         user = api.whoami()
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError(
@@ -62,15 +68,17 @@ def check_access(
             )
         name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         if not create_pr:
-            api.create_repo(name, private=private, exist_ok=True)
-            api.auth_check(name, write=True)  # create_repo is content with a repository that one may only read
-        found = api.model_info(name)
+            api.create_repo(name, private=private, exist_ok=True, repo_type=kind)
+            api.auth_check(
+                name, write=True, repo_type=kind
+            )  # create_repo is content with a repository that one may only read
+        found = api.repo_info(name, repo_type=kind)
         if private and not found.private:
             raise ValueError(f"{name} exists and is public, and a private one is requested. Name another, or hide it.")
         if not create_pr:
-            _check_ours(api, name, revision)
+            _check_ours(api, name, revision, kind)
             if revision is not None:
-                api.create_branch(name, branch=revision, exist_ok=True)
+                api.create_branch(name, branch=revision, exist_ok=True, repo_type=kind)
     return name
 
 
@@ -119,17 +127,22 @@ def student_of(folder: Path) -> Path:
     return folder / "student" if (folder / "student").is_dir() else folder
 
 
-def _check_ours(api: HfApi, name: str, revision: str | None) -> None:
-    """Whether what would be overwritten is a student of ours; a branch that does not exist yet starts from main."""
-    there = revision in {branch.name for branch in api.list_repo_refs(name).branches} if revision else False
-    revision = revision if there else None
-    files = api.list_repo_files(name, revision=revision)
+def _check_ours(api: HfApi, name: str, revision: str | None, kind: str) -> None:
+    """Whether what would be overwritten is a student (a store) of ours; a branch that does not exist yet starts from
+    main."""
+    branches = api.list_repo_refs(name, repo_type=kind).branches if revision else []
+    revision = revision if revision in {branch.name for branch in branches} else None
+    files = api.list_repo_files(name, revision=revision, repo_type=kind)
     foreign = sorted(set(files) - {*BLANK})
-    if foreign and not (FILE in files and _is_a_students(Path(api.hf_hub_download(name, FILE, revision=revision)))):
+    what, file, is_ours = OURS[kind]
+    if foreign and not (
+        file in files and is_ours(Path(api.hf_hub_download(name, file, revision=revision, repo_type=kind)))
+    ):
         where = f"{name} (branch {revision})" if revision else name
+        flag = "--hub_model_id" if kind == "model" else "--repo_id"
         raise ValueError(
-            f"{where} exists and holds {', '.join(foreign[:5])}, and no {FILE} of a student: it would be overwritten. "
-            "Name another repository (--hub_model_id), or empty this one first."
+            f"{where} exists and holds {', '.join(foreign[:5])}, and no {file} of {what}: it would be overwritten. "
+            f"Name another repository ({flag}), or empty this one first."
         )
 
 
@@ -141,24 +154,45 @@ def _is_a_students(path: Path) -> bool:
         return False
 
 
+def _is_a_stores(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path.parent))
+    except ValueError:
+        return False
+
+
+OURS = {"model": ("a student", FILE, _is_a_students), "dataset": ("a store", STORE, _is_a_stores)}
+
+
 def create_commit(
-    staged: str | Path, name: str, token: str | None, revision: str | None, message: str, create_pr: bool = False
+    staged: str | Path,
+    name: str,
+    token: str | None,
+    revision: str | None,
+    message: str,
+    create_pr: bool = False,
+    *,
+    kind: str = "model",
+    more: Mapping[str, Path] = MappingProxyType({}),
 ) -> CommitInfo:
-    """One commit of a staged folder. A student of another kind that the repository holds goes: it would be loaded."""
+    """One commit of a staged folder, and of `more` files {path in the repository: file}. What it held of a student (a
+    store) and is not among them goes: it would be loaded."""
     refuse_secrets("the commit message", message.encode(), token)
     api = HfApi(token=token, library_name="hf_kdtl")
-    with _hub_errors(name):
-        files = {path.name: path for path in sorted(Path(staged).iterdir())}
-        there = api.list_repo_files(name, revision=None if create_pr else revision)
-        stale = [CommitOperationDelete(path) for path in there if is_students(path) and path not in files]
+    with hub_errors(name):
+        found = sorted(path for path in Path(staged).rglob("*") if path.is_file())
+        files = {path.relative_to(staged).as_posix(): path for path in found} | dict(more)
+        there = api.list_repo_files(name, revision=None if create_pr else revision, repo_type=kind)
+        its = is_students if kind == "model" else is_stores
+        stale = [CommitOperationDelete(path) for path in there if its(path) and path not in files]
         added = [CommitOperationAdd(path_in_repo, path) for path_in_repo, path in files.items()]
         return api.create_commit(
-            name, [*stale, *added], commit_message=message, revision=revision, create_pr=create_pr
+            name, [*stale, *added], commit_message=message, revision=revision, create_pr=create_pr, repo_type=kind
         )
 
 
 @contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Errors of the Hub and of the way there as a HubError."""
     try:
         yield

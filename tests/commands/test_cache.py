@@ -1,12 +1,17 @@
 """hf-kdtl cache: what is written and how it is grown; a run from it is that of the live teacher."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from hf_kdtl import DistillationConfig
+from hf_kdtl.commands import push
+from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.hub.model_card import student_card
 from hf_kdtl.models.teachers import StoredTeacher
 from hf_kdtl.models.teachers.store.manifest import FILE
 from tests.commands.conftest import CONFIG, QUICK
@@ -84,3 +89,27 @@ def test_without_a_student_what_pairs_no_layers_is_stored(command, images, teach
     shutil.rmtree("store")
     with pytest.raises(ValueError, match="objective 'hidden_states' pairs layers of a student"):
         main([*plain, "--image_size", "16", "--objectives", "task", "hidden_states"])
+
+
+def test_the_command_that_is_printed_trains(command, images, teacher, capsys):
+    command("cache").main([*STUDENT, *BATCH, "--views", "1", "--output", "my store", *OBJECTIVES])
+    command("cache").main(
+        ["--dataset", "images", "--teacher", "teacher", "--image_size", "16", *BATCH, "--output", "b"]
+    )
+    for printed in capsys.readouterr().out.split("Train from it:\n")[1:]:
+        words = shlex.split(printed.split("\n")[0])
+        assert "..." not in words and "--dataset images" in printed
+        command("distill").main([*words[words.index("distill") + 1 :], *QUICK, "--overwrite_output_dir", "true"])
+
+
+def test_the_teachers_license_is_kept_in_the_store_and_used_in_the_students_card(command, images, teacher):
+    Path("teacher/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    command("cache").main([*STUDENT, *BATCH, "--views", "1", "--output", "store"])
+    shutil.rmtree("teacher")
+    run = [*STUDENT, *QUICK, "--teacher", "store", "--output_dir"]
+    command("distill").main([*run, "out"])
+    assert read_results("out")["models"]["teacher"]["licence"] == "cc-by-nc-4.0"
+    card = student_card(read_results("out"))
+    assert card.data.license == "cc-by-nc-4.0" and "as of its teacher" in card.text
+    with pytest.raises(ValueError, match=r"the teacher's license is cc-by-nc-4\.0 and mit is requested"):
+        push.planned(DistillationConfig("out", push_to_hub=True, license="mit"), ["store"], None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation.results import read_results
@@ -92,6 +93,46 @@ def _the_rest_of_push_student(hub, main, capsys):  # noqa: F811
         assert code == 2 and message in printed
     Path("out/results.json").unlink()
     assert "out has no results.json" in push()[1]
+
+
+def test_a_store_is_pushed_and_trained_from_by_its_name(hub, command, images, teacher, capsys):  # noqa: F811
+    student = ["--dataset", "images", "--student_config", json.dumps(CONFIG)]
+    written = [
+        "--teacher",
+        "teacher",
+        "--views",
+        "1",
+        "--teacher_batch",
+        "8",
+        "--use_cpu",
+        "true",
+        "--output",
+        "store",
+    ]
+    command("cache").main([*student, *written])
+    main = command("push").main
+    for flags, found in (
+        (["--cache", "store"], "found --cache; expected --run"),
+        (["--run", "out"], "found --run; expected --run"),
+        ([], "found nothing; expected --run"),
+        (["--cache", "store", "--repo_id", "a/b", "--run", "out"], "found --run and --cache and --repo_id; expected"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            main(flags)
+    assert cli.run(lambda: main(["--cache", "store", "--repo_id", "outputs"])) == 2
+    assert "the teacher's license is not known" in capsys.readouterr().err
+    main(["--cache", "store", "--repo_id", "outputs", "--license", "mit"])
+    printed = capsys.readouterr().out
+    assert (
+        "Published: http" in printed
+        and "distill --teacher tester/outputs --dataset images --student_config" in printed
+    )
+    Path("mine.yaml").write_text(f"teacher: tester/outputs\ndataset: images\nstudent_config: {json.dumps(CONFIG)}\n")
+    command("distill").main(["--config", "mine.yaml", *QUICK, "--output_dir", "named"])
+    command("distill").main([*student, "--teacher", "store", *QUICK, "--output_dir", "here"])
+    named, here = (load_file(f"{name}/student/model.safetensors") for name in ("named", "here"))
+    assert all(named[name].equal(here[name]) for name in here)
+    assert "the teacher's outputs are read from tester/outputs" in Path("named/report.md").read_text()
 
 
 @pytest.mark.slow

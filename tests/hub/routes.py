@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Route = Callable[..., Reply]
 ROUTES: list[tuple[str, str, Route]] = []
-NAME = r"([^/]+/[^/]+)"
+NAME = r"((?:datasets/)?[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable[[Route], Route]:
@@ -40,7 +40,7 @@ def whoami(hub: Hub, request: Request) -> Reply:
 def create(hub: Hub, request: Request) -> Reply:
     asked, user = request.json, known(request.user)
     namespace = asked.get("organization") or user.name
-    name = f"{namespace}/{asked['name']}"
+    name = f"{'datasets/' if asked.get('type') == 'dataset' else ''}{namespace}/{asked['name']}"
     if not user.owns(namespace):
         raise Refusal(403, "Forbidden", f"You don't have the rights to create a model under the namespace {namespace}")
     found = {"url": f"{hub.url}/{name}", "id": name}
@@ -117,7 +117,7 @@ def preupload(hub: Hub, request: Request, name: str, revision: str) -> Reply:
     files = hub.writable(name, request.user, "create_pr" in request.query).at(revision).files
 
     def mode(path: str) -> dict[str, Any]:
-        kind = "lfs" if path.endswith((".safetensors", ".png")) else "regular"
+        kind = "lfs" if path.endswith((".safetensors", ".png", ".npy")) else "regular"
         hashed = _git_oid if kind == "regular" else _sha
         oid = hashed(files[path]) if path in files else None
         return {"path": path, "uploadMode": kind, "shouldIgnore": False, "oid": oid}

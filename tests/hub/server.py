@@ -1,4 +1,5 @@
-"""A Hub on this machine's loopback: as much of the HTTP API as the real huggingface_hub client needs for models.
+"""A Hub on this machine's loopback: as much of the HTTP API as the real huggingface_hub client needs for models and
+data sets (`hub.files("datasets/tester/outputs")`).
 
     with Hub() as hub:
         hub.fail(Fault("POST", "/commit/", status=503))
@@ -95,7 +96,8 @@ class Hub:
         return None
 
     def answer(self, request: Request) -> Reply:
-        """The reply to a request, by ROUTES."""
+        """The reply to a request, by ROUTES: a data set is a repository whose name begins with datasets/."""
+        request.path = request.path.replace("/api/datasets/", "/api/models/datasets/", 1)
         with self._lock:
             for method, pattern, function in ROUTES:
                 if method == request.method and (match := re.fullmatch(pattern, request.path)):
@@ -110,16 +112,21 @@ class Hub:
     def readable(self, name: str, user: User | None) -> Repository:
         """A repository whose existence the user may know. Raises Refusal."""
         found = self.repositories.get(name)
-        if found is None or (found.private and (user is None or not user.owns(name.split("/")[0]))):
+        if found is None or (found.private and (user is None or not user.owns(namespace(name)))):
             raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
         return found
 
     def writable(self, name: str, user: User | None, pull_request: bool = False) -> Repository:
         """A repository that the user may commit to, or propose to. Raises Refusal."""
         found = self.readable(name, known(user))
-        if not pull_request and not known(user).owns(name.split("/")[0]):
+        if not pull_request and not known(user).owns(namespace(name)):
             raise Refusal(403, "Forbidden", "You don't have the rights to write to this repository")
         return found
+
+
+def namespace(name: str) -> str:
+    """Of a repository, who it belongs to."""
+    return name.removeprefix("datasets/").split("/")[0]
 
 
 class _Handler(BaseHTTPRequestHandler):

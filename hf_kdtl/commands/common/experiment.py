@@ -191,10 +191,8 @@ class Experiment:
 
     def _reopen_sharded(self) -> None:
         """Read the teachers again that a run has left sharded (FSDP2)."""
-        paths = self.options.teacher_paths
-        self.teachers |= self._open(
-            {name: path for name, path in paths.items() if self.teachers[name].facts().sharded}
-        )
+        sharded = [name for name, teacher in self.teachers.items() if teacher.facts().sharded]
+        self.teachers |= self._open({name: self.options.teacher_paths[name] for name in sharded})
         name_classes(self.teachers, self.data)
         self.scored = {name: self.teachers[name] for name in self.scored}
 

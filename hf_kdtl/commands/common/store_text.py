@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from hf_kdtl.commands.common.next_command import program
+from hf_kdtl.commands.common.stored import flags
 from hf_kdtl.models.teachers.store.manifest import GB, Manifest, read_manifest
 from hf_kdtl.models.teachers.store.shards import incomplete
 from hf_kdtl.models.teachers.store.signals import TOP
@@ -62,8 +64,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+OF_STORES = ("teacher", "precision", "top_k", "views", "teacher_batch", "augmentation", "view_seed")
+"""Settings that a run takes from the store."""
+
+
 def next_steps(output: str, settings: dict[str, Any]) -> str:
-    """What to type to train from it."""
-    kept = {name: value for name, value in settings.items() if name in ("dataset", "student", "student_layers")}
-    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in kept.items())
-    return f"Written. Train from it: hf-kdtl distill --teacher {shlex.quote(output)} {flags} ...".replace("  ", " ")
+    """The command that trains from a store, with the settings it was written with."""
+    kept = {name: value for name, value in settings.items() if name not in OF_STORES}
+    if not any(name.startswith("student") for name in kept):
+        kept["student_config"] = small_student(kept.pop("image_size", None) or 224)
+    given = {"teacher": output, **kept, "output_dir": "runs/student"}
+    return f"{program()} distill {shlex.join(flags(given))}"
+
+
+def small_student(size: int) -> dict[str, Any]:
+    """The config of a small transformer for images of so many pixels, of at least 8 patches a side.
+
+    >>> small_student(32)["patch_size"], small_student(224)["patch_size"], small_student(30)["patch_size"]
+    (4, 16, 3)
+    """
+    patch = next((p for p in (16, 8, 4, 3, 2) if size % p == 0 and size // p >= 8), 1)
+    return {"model_type": "vit", "image_size": size, "patch_size": patch, "hidden_size": 192, "num_hidden_layers": 6,
+            "num_attention_heads": 3, "intermediate_size": 768}  # fmt: skip

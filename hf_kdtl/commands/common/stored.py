@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.hub import license as licenses
 from hf_kdtl.models.teachers import StoredTeacher, Teacher
-from hf_kdtl.models.teachers.store.manifest import is_store, read_manifest
+from hf_kdtl.models.teachers.store.manifest import read_manifest
+from hf_kdtl.models.teachers.store.named import find_store
 
 
 def opened(
@@ -18,7 +19,7 @@ def opened(
 ) -> tuple[dict[str, Teacher], dict[str, StoredTeacher]]:
     """{name: live teacher}, of a store the one it was written from where that is still there; {name: store}."""
     paths = options.teacher_paths
-    stores = {name: StoredTeacher(path) for name, path in paths.items() if is_store(path)}
+    stores = {name: StoredTeacher(path) for name, path in paths.items() if find_store(path) is not None}
     teachers = open_live({name: path for name, path in paths.items() if name not in stores})
     teachers |= {name: live for name, store in stores.items() if (live := store.live()) is not None}
     for teacher in teachers.values():
@@ -52,9 +53,15 @@ def take_views(
 
 def model_path(teacher: str) -> str:
     """The folder or Hub name of a teacher's model; of a store, the one it was written from."""
-    if not is_store(teacher):
-        return teacher
-    return read_manifest(Path(teacher).expanduser()).teacher.name_or_path or teacher
+    store = find_store(teacher)
+    return teacher if store is None else read_manifest(store).teacher.name_or_path or teacher
+
+
+def license_of(teacher: str, token: str | None = None) -> str | None:
+    """The license of a teacher's model; of a store, the one that it kept."""
+    store = find_store(teacher)
+    kept = None if store is None else read_manifest(store).teacher.license
+    return kept or licenses.license_of(model_path(teacher), token)
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

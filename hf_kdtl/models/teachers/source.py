@@ -62,6 +62,7 @@ class SourceInfo:
         image_size: of its config, in pixels.
         adapters: {name: kind} of its adapters; None without any.
         is_student: whether it is the student itself with its adapters off.
+        license: where it was recorded with the signals; else it is read from the model's card.
     """
 
     architecture: str
@@ -75,6 +76,7 @@ class SourceInfo:
     image_size: Any = None
     adapters: dict[str, str] | None = None
     is_student: bool = False
+    license: str | None = None
 
     @property
     def id2label(self) -> dict[int, str] | None:

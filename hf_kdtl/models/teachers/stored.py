@@ -22,7 +22,8 @@ from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.facts import load_classifier, teacher_record
 from hf_kdtl.models.teachers.store.images import TrainingImages
-from hf_kdtl.models.teachers.store.manifest import DIGESTS, differences, is_store
+from hf_kdtl.models.teachers.store.manifest import DIGESTS, differences
+from hf_kdtl.models.teachers.store.named import find_store
 from hf_kdtl.models.teachers.store.shards import Reader
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -35,17 +36,21 @@ class StoredTeacher(SignalSource):
     where it was when the store was written, if it is still there.
 
     Args:
-        folder: of the store.
+        folder: of the store, or the name of a dataset repository on the Hub that `hf-kdtl push --cache` made.
+        where: revision and token of the repository.
 
     Raises:
-        ValueError: for a store that is not complete, or damaged.
+        ValueError: for a store that is not complete, or damaged; where there is none.
     """
 
     needs_index = True
 
-    def __init__(self, folder: str | Path):
-        self.reader = Reader(folder)
+    def __init__(self, folder: str | Path, **where: Any):
+        self.reader = Reader(find_store(folder, **where) or folder)
         self.folder, self.manifest = self.reader.folder, self.reader.manifest
+        self.name = str(folder)
+        # A repository's copy is not written to.
+        self._growable = shlex.quote(self.name) if Path(self.name).expanduser().exists() else "<a folder of your own>"
         self.processing_class = open_processor(self.folder / "teacher", role="the stored teacher")
         self.notes, self.order = [], None
         self._live: Teacher | None = None
@@ -65,7 +70,7 @@ class StoredTeacher(SignalSource):
         if self._live is not None:
             self._live.match(*self._matched)
         self.notes.append(
-            f"the teacher's outputs are read from {self.folder} ({self.manifest.images} images, "
+            f"the teacher's outputs are read from {self.name} ({self.manifest.images} images, "
             f"{self.manifest.views} views, {self.manifest.precision}); it does not run."
         )
 
@@ -76,27 +81,27 @@ class StoredTeacher(SignalSource):
         images = TrainingImages(data)
         if found := differences(self.manifest.fingerprint, {"data": images.record()}):
             raise ValueError(
-                f"the store {self.folder} is of other pixels: {'; '.join(found)}. Set the data as it was when the "
+                f"the store {self.name} is of other pixels: {'; '.join(found)}. Set the data as it was when the "
                 f"store was written, or write another: hf-kdtl cache --output <another folder> with these settings."
             )
         there = self.reader.has(images.rows)
         if not there.all():
             raise ValueError(
-                f"the store {self.folder} has {self.manifest.images} images, and {(~there).sum()} of the "
+                f"the store {self.name} has {self.manifest.images} images, and {(~there).sum()} of the "
                 f"{len(there)} training images are not there, such as row {images.rows[~there][0]}. Add them: "
-                f"hf-kdtl cache --output {shlex.quote(str(self.folder))} with this data."
+                f"hf-kdtl cache --output {self._growable} with this data."
             )
         rows = np.unique(images.rows)
         if (changed := images.changed(rows, self._digests()[self.reader.places(rows)])) is not None:
             raise ValueError(
-                f"image {changed} of the training data is another one than in the store {self.folder}: the data was "
+                f"image {changed} of the training data is another one than in the store {self.name}: the data was "
                 "changed, or its rows were. Use the data that the store was written from."
             )
         if images.viewed:
             data.views = self.manifest.views
         elif self.manifest.views > 1:
             raise ValueError(
-                f"the store {self.folder} has {self.manifest.views} views of an image, and {type(data).__name__} does "
+                f"the store {self.name} has {self.manifest.views} views of an image, and {type(data).__name__} does "
                 "not say which one it gives. Use hf_kdtl.data.ImageDataset, or a store with --views 1."
             )
         self._checked = data
@@ -105,7 +110,7 @@ class StoredTeacher(SignalSource):
         """Refuse a live teacher that is not the one of the store, naming what differs."""
         if found := differences(self.manifest.fingerprint, teacher_record(teacher)):
             raise ValueError(
-                f"the store {self.folder} is of another teacher: {'; '.join(found)}. Leave the teacher out, or write "
+                f"the store {self.name} is of another teacher: {'; '.join(found)}. Leave the teacher out, or write "
                 "another store: hf-kdtl cache --output <another folder>."
             )
 
@@ -121,7 +126,7 @@ class StoredTeacher(SignalSource):
         if lacking := signals.missing(needs, self.manifest):
             return (
                 f"{', '.join(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not stored in "
-                f"{self.folder}; type hf-kdtl cache --output {shlex.quote(str(self.folder))} --objectives <all "
+                f"{self.name}; type hf-kdtl cache --output {self._growable} --objectives <all "
                 "objectives> with the student's flags, which adds what is missing."
             )
         return ""
@@ -163,7 +168,7 @@ class StoredTeacher(SignalSource):
         live = self.live()
         if live is None:
             raise ValueError(
-                f"these images are not those of the store {self.folder}, and the teacher "
+                f"these images are not those of the store {self.name}, and the teacher "
                 f"{self.manifest.teacher.name_or_path!r} could not be opened to show it to them. Leave "
                 "eval_objectives out, or put the teacher back where it was."
             )
@@ -221,5 +226,6 @@ class StoredTeacher(SignalSource):
 
 
 def open_store(path: str | Path, options: dict[str, Any]) -> StoredTeacher | None:
-    """The store that a folder holds, if it holds one."""
-    return StoredTeacher(path) if is_store(path) else None
+    """The store that a folder or a dataset repository on the Hub holds, if it holds one."""
+    where = {name: options[name] for name in ("revision", "token") if name in options}
+    return None if find_store(path, **where) is None else StoredTeacher(path, **where)
