@@ -78,7 +78,8 @@ def test_its_card_says_what_is_in_it(hub, store):  # noqa: F811
     assert "chosen by the publisher (that of the teacher is mit)" in card.text
     for text in (
         "the outputs of a ViTForImageClassification", "22 training images in 1 view each",
-        "a model that is not on the Hub", "--teacher tester/outputs", "| logits | 3 | float32 | 0.012 |", "objectives task, logit_kd",
+        "a model that is not on the Hub", "--teacher tester/outputs",
+        "| logits | 3 | float32 | 0.012 |", "objectives task, logit_kd",
         "not augmented", "forwards of 64 images", "view_seed 0", "**Images:** not named",
     ):  # fmt: skip
         assert text in " ".join(card.text.split()), text

@@ -97,6 +97,11 @@ def test_rows_and_views_are_looked_up_whatever_the_order():
     reader = shards.Reader(folder)
     place, view = np.random.default_rng(1).integers(0, [[10], [3]], (2, 200))
     assert np.array_equal(reader.read(["logits"], rows[place], view)["logits"], values[view, place])
+    for p, v in zip(place, view, strict=True):  # one by one by a shorter way
+        assert np.array_equal(reader.read(["logits"], rows[[p]], np.array([v]))["logits"], values[v, [p]])
+    for row, one in ((4, 0), (-1, 0), (7, 3), (7, -1), (99, 0)):
+        with pytest.raises(ValueError, match=r"has 10 images and not the rows|has the views 0 to 2"):
+            reader.read(["logits"], np.array([row]), np.array([one]))
 
 
 def shards_kind(shape):

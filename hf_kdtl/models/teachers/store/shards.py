@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -94,17 +95,22 @@ class Reader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder)
+        self._check_complete()
+        self.rows = np.load(self.folder / ROWS)[: self.manifest.images]
+        self._place = np.full(int(self.rows.max()) + 1, -1, np.int64)
+        self._place[self.rows] = np.arange(len(self.rows))
+        self._ends = np.cumsum(self.manifest.blocks)
+        self._ends_list = self._ends.tolist()
+        self._starts = self._ends - np.asarray(self.manifest.blocks)
+        self._maps: dict[Shard, np.ndarray] = {}
+
+    def _check_complete(self) -> None:
         if missing := incomplete(self.folder, self.manifest):
             every = len(self.manifest.shards())
             raise ValueError(
                 f"the store {self.folder} is not complete: {every - len(missing)} of {every} shards are written. "
                 f"Continue it: hf-kdtl cache --output {self.folder}."
             )
-        self.rows = np.load(self.folder / ROWS)[: self.manifest.images]
-        self._place = np.full(int(self.rows.max()) + 1, -1, np.int64)
-        self._place[self.rows] = np.arange(len(self.rows))
-        self._ends = np.cumsum(self.manifest.blocks)
-        self._maps: dict[Shard, np.ndarray] = {}
 
     def has(self, rows: np.ndarray) -> np.ndarray:
         """(n,) whether each image, by the row of the source split, is there."""
@@ -117,23 +123,41 @@ class Reader:
 
     def read(self, kinds: Iterable[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """{kind: (n, *shape)} of the images `rows` in the views `views`, both (n,)."""
-        self._check(rows, views)
-        places = self._place[rows]
-        blocks = np.searchsorted(self._ends, places, side="right")
-        starts = self._ends[blocks] - np.asarray(self.manifest.blocks)[blocks]
-        shards = views * len(self.manifest.blocks) + blocks
-        order = np.argsort(shards, kind="stable")
-        cuts = np.flatnonzero(np.diff(shards[order])) + 1
-        inner = places - starts
+        if len(rows) == 1:
+            view, block, inner = self._one(int(rows[0]), int(views[0]))
+            return {name: self._map(Shard(name, view, block))[inner : inner + 1].copy() for name in kinds}
+        groups = self.groups(rows, views)
         found = {}
         for name in kinds:
             kind = self.manifest.kinds[name]
-            out = np.empty((len(rows), *kind.shape), kind.dtype)
-            for group in np.split(order, cuts) if len(order) else ():
-                shard = Shard(name, int(views[group[0]]), int(blocks[group[0]]))
-                out[group] = self._map(shard)[inner[group]]
-            found[name] = out
+            found[name] = out = np.empty((len(rows), *kind.shape), kind.dtype)
+            for view, block, items, inner in groups:
+                out[items] = self._map(Shard(name, view, block))[inner]
         return found
+
+    def groups(self, rows: np.ndarray, views: np.ndarray) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        """(view, block, which of the images, where they are in its shards) for each of the shards that hold them.
+
+        Raises:
+            ValueError: for an image or a view that is not there.
+        """
+        self._check(rows, views)
+        places = self._place[rows]
+        blocks = np.searchsorted(self._ends, places, side="right")
+        inner = places - self._starts[blocks]
+        shards = views * len(self._ends) + blocks
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order])) + 1
+        groups = np.split(order, cuts) if len(order) else []
+        return [(int(views[g[0]]), int(blocks[g[0]]), g, inner[g]) for g in groups]
+
+    def _one(self, row: int, view: int) -> tuple[int, int, int]:
+        """(view, block, where) of one image: what `groups` finds, without arrays."""
+        place = int(self._place[row]) if 0 <= row < len(self._place) else -1
+        if place < 0 or not 0 <= view < self.manifest.views:
+            self._check(np.array([row]), np.array([view]))
+        block = bisect_right(self._ends_list, place)
+        return view, block, place - (self._ends_list[block - 1] if block else 0)
 
     def _check(self, rows: np.ndarray, views: np.ndarray) -> None:
         if not self.has(rows).all():
@@ -150,9 +174,11 @@ class Reader:
             )
 
     def _map(self, shard: Shard) -> np.ndarray:
-        if shard not in self._maps:
-            self._maps[shard] = np.load(self.folder / shard.path, mmap_mode="r")
-        return self._maps[shard]
+        found = self._maps.get(shard)
+        if found is None:
+            # The map's memory as a plain array: numpy's class for it costs 10 times an access.
+            found = self._maps[shard] = np.load(self.folder / shard.path, mmap_mode="r").view(np.ndarray)
+        return found
 
 
 def store_files(folder: Path) -> list[Path]:
