@@ -124,8 +124,8 @@ class Reader:
     def read(self, kinds: Iterable[str], rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
         """{kind: (n, *shape)} of the images `rows` in the views `views`, both (n,)."""
         if len(rows) == 1:
-            view, block, inner = self._one(int(rows[0]), int(views[0]))
-            return {name: self._map(Shard(name, view, block))[inner : inner + 1].copy() for name in kinds}
+            view, block, at = self._one(int(rows[0]), int(views[0]))
+            return {name: self._map(Shard(name, view, block))[at : at + 1].copy() for name in kinds}
         groups = self.groups(rows, views)
         found = {}
         for name in kinds:
