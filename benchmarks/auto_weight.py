@@ -4,7 +4,8 @@
     python benchmarks/auto_weight.py --set cifar10 --dataset <cifar10> --teacher <cifar10 ViT> --work runs/auto
 
 Writes the teacher's outputs once (the training images as they are), then trains what benchmarks/results/
-auto_weight.jsonl does not hold, and prints the table. Stopped and started again it goes on where it was.
+auto_weight.jsonl does not hold, and prints the table; python -m benchmarks.evidence.report writes its page.
+Stopped and started again it goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ import torch
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.evidence.small_pages import auto_weight
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.commands.cache import main as cache
 from hf_kdtl.commands.common.builders import from_config
 from hf_kdtl.commands.common.trials import RunLog
 from hf_kdtl.data import ImageDataset, load_images
-from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.models.teachers import StoredTeacher
 from hf_kdtl.models.teachers.store.manifest import is_store
-from hf_kdtl.utils.text import markdown_table
 
 OBJECTIVES = {name: {"name": name} for name in ("logit_kd", "attention_transfer", "hidden_states", "feature_kd")}
 OBJECTIVES["jacobian"] = {"name": "jacobian", "sketch": 64}
@@ -143,13 +144,6 @@ def best(tried: dict[Any, float]) -> Any:
     return max(tried, key=lambda key: tried[key])
 
 
-def difference(a: list[float], b: list[float]) -> str:
-    """a - b in points, with its interval."""
-    found = paired_difference(a, b)
-    low, high = found["interval"] or (float("nan"),) * 2
-    return f"{100 * found['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def main() -> None:
     """Train what is not in the file yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,19 +155,16 @@ def main() -> None:
     logging.set_verbosity_error()
     runs = Runs(options.set, options.dataset, options.teacher, options.work)
     runs.rate = best({rate: fmean(runs("none", 0, s, rate)["validation"] for s in TUNING) for rate in RATES})
-    alone = [runs("none", 0, seed)["test"] for seed in SEEDS]
-    rows = [["term", "alone", "weight 1", "tuned", "auto", "auto - weight 1", "auto - tuned", "tuned to", "measured"]]
+    for seed in SEEDS:
+        runs("none", 0, seed)
     for term in OBJECTIVES:
-        auto, one = ([runs(term, weight, seed) for seed in SEEDS] for weight in ("auto", 1.0))
+        for weight in ("auto", 1.0):
+            for seed in SEEDS:
+                runs(term, weight, seed)
         chosen = best({weight: fmean(runs(term, weight, s)["validation"] for s in TUNING) for weight in WEIGHTS})
-        tuned = [runs(term, chosen, seed) for seed in SEEDS]
-        scores = [[line["test"] for line in lines] for lines in (one, tuned, auto)]
-        measured = [f"{end([line['measured'] for line in auto]):.3g}" for end in (min, max)]
-        rows.append(
-            [term, *(f"{fmean(found):.1%}" for found in (alone, *scores)), difference(scores[2], scores[0]),
-             difference(scores[2], scores[1]), f"{chosen:g}", " to ".join(measured)]
-        )  # fmt: skip
-        print(markdown_table(rows), flush=True)
+        for seed in SEEDS:
+            runs(term, chosen, seed)
+    print(auto_weight([line for line in runs.log.lines.values() if line["set"] == options.set]))
     print(f"learning rate {runs.rate:g}, {runs.log.seconds:.0f} s in all")
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.evidence.runs import RESULTS
+from benchmarks.evidence.small_pages import auto_weight, cut
 from hf_kdtl.evaluation.statistics import holm, mean_and_std, mean_interval, paired_difference
 from hf_kdtl.reports.figures.style import new_figure, save
 from hf_kdtl.utils.text import markdown_table
@@ -187,16 +188,25 @@ def never_hurt(lines: Lines) -> str:
     return f"Reference `alone`:\n\n{to_alone}\n\nReference `plain`:\n\n{to_plain}"
 
 
-TABLES = {"few_labels_many_images": few_labels, "never_hurt_rules": never_hurt}
+TABLES = {
+    "few_labels_many_images": few_labels,
+    "never_hurt_rules": never_hurt,
+    "cut": cut,
+    "auto_weight": auto_weight,
+}
+UNFINISHED = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
+NOTES = {
+    "cut": "Three seeds: nothing is claimed. Lines of other steps than 500 are trials, and not shown.",
+    "auto_weight": "Differences are paired by seed, with a 95 % t interval.",
+}
 
 
 def written(name: str, lines: Lines) -> str:
     """The text of results/<name>.md."""
-    hours = sum(line["cpu_seconds"] for line in lines) / 3600
+    hours = sum(line.get("cpu_seconds", line.get("seconds", 0.0)) for line in lines) / 3600
     title = name.replace("_", " ").capitalize()
     head = f"# {title}\n\nMade by `python -m benchmarks.evidence.report` from {name}.jsonl; the plan is ../plan.md.\n"
-    note = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
-    return f"{head}{len(lines)} runs, {hours:.1f} core hours. {note}\n\n{TABLES[name](lines)}\n"
+    return f"{head}{len(lines)} runs, {hours:.1f} hours. {NOTES.get(name, UNFINISHED)}\n\n{TABLES[name](lines)}\n"
 
 
 def main() -> None:
@@ -206,10 +216,10 @@ def main() -> None:
             continue
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.with_suffix(".md").write_text(written(name, lines))
-        runs = arm_runs(lines)
-        curves = [sum(run.arm == arm for run in runs) for arm in FEW_LABELS]
-        if name == "few_labels_many_images" and min(curves) > 1:
-            few_labels_figure(runs, file.with_suffix(".png"), FEW_LABELS)
+        if name == "few_labels_many_images":
+            runs = arm_runs(lines)
+            if min(sum(run.arm == arm for run in runs) for arm in FEW_LABELS) > 1:
+                few_labels_figure(runs, file.with_suffix(".png"), FEW_LABELS)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.evidence import report
+from benchmarks.evidence import report, small_pages
 from benchmarks.evidence.few_labels_many_images import shuffled
 from benchmarks.evidence.runs import RESULTS, Run, Table
 from benchmarks.evidence.views import Views
@@ -75,3 +75,31 @@ def test_shuffled_answers_are_another_images_view_by_view():
     mixed = shuffled(logits, 3, seed=2).reshape(3, 2, 2)
     rows = [logits.reshape(3, 2, 2).tolist().index(image.tolist()) for image in mixed]
     assert sorted(rows) == [0, 1, 2] and rows != [0, 1, 2]
+
+
+def run(term, weight, seed, validation, test, rate=1e-3):
+    return {"set": "a", "term": term, "weight": weight, "learning_rate": rate, "seed": seed, "validation": validation,
+            "test": test, "measured": 0.5 if weight == "auto" else None}  # fmt: skip
+
+
+def test_the_tuned_weight_is_that_of_validation_and_scored_with_other_seeds():
+    lines = [run("none", 0, 11, v, 0.9, rate) for rate, v in ((1e-3, 0.3), (2e-3, 0.4))]
+    lines += [run("none", 0, s, 0, 0.2, 2e-3) for s in (1, 2)] + [run("none", 0, 1, 0, 0.9, 1e-3)]
+    for weight, validation, tests in ((1.0, 0.5, (0.3, 0.4)), (10.0, 0.6, (0.5, 0.6)), ("auto", 0.0, (0.4, 0.6))):
+        lines += [run("kd", weight, 1 + i, 0.0, test) for i, test in enumerate(tests)]
+        lines += [run("kd", weight, 11, validation, 0.0)] if weight != "auto" else []
+    page = small_pages.auto_weight(lines)
+    assert "a, learning rate 0.002" in page
+    cells = [cell.strip() for cell in page.splitlines()[-1].strip("|").split("|")]
+    assert cells[:5] == ["kd", "20.0 ± 0.0", "35.0 ± 7.1", "55.0 ± 7.1", "50.0 ± 14.1"]
+    assert cells[5].startswith("+15.0 (") and cells[6].startswith("-5.0 (") and cells[7:] == ["10", "0.5 to 0.5"]
+
+
+def test_the_cutting_page_leaves_trials_out():
+    common = {"steps": 500, "share": 0.5, "flops": 0.5, "parameters": 10**6, "before": 0.1}
+    lines = [{"arm": "teacher", "steps": 500, "before": 0.68, "parameters": 3 * 10**6, "test_images": 2000}]
+    lines += [common | {"arm": "depth", "seed": s, "after": 0.4 + s / 100} for s in (1, 2)]
+    lines += [common | {"arm": "width", "seed": s, "after": 0.5 + s / 100} for s in (1, 2)]
+    page = small_pages.cut([*lines, common | {"arm": "width", "seed": 1, "after": 0.9, "steps": 40}])
+    assert "3.00 M parameters, 68.0 % on the same 2,000 test images" in page
+    assert "51.5 ± 0.7 | +10.0 (+10.0 to +10.0) |" in page and "90.0" not in page
