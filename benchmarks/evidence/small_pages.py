@@ -16,8 +16,8 @@ STEPS = 500  # of the plan; lines with other steps are trials
 def difference(a: Sequence[float], b: Sequence[float]) -> str:
     """a - b in points with a paired 95 % interval, of shares.
 
-    >>> difference([0.5, 0.52], [0.4, 0.42])
-    '+10.0 (+10.0 to +10.0)'
+    >>> difference([0.5, 0.54], [0.4, 0.42])
+    '+11.0 (-1.7 to +23.7)'
     """
     found = paired_difference([100 * value for value in a], [100 * value for value in b])
     if found["interval"] is None:
