@@ -14,41 +14,30 @@ adds what is new: --views 80, more images, --objectives with other needs; what i
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, stored
+from hf_kdtl.commands.common import builders, stored, storing
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
-from hf_kdtl.commands.common.store_text import described, duration, next_steps, too_large
+from hf_kdtl.commands.common.store_text import described, duration, next_steps
 from hf_kdtl.data.store import Request, StoreWriter
 from hf_kdtl.hub.license import license_of
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.forward.capture import Needs
-from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.manifest import GB, is_store, read_manifest
 from hf_kdtl.utils.options import check_option, is_integer
-
-VIEWS, TEACHER_BATCH = 20, 64
-CUTS = ("layers", "heads", "mlp", "width", "flops", "parameters", "importance")
-STUDENTS = ("student", "student_config", *(f"student_{name}" for name in CUTS))
-HOW = ("output", "info", "max_gb", "seeds", "baseline", "time_budget", "overwrite_output_dir")
-"""Settings that say where and how the command runs, not what is stored."""
-FURTHER = ("objectives", "layer_rates", "view_seed", "start")
-"""Settings of DistillationConfig that say what is stored."""
 
 
 @dataclass
@@ -77,33 +66,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer = planned(options, data_options, config, set(settings), settings)
     missing, seconds = writer.bytes_to_write(), writer.seconds_to_write() / config.world_size
     say(config, f"{described(writer.manifest)}\nTo write: {missing / GB:.2f} GB, about {duration(seconds)}.")
-    check_size(writer, missing, options)
-    _barrier()
+    storing.check_size(writer, missing, options.max_gb)
+    storing.barrier()
     if config.process_index == 0:
         writer.begin()
-    _barrier()
+    storing.barrier()
     _write(writer, config)
-    _barrier()
+    storing.barrier()
     say(config, f"Written. Train from it:\n  {next_steps(options.output, settings)}")
 
 
 def with_stored_settings(output: str, typed: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The command's flags, and those of them that say what is stored: what was typed, and of an existing store what it
     was written with."""
-    names = {f.name for kind in (CacheOptions, DataOptions) for f in fields(kind)} - {*HOW} | {*FURTHER}
-    kept = {name: _plain(value) for name, value in typed.items() if name in names and value is not None}
+    kept = storing.settings_of(typed, CacheOptions, DataOptions)
     before = read_manifest(output).settings if is_store(output) else {}
-    if any(name in kept for name in STUDENTS):
-        before = {name: value for name, value in before.items() if name not in STUDENTS}
+    if any(name in kept for name in storing.STUDENTS):
+        before = {name: value for name, value in before.items() if name not in storing.STUDENTS}
     settings = before | kept
-    rest = {name: value for name, value in typed.items() if name not in names and value is not None}
+    rest = {name: value for name, value in typed.items() if name not in kept and value is not None}
     return stored.flags(settings | rest), settings
-
-
-def _plain(value: Any) -> Any:
-    """A list that holds one JSON text, as flags give it, is that text."""
-    one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and value[0].startswith("[")
-    return value[0] if one else value
 
 
 def planned(
@@ -128,8 +110,8 @@ def planned(
     settings |= {"augmentation": augmentation, "dataset": data_options.dataset}
     teacher.match(student, processor, compare_classes=False)  # in its own order of classes
     teacher.to(config.device)
-    views = data_options.views or VIEWS if augmentation else 1
-    batch = options.teacher_batch or TEACHER_BATCH
+    views = data_options.views or storing.VIEWS if augmentation else 1
+    batch = options.teacher_batch or storing.TEACHER_BATCH
     its_license = license_of(str(options.teacher))
     request = Request(needs, views, batch, options.precision, options.top_k, settings, its_license)
     return StoreWriter(str(options.output), teacher, data, request)
@@ -142,19 +124,8 @@ def _with_student(
     experiment = Experiment(options, data_options, config, typed)
     assert experiment.teacher is not None
     trainer = experiment.trainer("distilled", experiment.seeds[0], Path(str(options.output)))
-    distiller, needs = trainer.distiller, Needs()
-    for key in distiller.objectives:
-        objective = distiller.objective(key)
-        if objective.source == "teacher" and objective.needs_teacher:
-            plan = distiller.plans.get("teacher")
-            own = objective.needs(plan)[1] | Needs(logits=objective.compares_classes)
-            needs |= storable(
-                f"objective {key!r}", own | (objective.sample_needs(plan) if objective.sample else Needs())
-            )
-    if distiller.rates is not None:
-        needs |= storable("layer_rates", distiller.rates.source_needs[1])
-    data = trainer.train_dataset
-    return needs, data, experiment.processor, experiment.teacher, trainer.model
+    needs = storing.needs_of(trainer)
+    return needs, trainer.train_dataset, experiment.processor, experiment.teacher, trainer.model
 
 
 def _without_student(
@@ -175,34 +146,12 @@ def _without_student(
             )
         if objective.source == "teacher" and objective.needs_teacher:
             own = objective.needs(None)[1] | Needs(logits=objective.compares_classes)
-            needs |= storable(f"objective {key!r}", own)
+            needs |= storing.storable(f"objective {key!r}", own)
     data = builders.open_data(data_options)
     processor = builders.new_processor(SimpleNamespace(image_size=options.image_size), options.image_size)
     teacher = Teacher.from_pretrained(str(options.teacher))
     images = builders.pixels(data.train, processor, data_options, config=config)
     return needs, images, processor, teacher, nn.Identity()
-
-
-def storable(who: str, needs: Needs) -> Needs:
-    """The needs as they are stored. Raises ValueError where they cannot be, naming who has them."""
-    if reason := signals.unstorable(needs):
-        raise ValueError(f"{who}: it cannot be stored, because {reason}.")
-    return signals.storable(needs)
-
-
-def check_size(writer: StoreWriter, missing: float, options: CacheOptions) -> None:
-    """Raises ValueError where it is more than --max_gb or the disk holds, with what would shrink it."""
-    if missing > options.max_gb * GB:
-        raise ValueError(
-            f"the store would take {missing / GB:.2f} GB more and --max_gb is {options.max_gb:g}: "
-            f"{too_large(writer.manifest, missing, options.max_gb * GB)}, or raise --max_gb."
-        )
-    place = next(path for path in (writer.folder, *writer.folder.resolve().parents) if path.exists())
-    if missing > (free := shutil.disk_usage(place).free):
-        raise ValueError(
-            f"the store would take {missing / GB:.2f} GB more and the disk of {writer.folder} has {free / GB:.2f} GB "
-            f"free: {too_large(writer.manifest, missing, free)}, or name another disk with --output."
-        )
 
 
 def _write(writer: StoreWriter, config: DistillationConfig) -> None:
@@ -218,11 +167,6 @@ def _check(options: CacheOptions) -> None:
         check_option("hf-kdtl cache", name, value, value is None or is_integer(value), "a whole number of at least 1")
     precise = options.precision in ("float32", "float16")
     check_option("hf-kdtl cache", "precision", options.precision, precise, "float32 or float16")
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 if __name__ == "__main__":

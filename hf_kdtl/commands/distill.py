@@ -18,7 +18,18 @@ from collections.abc import Sequence
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
-from hf_kdtl.commands.common import advice, builders, chosen, folders, pretraining, runs, scores, stored, timing
+from hf_kdtl.commands.common import (
+    advice,
+    builders,
+    chosen,
+    folders,
+    pretraining,
+    runs,
+    scores,
+    stored,
+    storing,
+    timing,
+)
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
@@ -41,20 +52,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.quiet()
     types = (DistillOptions, DataOptions, DistillationConfig)
     options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
-    typed = cli.typed_names(*types, argv=argv)
+    typed = cli.typed_values(*types, argv=argv)
     budget = timing.check_budget(options.time_budget, typed)
     folders.check_resumes_all(config)
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
     free = pretraining.asked(options, config, typed)
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
+    check_cache(options, free)
     if free:
-        return pretraining.main(options, data_options, config, typed)
+        return pretraining.main(options, data_options, config, set(typed))
     pushing = push.planned(config, options.teacher_paths.values(), options.student)
     experiment = Experiment(options, data_options, config, typed)
+    filling = None if options.cache is None else storing.fill(experiment, typed)
     begin(experiment, budget)
     for arm, seed, folder in experiment.runs():
         train_run(experiment, arm, seed, folder)
+        if filling is not None:
+            filling.flush()
     experiment.open_teacher()
     scores.evaluate(experiment)
     if config.process_index == 0:
@@ -63,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(config, *summary(experiment), *ending(experiment))
     if pushing is not None:
         say(config, push.published(push.push(pushing, config.hub_token), pushing))
+
+
+def check_cache(options: DistillOptions, pretraining: bool) -> None:
+    """Raises ValueError for runs whose teacher's outputs are not stored as they are met."""
+    if options.cache is not None and (pretraining or options.stages > 1):
+        why = "pretraining without labels" if pretraining else "--stages, whose students pair other layers,"
+        raise ValueError(f"--cache is not for {why}; leave it out.")
 
 
 def begin(experiment: Experiment, budget: float | None) -> None:

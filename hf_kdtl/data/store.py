@@ -33,6 +33,7 @@ from hf_kdtl.models.teachers.store.manifest import (
     read_manifest,
     write_file,
 )
+from hf_kdtl.models.teachers.store.partial import forget, reserve
 from hf_kdtl.models.teachers.store.shards import ShardFile, header, incomplete
 from hf_kdtl.models.teachers.teacher import Teacher
 
@@ -99,7 +100,7 @@ class StoreWriter:
             geometry = self.teacher.geometry(pixels)
         except ValueError:  # its blocks are not known: no objective that pairs them can be served
             geometry = None
-        batch = self._batch(rows[:1], 0)
+        batch = self.batch(rows[:1], 0)
         grid = self._capture(pixels[:1], Needs(patches=True), batch).patch_grid if request.needs.patches else None
         return Manifest(
             kinds, request.views, _blocks(len(rows), block), block, request.teacher_batch, request.precision,
@@ -115,8 +116,8 @@ class StoreWriter:
         found += differences({n: getattr(old, n) for n in same}, {n: getattr(request, n) for n in same})
         if found:
             raise ValueError(
-                f"the store {self.folder} was made from something else: {'; '.join(found)}. Set it back, or write "
-                "another store: --output <another folder>."
+                f"the store {self.folder} was made from something else: {'; '.join(found)}. Set it back, or name "
+                "another folder."
             )
         there, digests = (np.load(self.folder / name)[: old.images] for name in (ROWS, DIGESTS))
         if len(lacking := np.setdiff1d(there, rows)):
@@ -137,7 +138,7 @@ class StoreWriter:
     def _kinds(self, needs: Needs, pixels: Tensor, request: Request) -> dict[str, Kind]:
         if not signals.signals(needs):
             return {}
-        batch = self._batch(np.arange(len(pixels)), 0)
+        batch = self.batch(np.arange(len(pixels)), 0)
         return signals.kinds_of(self._arrays(pixels, needs, batch, request.precision, request.top_k))
 
     # ---- What it will take ----
@@ -166,14 +167,23 @@ class StoreWriter:
 
     # ---- Writing ----
 
-    def begin(self) -> None:
-        """Write what says what the store will hold. One process does, before any writes shards."""
+    def begin(self, filling: bool = False) -> None:
+        """Write what says what the store will hold. One process does, before any writes shards.
+
+        Args:
+            filling: rows are written as a run meets them (`hf_kdtl.data.filling`), which may have begun before.
+        """
+        path, text = self.folder / FILE, self.manifest.to_json()
+        if not filling or not path.exists() or path.read_text("utf-8") != text:
+            forget(self.folder)
         for part in self.folder.rglob("*.part"):
             part.unlink()
         self._write_array(ROWS, self.rows)
         self._write_array(DIGESTS, self.images.digests(self.rows))
         save_facts(self.teacher, self.manifest, self.folder / "teacher")
-        write_file(self.folder / FILE, self.manifest.to_json().encode())
+        write_file(path, text.encode())
+        for shard in self.missing if filling else ():
+            reserve(self.folder, self.manifest, shard)
 
     def write(
         self, rank: int = 0, processes: int = 1, workers: int = 0, done: Callable[[int], Any] = lambda images: None
@@ -211,7 +221,7 @@ class StoreWriter:
 
     def _chunk(self, pixels: Tensor, needs: Needs, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         manifest = self.manifest
-        return self._arrays(pixels, needs, self._batch(rows, view), manifest.precision, manifest.top_k)
+        return self._arrays(pixels, needs, self.batch(rows, view), manifest.precision, manifest.top_k)
 
     @torch.no_grad()
     def _arrays(
@@ -222,11 +232,12 @@ class StoreWriter:
     def _capture(self, pixels: Tensor, needs: Needs, batch: Batch) -> Capture:
         return self.teacher.capture(pixels.to(_device(self.teacher)), needs, batch)
 
-    def _batch(self, rows: np.ndarray, view: int) -> Batch:
-        places = tuple((view, row) for row in rows.tolist())
+    def batch(self, rows: np.ndarray, view: int | np.ndarray) -> Batch:
+        """What a source may know of these images, in a view or in one each."""
+        views = np.broadcast_to(np.asarray(view), rows.shape).copy()
+        places = tuple(zip(views.tolist(), rows.tolist(), strict=True))
         draws = Draws(getattr(self.images.data, "view_seed", 0), 0, places)
-        views = torch.full((len(rows),), view)
-        return {"image_index": torch.from_numpy(rows), "image_view": views, "view_draws": draws}
+        return {"image_index": torch.from_numpy(rows), "image_view": torch.from_numpy(views), "view_draws": draws}
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
         write_file(self.folder / name, header(array.shape, str(array.dtype)) + array.tobytes())

@@ -113,3 +113,33 @@ def test_the_teachers_license_is_kept_in_the_store_and_used_in_the_students_card
     assert card.data.license == "cc-by-nc-4.0" and "as of its teacher" in card.text
     with pytest.raises(ValueError, match=r"the teacher's license is cc-by-nc-4\.0 and mit is requested"):
         push.planned(DistillationConfig("out", push_to_hub=True, license="mit"), ["store"], None)
+
+
+def test_a_store_is_written_while_a_run_trains_and_read_by_the_next(command, images, teacher, capsys):
+    quick = [*STUDENT, *OBJECTIVES, *QUICK, "--teacher_batch", "8", "--views", "2"]
+    passes = ["--max_steps", "28"]  # 7 batches a pass: 4 passes over 2 views
+    command("cache").main([*STUDENT, *OBJECTIVES, *BATCH, "--views", "2", "--output", "store"])
+    command("distill").main([*quick, *passes, "--teacher", "store", "--output_dir", "before"])
+    Path("mine.yaml").write_text("cache: auto\nseeds: [42, 43]\n")
+    capsys.readouterr()
+    command("distill").main(["--config", "mine.yaml", *quick, *passes, "--output_dir", "auto"])
+    printed = capsys.readouterr().out
+    assert "2 runs of 4.0 passes, of which the teacher runs in about 25 %" in printed
+    before, after = (load_file(f"{name}/distilled-seed42/model/model.safetensors") for name in ("before", "auto"))
+    assert all(before[name].equal(after[name]) for name in before)
+    written, kept = tree("store"), tree("auto/cache")
+    assert written.keys() == kept.keys()
+    assert {name for name in kept if kept[name] != written[name]} <= {FILE}  # the settings of the command
+    assert "auto/cache" not in Path("auto/results.json").read_text()
+    command("distill").main([*quick, "--teacher", "auto/cache", "--output_dir", "next"])
+    capsys.readouterr()
+    command("cache").main(["--output", "auto/cache", "--use_cpu", "true"])
+    assert "To write: 0.00 GB" in capsys.readouterr().out
+    main = command("distill").main
+    with pytest.raises(ValueError, match=r"stores what one live model gives, and found teacher 'store'"):
+        main([*quick, "--teacher", "store", "--cache", "auto", "--output_dir", "out"])
+    cut = ["--teacher", "teacher", "--dataset", "images", "--student_layers", "1"]
+    with pytest.raises(ValueError, match=r"--cache is not for --stages"):
+        main([*cut, "--stages", "2", "--cache", "auto", "--output_dir", "out"])
+    with pytest.raises(ValueError, match=r"objective 'noisy_kd': it cannot be stored"):
+        main([*STUDENT, "--objectives", "task", "noisy_kd", *QUICK, "--cache", "auto", "--output_dir", "out"])

@@ -21,6 +21,9 @@ class DistillOptions(CutOptions, UnlabelledOptions):
     teacher_batch: int | None = field(
         default=None, metadata={"help": "Images in each forward of the teacher; by default the batch."}
     )
+    cache: str | None = field(
+        default=None, metadata={"help": "auto: store its outputs in output_dir/cache, read what recurs."}
+    )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Of a teacher of images and texts (CLIP, SigLIP); by default the data's."}
     )

@@ -46,9 +46,11 @@ class StoredTeacher(SignalSource):
     needs_index = True
 
     def __init__(self, folder: str | Path, **where: Any):
-        self.reader = Reader(find_store(folder, **where) or folder)
+        self._read_from(Reader(find_store(folder, **where) or folder), str(folder))
+
+    def _read_from(self, reader: Reader, name: str) -> None:
+        self.reader, self.name = reader, name
         self.folder, self.manifest = self.reader.folder, self.reader.manifest
-        self.name = str(folder)
         # A repository's copy is not written to.
         self._growable = shlex.quote(self.name) if Path(self.name).expanduser().exists() else "<a folder of your own>"
         self.processing_class = open_processor(self.folder / "teacher", role="the stored teacher")
@@ -69,10 +71,12 @@ class StoredTeacher(SignalSource):
             self.notes.append(note)
         if self._live is not None:
             self._live.match(*self._matched)
-        self.notes.append(
-            f"the teacher's outputs are read from {self.name} ({self.manifest.images} images, "
-            f"{self.manifest.views} views, {self.manifest.precision}); it does not run."
-        )
+        self.notes.append(self.summary())
+
+    def summary(self) -> str:
+        """What is read, as a note."""
+        holds = f"{self.manifest.images} images, {self.manifest.views} views, {self.manifest.precision}"
+        return f"the teacher's outputs are read from {self.name} ({holds}); it does not run."
 
     def check_data(self, data: Any) -> None:
         """Refuse training data whose views are not those of the store; tell it how many views there are."""
@@ -146,8 +150,7 @@ class StoredTeacher(SignalSource):
         """
         if batch is None or "image_index" not in batch:
             return self._of_live(pixel_values, needs, batch)
-        rows = batch["image_index"].cpu().numpy()
-        views = batch["image_view"].cpu().numpy() if "image_view" in batch else np.zeros_like(rows)
+        rows, views = rows_and_views(batch)
         captured = self._read(needs, rows, views, pixel_values)
         chosen = batch.get("differentiated_rows")
         if needs.sketches and chosen is not None and len(chosen) < len(rows):
@@ -223,6 +226,12 @@ class StoredTeacher(SignalSource):
     def to(self, device: torch.device) -> StoredTeacher:
         """Arrays are read to the device of the pixels."""
         return self
+
+
+def rows_and_views(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) each, of a batch that has rows."""
+    rows = batch["image_index"].cpu().numpy()
+    return rows, batch["image_view"].cpu().numpy() if "image_view" in batch else np.zeros_like(rows)
 
 
 def open_store(path: str | Path, options: dict[str, Any]) -> StoredTeacher | None:

@@ -141,7 +141,7 @@ class Reader:
         Raises:
             ValueError: for an image or a view that is not there.
         """
-        self._check(rows, views)
+        self.check(rows, views)
         places = self._place[rows]
         blocks = np.searchsorted(self._ends, places, side="right")
         inner = places - self._starts[blocks]
@@ -155,11 +155,12 @@ class Reader:
         """(view, block, where) of one image: what `groups` finds, without arrays."""
         place = int(self._place[row]) if 0 <= row < len(self._place) else -1
         if place < 0 or not 0 <= view < self.manifest.views:
-            self._check(np.array([row]), np.array([view]))
+            self.check(np.array([row]), np.array([view]))
         block = bisect_right(self._ends_list, place)
         return view, block, place - (self._ends_list[block - 1] if block else 0)
 
-    def _check(self, rows: np.ndarray, views: np.ndarray) -> None:
+    def check(self, rows: np.ndarray, views: np.ndarray) -> None:
+        """Raises ValueError for an image or a view that is not there, saying what to type."""
         if not self.has(rows).all():
             absent = rows[~self.has(rows)]
             raise ValueError(
