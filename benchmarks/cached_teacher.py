@@ -2,6 +2,7 @@
 
     python benchmarks/cached_teacher.py            # about 3 minutes on one core
     python benchmarks/cached_teacher.py --steps 20 # rougher
+    python benchmarks/cached_teacher.py --steps 0  # rows and bytes alone
 
 The models of step_cost.py (teacher 12 layers, 192 wide; student 6 layers, 128 wide; 32 px, patch 8, batch 32) on 512
 JPEGs of noise, crop and flip, 2 views. All runs render their views in the loop, so ratios are those of a real run.
@@ -105,6 +106,8 @@ def main() -> None:
         print(f"{name:<24} {kind.bytes / 1e3:8.3f} MB a thousand views")
     for batch in (1, 64, 256):
         print(f"random rows a second, batches of {batch:>3}: {rows_a_second(store, batch):12,.0f}")
+    if not number:
+        return
     times = steps(teacher, folder, student, data, number)
     for of, to in (
         ("logit_kd, stored", "fine-tuning"), ("logit_kd, live", "fine-tuning"),

@@ -93,7 +93,9 @@ def needs(options: RateOptions, pairs: Sequence[Pair]) -> tuple[Needs, Needs]:
     """What the source of `options` reads of (student, teacher)."""
     student, teacher = (frozenset(getattr(p, f"{who}_layer") for p in pairs) for who in ("student", "teacher"))
     if options.source == "attention" and options.map == "class":
-        return Needs(attention=student), Needs(attention=teacher)
+        # Of the teacher the row alone, where the class token is the first: it can be stored.
+        rows = frozenset(p.teacher_layer for p in pairs if p.teacher.prefix.index("class") == 0)
+        return Needs(attention=student), Needs(attention=teacher - rows, attention_rows=rows)
     if options.source == "attention":
         return Needs(hidden_states=student), Needs(hidden_states=teacher)
     if options.wrt == "parameters":
@@ -131,21 +133,27 @@ def _at(options: RateOptions, pairs: Sequence[Pair], student: Capture, teacher: 
 
 def _map(options: RateOptions, captured: Capture, layer: int, geometry: LayerGeometry, grid: Grid) -> Tensor:
     if options.map == "class":
-        return _class_row(captured.attention[layer], geometry, grid)
+        return _class_row(captured, layer, geometry, grid)
     hidden = captured.hidden_states[layer]
     tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
     return redistribute(energy(tokens[:, len(geometry.prefix) :]), _grid(geometry), grid)
 
 
-def _class_row(a: Attention, geometry: LayerGeometry, grid: Grid) -> Tensor:
-    row = geometry.prefix.index("class")
-    if a.weights is not None:
-        log_p = a.weights[:, :, row : row + 1].log()
+def _class_row(captured: Capture, layer: int, geometry: LayerGeometry, grid: Grid) -> Tensor:
+    if layer in captured.attention_rows:
+        log_p = captured.attention_rows[layer][:, None, None]
     else:
-        assert a.query is not None and a.key is not None
-        bias = None if a.bias is None else a.bias[..., row : row + 1, :].expand(*a.bias.shape[:-2], 1, -1)
-        log_p = attention_rows(a.query[:, :, row : row + 1], a.key, a.scale, bias)
-    return align_columns(mean_heads(log_p), (), len(geometry.prefix), _grid(geometry), grid).exp()[:, 0, 0]
+        log_p = _mean_row(captured.attention[layer], geometry.prefix.index("class"))
+    return align_columns(log_p, (), len(geometry.prefix), _grid(geometry), grid).exp()[:, 0, 0]
+
+
+def _mean_row(a: Attention, row: int) -> Tensor:
+    """log A of one token, mean over heads, (B, 1, 1, N)."""
+    if a.weights is not None:
+        return mean_heads(a.weights[:, :, row : row + 1].log())
+    assert a.query is not None and a.key is not None
+    bias = None if a.bias is None else a.bias[..., row : row + 1, :].expand(*a.bias.shape[:-2], 1, -1)
+    return mean_heads(attention_rows(a.query[:, :, row : row + 1], a.key, a.scale, bias))
 
 
 def input_discrepancies(

@@ -131,7 +131,8 @@ class StoredTeacher(SignalSource):
             return (
                 f"{', '.join(lacking)} of the teacher {'is' if len(lacking) == 1 else 'are'} not stored in "
                 f"{self.name}; type hf-kdtl cache --output {self._growable} --objectives <all "
-                "objectives> with the student's flags, which adds what is missing."
+                "objectives> with the student's flags (and --layer_rates, where there are any), which adds what is "
+                "missing."
             )
         return ""
 

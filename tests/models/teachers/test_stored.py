@@ -38,9 +38,10 @@ def write(folder="store", data=None, needs=EVERYTHING, model=None, **options):
     return StoredTeacher(folder)
 
 
-def trained(source, objectives, data, steps=50):
+def trained(source, objectives, data, steps=50, **settings):
     torch.manual_seed(0)  # the projectors
-    settings = config("out", objectives, max_steps=steps, per_device_train_batch_size=6, logging_strategy="no")
+    settings |= {"max_steps": steps, "per_device_train_batch_size": 6, "logging_strategy": "no"}
+    settings = config("out", objectives, **settings)
     trainer = DistillationTrainer(build("vit"), settings, teacher=source, train_dataset=data)
     trainer.train()
     return weights(trainer.model)
@@ -58,6 +59,22 @@ def test_fifty_steps_from_a_store_are_those_of_its_teacher_bitwise(objectives):
     assert largest_difference(stored, live) == 0
     other = trained(Teacher(build("vit", seed=6, layers=3), teacher_batch=4), objectives, data, steps=5)
     assert largest_difference(stored, other) > 1e-5
+
+
+@pytest.mark.parametrize("of", ["energy", "class"])
+def test_layer_rates_are_measured_from_a_store_as_from_its_teacher(of):
+    rates = {"mode": "discrepancy", "map": of, "every": 2, "layers": [[0, 0], [1, 2]]}
+    store = write(needs=Needs(logits=True, hidden_states=frozenset({0, 2}), attention_rows=frozenset({0, 2})))
+    entries, data = [{"name": "task"}, {"name": "logit_kd"}], Images(22)
+    stored, live, plain = (
+        trained(source, entries, data, 8, layer_rates=options)
+        for source, options in ((store, rates), (teacher(teacher_batch=4), rates), (teacher(teacher_batch=4), None))
+    )
+    assert largest_difference(stored, live) == 0 and largest_difference(stored, plain) > 1e-7
+    lacks = write("lacks", needs=Needs(logits=True))
+    name = "hidden_states-0, hidden_states-2" if of == "energy" else "attention_rows-0, attention_rows-2"
+    with pytest.raises(ValueError, match=rf"layer_rates: {name} of the teacher are not stored in lacks; type hf-kdtl"):
+        trained(lacks, entries, data, 1, layer_rates=rates)
 
 
 def test_a_teacher_in_chunks_gives_what_it_gives_in_one_batch_to_rounding():
