@@ -2,7 +2,7 @@
 
     python -m benchmarks.evidence.report
 
-Writes <table>.md beside each <table>.jsonl, and few_labels_many_images.png once each arm has two numbers of labels.
+Writes <table>.md beside each <table>.jsonl, and the figure of docs/ once each arm has two numbers of labels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hf_kdtl.evaluation.statistics import holm, mean_and_std, mean_interval, pai
 from hf_kdtl.reports.figures.style import new_figure, save
 from hf_kdtl.utils.text import markdown_table
 
+FIGURES = Path(__file__).parents[2] / "docs"
 Lines = list[dict[str, Any]]
 SEEDS = 10  # of the plan; arms with fewer are unfinished
 
@@ -219,7 +220,7 @@ def main() -> None:
         if name == "few_labels_many_images":
             runs = arm_runs(lines)
             if min(sum(run.arm == arm for run in runs) for arm in FEW_LABELS) > 1:
-                few_labels_figure(runs, file.with_suffix(".png"), FEW_LABELS)
+                few_labels_figure(runs, FIGURES / f"{name}.png", FEW_LABELS)
 
 
 if __name__ == "__main__":
