@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-TOLERANCE = 1e-4  # of the logits, or of the largest of them where that is above 1
+from hf_kdtl.models.forward.embedding import is_headless, last_hidden_state
+from hf_kdtl.models.forward.final import read_final
+from hf_kdtl.models.forward.geometry import describe
+
+TOLERANCE = 1e-4  # of the outputs, or of the largest of them where that is above 1
 BATCHES = (1, 5)  # at which a file is compared: an exporter that fixes the batch size is caught
 NEEDS = ("onnx", "onnxruntime", "onnxscript")
 
@@ -29,11 +34,13 @@ def check_installed() -> None:
 def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
     """Write the model in eval mode as one ONNX file: pixel_values (B, C, h, w) -> logits (B, K), for any B. [ours]
 
+    Of a model without a head: -> image_embedding (B, D), what its family's classifiers read, and last_hidden_state.
+
     Attention is written as plain matrix products ("eager"): torch 2.13 does not export Swin's fused attention for any
     batch size.
 
     Args:
-        model: a transformers image classifier, on the CPU. It is left as it was.
+        model: an image classifier or a vision model without a head of transformers, on the CPU. It is left as it was.
         pixel_values: (B, C, h, w) of any values; h and w are fixed in the file.
         path: the file.
 
@@ -48,12 +55,12 @@ def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
     two = pixel_values[:1].expand(2, -1, -1, -1).contiguous()  # a batch of 1 would be taken for a constant
     try:
         torch.onnx.export(
-            _Logits(model).eval(),
+            _Tensors(model, named := _named(model, two)).eval(),
             (two,),
             str(path),
             dynamo=True,
             input_names=["pixel_values"],
-            output_names=["logits"],
+            output_names=[*named(two)],
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
             external_data=False,
             verbose=False,
@@ -119,19 +126,20 @@ def quantize_onnx(source: str | Path, pixel_values: Tensor, path: str | Path) ->
 
 
 def largest_difference(model: nn.Module, exported: nn.Module, pixel_values: Tensor) -> float:
-    """Largest difference of any logit, over batches of 1 and of 5 images, as a share of max(1, largest logit).
+    """Largest difference of any output, over batches of 1 and of 5 images, as a share of max(1, the largest one).
 
     Args:
         model: the original, in eval mode.
         exported: `OnnxModel` of its file.
         pixel_values: (B, C, h, w), B >= 5.
     """
-    worst = 0.0
+    worst, named = 0.0, _named(model, pixel_values)
     for size in BATCHES:
         with torch.no_grad():
-            ours, theirs = (one(pixel_values=pixel_values[:size]).logits for one in (model, exported))
-        difference = (ours - theirs).abs().max() / ours.abs().max().clamp(min=1)
-        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # max() would pass over a nan
+            theirs = exported(pixel_values=pixel_values[:size])
+            for name, ours in named(pixel_values[:size]).items():
+                difference = (ours - getattr(theirs, name)).abs().max() / ours.abs().max().clamp(min=1)
+                worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))  # max() would pass over a nan
     return worst
 
 
@@ -149,16 +157,35 @@ class OnnxModel(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [output.name for output in self.session.get_outputs()]
 
     def forward(self, pixel_values: Tensor) -> ModelOutput:
-        (logits,) = self.session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        return ModelOutput(logits=torch.from_numpy(logits))
+        found = self.session.run(self.names, {"pixel_values": pixel_values.numpy()})
+        return ModelOutput({name: torch.from_numpy(x) for name, x in zip(self.names, found, strict=True)})
 
 
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module):
+Named = Callable[[Tensor], dict[str, Tensor]]
+
+
+def _named(model: Any, pixel_values: Tensor) -> Named:
+    """The outputs of an exported model by name, as a function of pixels of this size."""
+    if not is_headless(model):
+        return lambda pixels: {"logits": model(pixel_values=pixels).logits}
+    geometry = describe(model, pixel_values)
+
+    def features(pixels: Tensor) -> dict[str, Tensor]:
+        outputs = model(pixel_values=pixels)
+        found = {"image_embedding": read_final(model, geometry, [outputs], pixels, pooled=True).pooled}
+        found["last_hidden_state"] = last_hidden_state(outputs)
+        return {name: x for name, x in found.items() if x is not None}
+
+    return features
+
+
+class _Tensors(nn.Module):
+    def __init__(self, model: nn.Module, named: Named):
         super().__init__()
-        self.model = model
+        self.model, self.named = model, named
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=pixel_values).logits
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return (*self.named(pixel_values).values(),)

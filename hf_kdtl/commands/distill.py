@@ -57,12 +57,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders.check_resumes_all(config)
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
     free = pretraining.asked(options, config, typed)
+    if options.streaming and not free:
+        raise ValueError(
+            "--streaming is of runs without labels: type --unlabelled <shards> --teacher <a vision model>, and no "
+            "objective that reads labels or class outputs."
+        )
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     check_cache(options, free)
-    if free:
-        return pretraining.main(options, data_options, config, set(typed))
     pushing = push.planned(config, options.teacher_paths.values(), options.student)
+    if free:
+        pretraining.main(options, data_options, config, set(typed))
+    else:
+        train(options, data_options, config, typed, budget)
+    if pushing is not None:
+        say(config, push.published(push.push(pushing, config.hub_token), pushing))
+
+
+def train(
+    options: DistillOptions,
+    data_options: DataOptions,
+    config: DistillationConfig,
+    typed: set[str],
+    budget: float | None,
+) -> None:
+    """Every run of a student with labels, and what they are worth."""
     experiment = Experiment(options, data_options, config, typed)
     filling = None if options.cache is None else storing.fill(experiment, typed)
     begin(experiment, budget)
@@ -76,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         record_fingerprint(experiment)
         write_report(experiment.folder)
         say(config, *summary(experiment), *ending(experiment))
-    if pushing is not None:
-        say(config, push.published(push.push(pushing, config.hub_token), pushing))
 
 
 def check_cache(options: DistillOptions, pretraining: bool) -> None:

@@ -4,6 +4,9 @@
       --baseline runs/mine/alone-seed42/model --output_dir runs/evaluation
   hf-kdtl evaluate --models runs/a/student runs/b/student --dataset my_images --degradations jpeg gaussian_blur
 
+Students without a head are judged by their embeddings: kNN, a linear probe and recall on labelled images, agreement
+and CKA with the teacher.
+
 With --max_drop 2 it passes, or fails with exit code 1 (for scripts and CI): a student passes where all of the 95%
 interval of its accuracy, compared on the same images, is at most 2 points below the teacher's.
 
@@ -20,7 +23,7 @@ from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, folders
+from hf_kdtl.commands.common import builders, embedding_evaluation, folders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
@@ -29,8 +32,11 @@ from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
 from hf_kdtl.evaluation.results import FILE, load_results, read_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.teachers.backbone import is_headless_path
+from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.evaluation_sections import FIGURES
 from hf_kdtl.reports.evaluation_summary import passed, verdict_table, verdicts
+from hf_kdtl.reports.figures.patches import PATCHES
 from hf_kdtl.reports.run_report import SPLITS, write_report
 from hf_kdtl.utils.options import check_known
 
@@ -124,9 +130,9 @@ def check_max_drop(options: EvaluateOptions) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge every model; write results.json, report and figures. Returns the exit code: 1 where a student fails."""
     cli.quiet()
-    options, data_options, config = cli.parse(EvaluateOptions, DataOptions, DistillationConfig, argv=argv, doc=__doc__)
-    names, folder = options.chosen, folders.folder_of(config)
-    number, forms = options.number, options.forms
+    types = (EvaluateOptions, DataOptions, DistillationConfig)
+    options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
+    names, number, forms, folder = options.chosen, options.number, options.forms, folders.folder_of(config)
     check_max_drop(options)
     check_folder(folder, options.overwrite_output_dir)
     run = folders.describe_run("evaluate_student", config, options, data_options)
@@ -134,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = images_of(data_options)
     notes: list[str] = []
     references = {"teacher": options.teacher, "baseline": options.baseline}
+    if any(map(is_headless_path, options.models)):
+        embedding_evaluation.check(options, cli.typed_names(*types, argv=argv))
+        judged = embedding_evaluation.open_candidates(options.models, references, notes)
+        return judge_embeddings(judged, data, number, config, run, builders.facts(data, data_options), notes)
     candidates = open_candidates(options.models, references, data, notes, options.templates)
     for candidate in candidates:
         notes += [note.replace("the teacher", candidate.name)
@@ -161,6 +171,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def judge_embeddings(
+    candidates: list[embedding_evaluation.EmbeddingCandidate],
+    data: ImageData,
+    number: int,
+    config: DistillationConfig,
+    run: dict[str, Any],
+    facts: dict[str, Any],
+    notes: list[str],
+) -> int:
+    """Judge students without a head: results.json, report and a picture, by the first process. Returns 0."""
+    summaries = {one.name: f"{one.path}: {builders.summary(one.network)}" for one in candidates}
+    say(config, *builders.describe_data(data), *(f"{who}: {what}" for who, what in summaries.items()))
+    say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
+    if config.process_index == 0:
+        folder = folders.folder_of(config)
+        clear(folder)
+        value = embedding_evaluation.section(candidates, data, number, config)
+        sections = {"run": run, "data": facts, "embedding": value, "pairing": summaries | {"notes": notes}}
+        for section, found in sections.items():
+            update_results(folder, section, found)
+        report = write_report(folder)
+        say(config, *embedding_lines(load_results(folder)), f"The report is {report}.")
+    return 0
+
+
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises ValueError where a folder holds a training, or an evaluation that is not to be replaced."""
     if not (folder / FILE).is_file():
@@ -176,7 +211,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove an earlier evaluation: its pictures may be more than those of the new one."""
-    pictures = [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
+    pictures = [folder / PATCHES]
+    pictures += [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
     for path in (folder / FILE, folder / "report.md", folder / "report.html", *pictures):
         path.unlink(missing_ok=True)
 

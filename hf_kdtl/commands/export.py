@@ -5,9 +5,10 @@
   hf-kdtl export --student runs/student/student --output student.onnx --int8 true --dataset my_images --max_drop 0.5
 
 The file takes pixel_values (batch, channels, height, width) as the student's image processor makes them, and gives
-logits (batch, classes), in float32 and for any batch. It appears only when its logits are the student's to 1e-4, at
-batch 1 and 5, on random pixels. --int8 writes student.int8.onnx as well, calibrated on 256 training images, once the
-accuracy of both on all test images is known: one that loses more than --max_drop points is refused.
+logits (batch, classes), in float32 and for any batch; of a student without a head image_embedding (batch, width),
+which the classifiers of its family read, and last_hidden_state. It appears only when these are the student's to 1e-4,
+at batch 1 and 5, on random pixels. --int8 writes student.int8.onnx as well, calibrated on 256 training images, once
+the accuracy of both on all test images is known: one that loses more than --max_drop points is refused.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.speed import speeds
 from hf_kdtl.evaluation.records import Speed
 from hf_kdtl.export import BATCHES, TOLERANCE, OnnxModel, check_installed, export_onnx, largest_difference
+from hf_kdtl.models.teachers.backbone import is_headless_path, open_backbone
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.evaluation_summary import speed_table
 
@@ -38,7 +40,7 @@ from hf_kdtl.reports.evaluation_summary import speed_table
 class ExportOptions:
     """What to export, and where to."""
 
-    student: str = field(metadata={"help": "A folder or Hub name of an image classifier."})
+    student: str = field(metadata={"help": "A folder or Hub name, with or without a classifier."})
     output: str = field(metadata={"help": "The file to write, such as student.onnx."})
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the pixels; by default what the student's image processor makes."}
@@ -59,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.int8:
         int8.check(options.max_drop, cli.typed_names(*types, argv=argv))
     source = builders.existing(options.student)
-    student = open_classifier(source, role="the student", dtype=torch.float32).model.eval()
+    student = opened(source, options.int8)
     pixels = random_pixels(source, student, options)
     tqdm.write(f"{builders.summary(student)}: exporting for pixels {tuple(pixels.shape[1:])} and any batch.")
     exported, difference = written(student, pixels, output)
-    tqdm.write(f"{output}: {output.stat().st_size / 1e6:.1f} MB, largest difference of a logit {difference:.1e}.\n")
+    tqdm.write(f"{output}: {output.stat().st_size / 1e6:.1f} MB, largest difference of an output {difference:.1e}.\n")
     forms: dict[str, Any] = {"onnx": exported}
     images = None
     if options.int8:
@@ -75,6 +77,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if images is not None:
         int8.report(output, images, forms, timing, options.max_drop, source)
+
+
+def opened(source: str, int8: bool) -> Any:
+    """The student, a classifier or without a head.
+
+    Raises:
+        ValueError: for int8 without a head.
+    """
+    if not is_headless_path(source):
+        return open_classifier(source, role="the student", dtype=torch.float32).model.eval()
+    if int8:
+        raise ValueError(
+            f"--int8 is kept by its accuracy on test images, and the student {source} has no classifier. Leave --int8 "
+            f"out, or give it a head first: hf-kdtl train-teacher --model {source} --dataset <labelled images>."
+        )
+    return open_backbone(source, role="the student", dtype=torch.float32).model.eval()
 
 
 def check(options: ExportOptions, output: Path) -> None:

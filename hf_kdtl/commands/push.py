@@ -28,12 +28,12 @@ from hf_kdtl.commands.common import stored
 from hf_kdtl.commands.common.store_text import next_steps
 from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.evaluation.records import Results
-from hf_kdtl.evaluation.results import FILE, read_results
+from hf_kdtl.evaluation.results import FILE, load_results, read_results
 from hf_kdtl.hub import license as licenses
 from hf_kdtl.hub.card_results import hash_of
 from hf_kdtl.hub.card_results import published as published_results
 from hf_kdtl.hub.card_tables import models_of
-from hf_kdtl.hub.model_card import student_card, with_evaluation
+from hf_kdtl.hub.model_card import pipeline_task, student_card, with_evaluation
 from hf_kdtl.hub.provenance import saved_hash
 from hf_kdtl.hub.staging import is_adapter
 from hf_kdtl.hub.stored_teacher import publish_store
@@ -168,9 +168,10 @@ def published(commit: CommitInfo, options: PushOptions) -> str:
     if options.create_pr:
         return f"Proposed: {commit.pr_url}" if commit.pr_url else f"Nothing to propose: {name} is this student."
     branch = f", revision='{options.revision}'" if options.revision else ""
+    task = pipeline_task(load_results(options.run))
     return (
         f"Published: {commit.commit_url}\n\n"
-        f"  python -c \"from transformers import pipeline; print(pipeline('image-classification', '{name}'{branch})"
+        f"  python -c \"from transformers import pipeline; print(pipeline('{task}', '{name}'{branch})"
         "('an_image.png'))\""
     )
 

@@ -44,19 +44,24 @@ def open_webdataset(files: list[Path]) -> Dataset:
 def _samples(files: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     for file, _ in files:
         with tarfile.open(file) as archive:
-            key, sample = None, _empty()
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, name = os.path.split(member.name)
-                stem, _, ending = name.partition(".")
-                if (folder, stem) != key:
-                    yield from _complete(sample)
-                    key, sample = (folder, stem), _empty()
-                content = archive.extractfile(member)
-                assert content is not None
-                _add(sample, ending.lower(), content.read(), f"{file}/{member.name}")
+            yield from archive_samples(archive, file)
+
+
+def archive_samples(archive: tarfile.TarFile, file: str) -> Iterator[dict[str, Any]]:
+    """{"image": {"bytes", "path"}, "label": str or None} of each image of an archive, in one reading of it."""
+    key, sample = None, _empty()
+    for member in archive:
+        if not member.isfile():
+            continue
+        folder, name = os.path.split(member.name)
+        stem, _, ending = name.partition(".")
+        if (folder, stem) != key:
             yield from _complete(sample)
+            key, sample = (folder, stem), _empty()
+        content = archive.extractfile(member)
+        assert content is not None
+        _add(sample, ending.lower(), content.read(), f"{file}/{member.name}")
+    yield from _complete(sample)
 
 
 def _empty() -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,16 +45,29 @@ def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:
     check_results(run)
     if its.run.recipe != "evaluate_student":
         raise ValueError(f"found results of {its.run.recipe!r}; expected those of hf-kdtl evaluate.")
+    if its.extra.get("embedding"):
+        return results | {"embedding": _of_one_embedding(its.extra["embedding"], run)}
     if its.evaluation.split != "test":
         raise ValueError(f"the evaluation is of the {its.evaluation.split} split; expected --split test.")
     _check_data(run.data, its.data)
-    name = _same_student(run, its.evaluation)
-    _check_teacher(run, its.evaluation)
+    name = _with_weights(models_with_role(its.evaluation, "student"), run)
+    _check_teachers([*models_with_role(its.evaluation, "teacher").values()], run)
     section = _of_one_student(evaluation_results["evaluation"], its.evaluation, name)
     added = {"evaluation": section, "device": its.run.device, "versions": its.run.versions}
     found = results | {"student_evaluation": added}
     check_results(Results.of(found))
     return found
+
+
+def _of_one_embedding(section: JSON, run: Results) -> JSON:
+    """The section `embedding` of an evaluation with the run's student, called "student", and the references."""
+    models = {name: SimpleNamespace(**model) for name, model in section["models"].items()}
+    student = _with_weights({name: one for name, one in models.items() if one.role == "student"}, run)
+    _check_teachers([one for one in models.values() if one.role == "teacher"], run)
+    kept = [student, *(name for name, one in models.items() if one.role != "student")]
+    found = {"student" if name == student else name: section["models"][name] for name in kept}
+    found = {name: {key: value for key, value in model.items() if key != "path"} for name, model in found.items()}
+    return section | {"models": found}
 
 
 def _of_one_student(section: JSON, evaluation: Evaluation, student: str) -> JSON:
@@ -229,10 +244,9 @@ def _check_data(mine: Data, its: Data) -> None:
         raise ValueError(f"the run has {mine_test} test images and the evaluation {its_test}: the data was changed.")
 
 
-def _same_student(results: Results, evaluation: Evaluation) -> str:
+def _with_weights(students: Mapping[str, Any], results: Results) -> str:
     """The name of the evaluation's model that has the weights of the run's student."""
     wanted = None if results.models is None else results.models.student.fingerprint
-    students = models_with_role(evaluation, "student")
     for name, model in students.items():
         if wanted is not None and model.fingerprint == wanted:
             return name
@@ -243,10 +257,10 @@ def _same_student(results: Results, evaluation: Evaluation) -> str:
     )
 
 
-def _check_teacher(results: Results, evaluation: Evaluation) -> None:
+def _check_teachers(evaluated: Sequence[Any], results: Results) -> None:
     teachers = [] if results.models is None else results.models.all_teachers
     known = {teacher.fingerprint for teacher in teachers if teacher.fingerprint is not None}
-    for model in models_with_role(evaluation, "teacher").values():
+    for model in evaluated:
         if model.fingerprint not in known:
             raise ValueError(
                 "the evaluation's teacher has other weights than the run's. Evaluate again with the run's --teacher."

@@ -19,7 +19,7 @@ from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
 from hf_kdtl.models.forward.embedding import HEADLESS
-from hf_kdtl.reports.embedding import embedding_lines
+from hf_kdtl.reports.embedding import embedding_lines, embedding_sentence
 from hf_kdtl.utils.redaction import is_local, local_name, without_paths
 from hf_kdtl.utils.text import one_line
 
@@ -86,7 +86,7 @@ def _card(
     found, sentence = _license(results, license)
     model_name = next(iter(_list(model_name)), None)
     name = one_line(model_name or (model_id or "").split("/")[-1] or "student")
-    task = next(iter(_list(tasks)), FEATURES if _headless(results) else TASK)
+    task = next(iter(_list(tasks)), pipeline_task(results))
     data = ModelCardData(
         license=found,
         language=_list(language) or None,
@@ -100,7 +100,7 @@ def _card(
         **_parents(results, finetuned_from),
     )
     values = facts(results, _title(results, model_name or model_id), sentence, _usage(results, model_id))
-    values["headless"] = _headless(results)
+    values |= {"headless": _headless(results), "features": embedding_sentence(results)}
     if lines := embedding_lines(results):
         values["figures"] = Markdown("\n".join(lines).strip())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render('student.md', **values)}")
@@ -214,6 +214,11 @@ def _usage(results: Results, model_id: str | None) -> Markdown:
         "ignore_mismatched_sizes=True\n)  # its head is replaced by the student's own\n"
         f"student = PeftModel.from_pretrained(base, {where})", "python",
     )  # fmt: skip
+
+
+def pipeline_task(results: Results) -> str:
+    """What the Hub calls what the student does: image-classification, or without a head image-feature-extraction."""
+    return FEATURES if _headless(results) else TASK
 
 
 def _headless(results: Results) -> bool:

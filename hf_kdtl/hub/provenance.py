@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.model_records import Models
@@ -21,6 +21,7 @@ from hf_kdtl.hub import license as licenses
 from hf_kdtl.models.adapters import adapter_kinds
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.forward.embedding import HEADLESS
 from hf_kdtl.models.teachers import SelfTeacher, SignalSource
 from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
@@ -136,7 +137,8 @@ def saved_hash(folder: Path, adapter: bool) -> str:
         for path in folder.glob("*"):
             if path.is_file() and not path.name.startswith("adapter_"):
                 Path(alone, path.name).symlink_to(path.absolute())
-        return fingerprint(AutoModelForImageClassification.from_pretrained(alone))
+        headless = {*(AutoConfig.from_pretrained(alone).architectures or [])} & HEADLESS
+        return fingerprint((AutoModel if headless else AutoModelForImageClassification).from_pretrained(alone))
 
 
 class _Tensors(nn.Module):

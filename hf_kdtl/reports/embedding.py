@@ -30,13 +30,23 @@ def embedding_lines(results: Results) -> list[str]:
     rows = [["", *(COLUMNS[key] for key in columns), "parameters"]]
     for who, one in found.items():
         rows.append([who, *(_shown(key, one.get(key)) for key in columns), f"{one['parameters']:,}"])
-    about = (
-        f"Agreement and CKA with the teacher on {section['images']} held-out images: the mean cosine after the best "
-    )
-    about += "linear map, and linear centred kernel alignment."
+    about = []
+    if "agreement" in columns:
+        about.append(
+            f"Agreement and CKA with the teacher on {section['images']} "
+            f"{section.get('split', 'held-out')} images: the mean cosine after the best linear map, and linear "
+            "centred kernel alignment."
+        )
     if "knn" in columns:
-        about += " kNN (k 20, cosine), linear probe (C by validation) and recall on the labelled test images."
-    return [markdown_table(rows), "", about, ""]
+        about.append("kNN (k 20, cosine), linear probe (C by validation) and recall on the labelled test images.")
+    return [markdown_table(rows), "", " ".join(about), ""]
+
+
+def embedding_sentence(results: Results) -> str:
+    """What was measured of the student, in a sentence; empty where nothing was."""
+    one: dict[str, Any] = results.extra.get("embedding", {}).get("models", {}).get("student", {})
+    shown = [f"{COLUMNS[key]} {_shown(key, one[key])}" for key in COLUMNS if key in one]
+    return f"{', '.join(shown)}." if shown else ""
 
 
 def _shown(key: str, value: float | None) -> str:

@@ -28,6 +28,8 @@ from hf_kdtl.reports.html import write_html
 from hf_kdtl.reports.score_tables import is_share, scores_note, scores_table
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
+EVALUATION = "evaluate_student"
+"""What results.json calls an evaluation; one of embeddings has the section `embedding` alone."""
 ARMS = {
     "teacher": "teacher",
     "alone": "student alone",
@@ -70,7 +72,8 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
     if results.is_evaluation:
         lines = [f"# Evaluation on {source}", "", *first_screen(evaluation, run.device), *details]
     else:
-        lines = [f"# {run.recipe or 'run'} on {source}", ""]
+        title = "Evaluation" if run.recipe == EVALUATION else run.recipe or "run"
+        lines = [f"# {title} on {source}", ""]
         if evaluation.models:
             lines += [table(evaluation), "", note(results), "", *_more_scores(evaluation)]
     if sentence := difference(results):

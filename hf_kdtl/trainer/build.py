@@ -16,6 +16,7 @@ from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.quantization import round_layers
 from hf_kdtl.models.run_context import RunContext
+from hf_kdtl.models.teachers.backbone import check_trainable
 from hf_kdtl.models.teachers.chance import ChanceChecks
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.start import StartingPoint
@@ -57,6 +58,7 @@ def build_distiller(
         ValueError: where the models, the data and the objectives do not fit.
     """
     objectives, options = config.build_objectives(), config.rate_options
+    check_trainable(student)
     sources: dict[str, SignalSource] = {}
     compared: set[str] = set()
     if teacher is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
@@ -27,6 +26,7 @@ from hf_kdtl.checkpoints.rotation import (
     to_prune,
 )
 from hf_kdtl.checkpoints.state import CheckpointPart, save_parts
+from hf_kdtl.trainer.streaming import StreamingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +34,7 @@ CONTINUE = "trainer.train(resume_from_checkpoint=True), or the same command with
 _CANNOT_WRITE = (OSError, SafetensorError, RuntimeError)  # the last is torch.save's, and names its C++ writer
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(StreamingTrainer):
     """A Trainer that resumes only from complete, verified checkpoints.
 
     - `train(resume_from_checkpoint=True)` continues from the latest complete checkpoint and reports which it skips and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from hf_kdtl.data.indexed import INDEX, TEACHER_PIXELS, VIEW, IndexedDataset
+from hf_kdtl.data.stream import ImageStream
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.objectives.base import Objective
@@ -109,10 +111,28 @@ def carries_rows(trainer: Any) -> bool:
     return listed and any(objective.needs_index for objective in trainer.args.build_objectives().values())
 
 
-def training_sample(trainer: Any, number: int) -> TrainingSample | None:
+class StreamSample:
+    """Batches of the first images of a stream, as process 0 reads them; the same at each iteration."""
+
+    def __init__(self, data: ImageStream, collate: Callable, number: int, batch_size: int, device: torch.device):
+        self.data, self.collate, self.number = data, collate, max(2, number)
+        self.batch_size, self.device = batch_size, device
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        items = self.data.first(self.number)
+        while rows := list(itertools.islice(items, self.batch_size)):
+            batch = self.collate(rows)
+            yield {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def training_sample(trainer: Any, number: int) -> TrainingSample | StreamSample | None:
     """Of a trainer's data, with their rows where a source looks its signals up by them; None where the data has no
-    length or no index."""
+    length or no index, and is no `ImageStream`."""
     data: Any = trainer.train_dataset
+    size = max(2, trainer.args.per_device_train_batch_size)
+    if isinstance(data, ImageStream):
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+        return StreamSample(data, collate, number, size, trainer.accelerator.device)
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, IterableDataset):
         return None
     data, collate = (
@@ -122,7 +142,6 @@ def training_sample(trainer: Any, number: int) -> TrainingSample | None:
     if carries_rows(trainer):
         data = IndexedDataset(data)
     # All at once where a batch in training is as large: results do not depend on the split beyond rounding.
-    size = max(2, trainer.args.per_device_train_batch_size)
     return TrainingSample(data, collate, number, size, trainer.accelerator.device)
 
 

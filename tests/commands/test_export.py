@@ -52,7 +52,7 @@ def test_the_recipe_writes_compares_and_times(command, teacher, capsys):
     session = onnxruntime.InferenceSession("out/deep/student.onnx", providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.shape[1:], given.name) == ("pixel_values", [3, 16, 16], "logits")
-    assert "pixels (3, 16, 16) and any batch" in printed and "largest difference of a logit" in printed
+    assert "pixels (3, 16, 16) and any batch" in printed and "largest difference of an output" in printed
     assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:] == [
         "student, eager (float32)",
         "student, ONNX",

@@ -6,14 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel, ViTImageProcessor, pipeline
 
+from hf_kdtl import make_student
+from hf_kdtl.commands.common.builders import new_processor
+from hf_kdtl.data import ImageDataset
+from hf_kdtl.data.unlabelled import open_images
 from hf_kdtl.evaluation import read_results
+from hf_kdtl.export import OnnxModel
 from hf_kdtl.hub.model_card import student_card
+from hf_kdtl.models import Needs, capture
+from hf_kdtl.models.forward.embedding import is_headless
 from tests.commands.conftest import CONFIG, QUICK
+from tests.data.test_stream import write_shards
+from tests.hub.client import hub, in_hub  # noqa: F401
 from tests.recipes.test_recipes import STEPS, script
 from tests.support.headless import headless
+from tests.support.helpers import largest_difference, weights
 
 FLAGS = [
     "--unlabelled",
@@ -86,8 +97,8 @@ def test_labels_beside_it_serve_knn_and_probe_and_then_a_head(command, backbone,
     [
         (["--baseline", "true"], "baseline is True in a run without labels: it trains the student on its labels"),
         (["--adapter", '{"peft_type": "LORA", "r": 2}'], "adapter is .* in a run without labels"),
-        (["--push_to_hub", "true"], "push_to_hub is set in a run without labels, which publishes nothing"),
         (["--student_layers", "2"], "found student_config and student_layers; expected one of"),
+        (["--student_config", '{"model_type": "vit_mae"}'], "ViTModel.from_pretrained"),
         (["--teacher_pool", "pooled"], "pool is 'pooled'; expected 'auto' or 'pooler'"),
         (["--gradient_rule", '{"name": "never_hurt"}', "--objectives", "feature_kd"], "protects the task, and none"),
     ],
@@ -97,8 +108,115 @@ def test_what_has_no_meaning_without_labels_is_refused(command, backbone, flags,
         command("distill").main([*FLAGS, *QUICK, *flags])
 
 
+def test_a_student_without_a_head_is_evaluated_exported_and_pushed(hub, command, backbone, images, capsys):  # noqa: F811
+    pushed = ["--push_to_hub", "true", "--hub_model_id", "tester/features", "--license", "mit"]
+    command("distill").main([*FLAGS, *QUICK, *pushed])
+    printed = capsys.readouterr().out
+    assert "pipeline('image-feature-extraction', 'tester/features')" in printed
+    card = ModelCard.load("tester/features")
+    assert card.data.pipeline_tag == "image-feature-extraction" and "**As features:** agreement 0" in card.text
+    assert "Accuracy" not in card.text and "Difference from its teacher" not in card.text
+
+    flags = ["--models", "out/student", "--teacher", "backbone", "--dataset", images, "--output_dir", "judged"]
+    flags += ["--use_cpu", "true", "--per_device_eval_batch_size", "4"]
+    assert command("evaluate").main(flags) == 0
+    found = read_results("judged")
+    assert [*found["embedding"]["models"]] == ["student", "teacher"] and "evaluation" not in found
+    mine, its = (found["embedding"]["models"][name] for name in ("student", "teacher"))
+    assert {"knn", "probe", "recall", "agreement", "cka"} <= mine.keys() and "agreement" not in its
+    assert mine["fingerprint"] == read_results("out")["models"]["student"]["fingerprint"]
+    report = Path("judged/report.md").read_text()
+    assert "# Evaluation on images" in report and "recall at 5" in report and "patches.png" in report
+    assert "recall at 5" in capsys.readouterr().out
+
+    command("push").main(
+        ["--run", "out", "--hub_model_id", "tester/features", "--license", "mit", "--evaluation", "judged"]
+    )
+    assert "recall at 5" in ModelCard.load("tester/features", ignore_metadata_errors=True).text
+    files = hub.files("tester/features")
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(files)
+
+    command("export").main(["--student", "out/student", "--output", "student.onnx", "--batch_size", "5"])
+    model, pixels = AutoModel.from_pretrained("out/student").eval(), torch.randn(3, 3, 16, 16)
+    given = OnnxModel("student.onnx")(pixel_values=pixels)
+    with torch.no_grad():
+        wanted = capture(model, pixels, Needs(pooled=True))
+    torch.testing.assert_close(given["image_embedding"], wanted.pooled)
+    torch.testing.assert_close(given["last_hidden_state"], wanted.outputs.last_hidden_state)
+
+
+def test_a_pipeline_sees_the_pixels_that_the_student_was_trained_on(command, backbone):
+    command("distill").main([*FLAGS, *QUICK])
+    extractor = pipeline("image-feature-extraction", "out/student", device="cpu")
+    seen = extractor.preprocess("more/deep/0.png")["pixel_values"]
+    images = open_images("more", notes=[])
+    data = ImageDataset(images, new_processor(extractor.model.config))
+    row = next(i for i, image in enumerate(images["image"]) if image["path"].endswith("deep/0.png"))
+    torch.testing.assert_close(seen[0], data[row]["pixel_values"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_drop", "1"], "max_drop is about accuracy, and a student in student has no head"),
+        (["--degradations", "jpeg"], "degradations is about accuracy"),
+        (["--split", "validation"], "split is 'validation', and the linear probe"),
+    ],
+)
+def test_an_evaluation_without_a_head_refuses_what_needs_one(command, images, flags, message):
+    headless("vit", image_size=16).save_pretrained("student")
+    given = ["--models", "student", "--teacher", "student", "--dataset", images, "--output_dir", "out", *flags]
+    with pytest.raises(ValueError, match=message):
+        command("evaluate").main(given)
+
+
+def test_int8_is_refused_without_a_head(command, images):
+    headless("vit", image_size=16).save_pretrained("student")
+    with pytest.raises(ValueError, match="--int8 is kept by its accuracy on test images, and the student student has"):
+        command("export").main(["--student", "student", "--output", "x.onnx", "--int8", "true", "--dataset", images])
+
+
+def test_the_student_may_be_cut_out_of_a_teacher_without_a_head(command, backbone):
+    cut = make_student("backbone", 2)
+    assert is_headless(cut) and len(cut.encoder.layer) == 2
+    command("distill").main(
+        [*FLAGS[:4], "--student_layers", "2", "--output_dir", "out", *QUICK, "--learning_rate", "0"]
+    )
+    opened = AutoModel.from_pretrained("out/student")
+    assert largest_difference(weights(opened), weights(cut)) == 0
+    assert read_results("out")["models"]["student"]["start"]["how"] == "cut"
+
+
 def test_the_recipe_gives_a_student_without_a_head(backbone):
     student = {"model_type": "vit", "image_size": 16, "patch_size": 8} | CONFIG
     made = script("pretrain")("more", "backbone", student, ["feature_kd"], {"flip": True}, "script", **STEPS)
     opened = AutoModel.from_pretrained("script")
     assert torch.equal(opened.layers[0].attention.q_proj.weight, made.layers[0].attention.q_proj.weight)
+
+
+def test_a_stream_teaches_too(command, backbone, images):
+    write_shards("shards", shards=2, rows=24)
+    flags = ["--unlabelled", "shards", "--streaming", "true", *FLAGS[2:], *QUICK, "--shuffle_buffer", "8"]
+    command("distill").main(
+        [*flags, "--validation_fraction", "0.2", "--dataset", images, "--objectives", "feature_kd"]
+    )
+    found = read_results("out")
+    assert found["data"]["sizes"]["held out"] == 4 and "train" not in found["data"]["sizes"]
+    assert any("of 2 shards; 4 images of the first one are held out" in note for note in found["data"]["notes"])
+    assert 0 <= found["embedding"]["models"]["student"]["knn"] <= 1 and found["embedding"]["images"] == 4
+    assert AutoModel.from_pretrained("out/student").config.model_type == "vit"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_steps", "-1"], "--streaming needs --max_steps"),
+        (["--shuffle_buffer", "0"], "shuffle_buffer is 0; expected 1"),
+        (["--on_bad_image", "skip"], "on_bad_image does not go with --streaming"),
+        (["--objectives", "task"], "--streaming is of runs without labels"),
+        ([], "streaming reads shards of one kind"),
+    ],
+)
+def test_what_a_stream_cannot_give_is_refused(command, backbone, flags, message):
+    with pytest.raises(ValueError, match=message):
+        command("distill").main([*FLAGS, *QUICK, "--streaming", "true", *flags])

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from hf_kdtl.models import Needs, capture
+from hf_kdtl.models import Needs, Teacher, capture
 from hf_kdtl.models.forward.embedding import HeadReader, is_headless, untrained_pooler
 from hf_kdtl.models.forward.geometry import describe
+from hf_kdtl.models.teachers.backbone import open_student
+from hf_kdtl.models.teachers.resolve import open_classifier
 from tests.support.headless import HEADLESS, headless
 from tests.support.helpers import largest_difference, weights
 from tests.support.tiny import build
@@ -111,3 +114,42 @@ def test_another_image_size_has_its_own_grid():
 @pytest.mark.parametrize("name", [n for n in HEADLESS if n not in ("siglip2", "vit_mae")])
 def test_every_family_is_known_as_headless(name):
     assert is_headless(headless(name))
+
+
+def test_a_pooler_that_the_file_lacks_is_not_used(tmp_path):
+    """SigLIP's pooler shows no new linear layer by a bias of 0: the file alone tells."""
+    model = headless("siglip")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.startswith("head.")]:
+        del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with torch.no_grad():
+        found = Teacher.from_pretrained(tmp_path).capture(PIXELS, BOTH)
+    torch.testing.assert_close(found.pooled, found.patches.mean(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_vision_tower_saved_alone_takes_the_head_of_its_family(tmp_path, name):
+    model = headless(name)
+    model.save_pretrained(tmp_path)
+    opened = open_classifier(
+        tmp_path, keep_head=False, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}
+    )
+    assert sorted(opened.new_head) == ["classifier.bias", "classifier.weight"] and opened.model.config.num_labels == 3
+    with torch.no_grad():
+        found, expected = (capture(one, PIXELS, Needs(pooled=True)).pooled for one in (opened.model.eval(), model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    opened.model.save_pretrained(tmp_path / "again")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label[2] == "c"
+
+
+def test_a_masked_autoencoder_is_a_student_as_the_vit_that_it_is(tmp_path):
+    model = headless("vit_mae")
+    model.save_pretrained(tmp_path)
+    student = open_student(tmp_path)
+    assert type(student).__name__ == "ViTModel"
+    with torch.no_grad():
+        found, expected = student(pixel_values=PIXELS), Teacher(model).model(pixel_values=PIXELS)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-6)

@@ -99,3 +99,9 @@ def test_a_pool_can_be_named(tmp_path):
     teacher = Teacher(headless("dinov2", seed=1), pool="mean")
     runner = trainer(tmp_path, headless("vit"), teacher, Unlabelled(), FEATURES)
     assert any("embedding of the teacher is the mean of its patch tokens" in note for note in runner.distiller.notes)
+
+
+@pytest.mark.parametrize(("name", "message"), [("vit_mae", "ViTModel.from_pretrained"), ("siglip2", "flat patches")])
+def test_what_reads_images_as_a_teacher_alone_is_no_student(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        _ = trainer(tmp_path, headless(name), headless("dinov2"), Unlabelled(), FEATURES).distiller

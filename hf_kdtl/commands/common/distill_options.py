@@ -46,6 +46,10 @@ class DistillOptions(CutOptions, UnlabelledOptions):
     )
     image_size: int | None = field(default=None, metadata={"help": "Pixels, for a student_config that has no size."})
     seeds: list[int] | None = field(default=None, metadata={"help": "One run for each; by default --seed alone."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the shards of --unlabelled as they come; with --max_steps."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images of a stream of which the next is drawn."})
     baseline: bool = field(
         default=False,
         metadata={"help": "Also train the student alone, and where some images have no label on the labelled ones."},

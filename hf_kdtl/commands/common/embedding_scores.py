@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import default_data_collator
 
-from hf_kdtl.commands.common import builders, runs
+from hf_kdtl.commands.common import builders
 from hf_kdtl.evaluation import embeddings as ee
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.models import Needs, Teacher, capture
@@ -19,20 +20,27 @@ SHOWN = 4
 SPLITS = ("train", "validation", "test")
 
 
-def scores(study: Any, before: Any, after: Any) -> dict[str, Any]:
-    """Agreement with the teacher on images that were held out; kNN, probe and recall where a labelled set is given."""
-    size = study.config.per_device_eval_batch_size
-    sides = {"teacher": study.teacher, "student before": before, "student": after}
-    found: dict[str, dict[str, Any]] = {name: {"parameters": parameters(_model(one))} for name, one in sides.items()}
-    held_out = builders.pixels(study.held_out, study.processor)
-    seen = {name: embeddings(one, held_out, size)[0] for name, one in sides.items()}
-    for name in ("student before", "student"):
-        found[name]["agreement"] = ee.agreement(seen[name], seen["teacher"])
-        found[name]["cka"] = ee.linear_cka(seen[name], seen["teacher"])
-    if study.labelled is not None:
-        for name, one in sides.items():
-            found[name] |= labelled_scores(one, study.labelled, study.processor, size)
-    return {"images": len(study.held_out), "models": found}
+Sides = dict[str, tuple[Any, Any]]
+"""{name: (a model or a Teacher, the image processor that makes its pixels)}; the teacher's name is "teacher"."""
+
+
+def scores(sides: Sides, images: Any, labelled: Any, size: int) -> dict[str, Any]:
+    """Agreement with the teacher on images of any kind; kNN, probe and recall where a labelled set is given."""
+    found: dict[str, dict[str, Any]] = {
+        name: {"parameters": parameters(_model(model))} for name, (model, _) in sides.items()
+    }
+    if "teacher" in sides:
+        seen = {
+            name: embeddings(model, builders.pixels(images, processor), size)[0]
+            for name, (model, processor) in sides.items()
+        }
+        for name in sides.keys() - {"teacher"}:
+            found[name]["agreement"] = ee.agreement(seen[name], seen["teacher"])
+            found[name]["cka"] = ee.linear_cka(seen[name], seen["teacher"])
+    if labelled is not None:
+        for name, (model, processor) in sides.items():
+            found[name] |= labelled_scores(model, labelled, processor, size)
+    return {"images": len(images), "models": found}
 
 
 def labelled_scores(model: Any, data: Any, processor: Any, size: int) -> dict[str, Any]:
@@ -69,19 +77,22 @@ def _captured(model: Any, pixels: torch.Tensor, needs: Needs) -> Any:
 
 
 @torch.no_grad()
-def picture(study: Any, before: Any, after: Any) -> None:
-    """The principal components of the patch tokens of some held-out images, where both models have patches."""
-    rows = builders.pixels(study.held_out, study.processor).__getitems__([*range(min(SHOWN, len(study.held_out)))])
-    pixels = torch.stack([row["pixel_values"] for row in rows])
-    sides, seen = {"teacher": study.teacher, "student before": before, "student after": after}, {}
-    for name, one in sides.items():
+def picture(folder: Path, sides: Sides, images: Any) -> str:
+    """The principal components of the patch tokens of some images, where all models have patches; or why not."""
+    seen: dict[str, Any] = {}
+    shown: Any = None
+    for name, (model, processor) in sides.items():
+        rows = builders.pixels(images, processor).__getitems__([*range(min(SHOWN, len(images)))])
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        shown = unnormalized(pixels, processor) if shown is None else shown
         try:
-            device = next(_model(one).parameters()).device
-            captured = _captured(one, pixels.to(device), Needs(patches=True))
+            captured = _captured(model, pixels.to(next(_model(model).parameters()).device), Needs(patches=True))
         except ValueError as error:
-            return runs.say(study.config, f"no picture of patches: {error}")
+            return f"no picture of patches: {error}"
         if captured.patch_grid is None:
-            return None
+            return f"no picture of patches: those of the {name} are on no grid."
         colors = ee.principal_colors(captured.patches.float().cpu().numpy())
         seen[name] = colors.reshape(len(pixels), *captured.patch_grid, 3)
-    patch_figure(study.folder / PATCHES, unnormalized(pixels, study.processor), seen)
+    folder.mkdir(parents=True, exist_ok=True)
+    patch_figure(folder / PATCHES, shown, seen)
+    return ""

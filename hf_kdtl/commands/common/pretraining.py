@@ -22,6 +22,8 @@ from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.embedding_scores import SPLITS, embeddings, picture, scores
 from hf_kdtl.commands.common.folders import folder_of
+from hf_kdtl.commands.common.streams import COUNTS_AS, Streamed, check_streaming
+from hf_kdtl.commands.common.students import check_one_student
 from hf_kdtl.commands.common.teachers import loading_options
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.unlabelled import open_images
@@ -29,7 +31,7 @@ from hf_kdtl.evaluation import embeddings as ee
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.fingerprint import fingerprint
-from hf_kdtl.models.teachers.backbone import open_backbone
+from hf_kdtl.models.teachers.backbone import check_trainable, open_student
 from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.run_report import write_report
 from hf_kdtl.utils.options import check_known
@@ -76,6 +78,9 @@ class Pretraining:
         if list(options.teacher_paths) != ["teacher"]:
             raise ValueError("a run without labels takes one teacher: type --teacher <folder or Hub name>.")
         path = options.teacher_paths["teacher"]
+        if options.streaming:
+            check_streaming(options, data_options, config, typed)
+        self.stream: Streamed | None = None
         loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
         self.teacher = Teacher.from_pretrained(path, pool=options.teacher_pool or "auto", **loading)
         with config.main_process_first(local=False):
@@ -87,14 +92,17 @@ class Pretraining:
             config.metric_for_best_model = "knn" if self.labelled is not None else "loss"
         known = {*typed, "metric_for_best_model"}
         kind = "random" if options.student_config else "pretrained" if options.student else "cut"
-        budgeted = options.time_budget is not None
-        self.chosen = Chosen(
-            student, kind, self.train, len(self.train), self.processor, known, config, data_options, budgeted
-        )
+        budgeted, images = options.time_budget is not None, len(self.train) if self.stream is None else COUNTS_AS
+        self.chosen = Chosen(student, kind, self.train, images, self.processor, known, config, data_options, budgeted)
         self.student_summary = builders.summary(student)
 
     def _images(self) -> tuple[Dataset, Dataset]:
         data = self.data_options
+        if self.options.streaming:
+            self.stream = Streamed(self.options.unlabelled, data, self.options.shuffle_buffer, self.notes)
+            if any(one.needs_index for one in self.config.build_objectives().values()):
+                self.notes.append("In a stream no image's own entry is left out of the bank of similarity.")
+            return self.stream.held_out, self.stream.held_out  # the first, to look at
         images = open_images(
             self.options.unlabelled,
             image_column=data.image_column,
@@ -112,19 +120,16 @@ class Pretraining:
     def new_student(self) -> Any:
         """The student before training."""
         options = self.options
-        given = [name for name in ("student", "student_config") if getattr(options, name) is not None]
-        if len(given) + bool(options.cut_flags) != 1:
-            raise ValueError(
-                f"found {' and '.join([*given, *options.cut_flags]) or 'no student'}; expected one of --student, "
-                "--student_config and --student_layers."
-            )
+        check_one_student(options)
         if options.student is not None:
-            return open_backbone(options.student, role="the student", dtype=torch.float32).model
+            return open_student(options.student, dtype=torch.float32)
         if options.student_config is not None:
             settings = dict(cli.mapping("student_config", options.student_config))
             kind = settings.pop("model_type", None)
             check_known("model_type in student_config", kind, list(CONFIG_MAPPING))
-            return AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+            student = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+            check_trainable(student)
+            return student
         if options.student_layers is None:
             raise ValueError("a student of a run without labels is cut by --student_layers alone.")
         return make_student(self.teacher, options.student_layers).float()
@@ -147,12 +152,17 @@ class Pretraining:
         shown = self.held_out if labelled is None else labelled.validation
         trainer = runs.make_trainer(
             student, settings, self.processor, f"seed {seed}", teacher=self.teacher, compute_metrics=metrics,
-            train_dataset=builders.pixels(self.train, self.processor, self.data_options, config=settings),
+            train_dataset=self._pixels(settings),
             eval_dataset=builders.pixels(shown, self.processor),
         )  # fmt: skip
         if metrics is not None:
             metrics.trainer = trainer
         return trainer
+
+    def _pixels(self, settings: DistillationConfig) -> Any:
+        if self.stream is not None:
+            return self.stream.pixels(self.processor, self.data_options, settings)
+        return builders.pixels(self.train, self.processor, self.data_options, config=settings)
 
     def folder_of_seed(self, seed: int) -> Path:
         """The folder of a run."""
@@ -170,11 +180,6 @@ def _check(options: Any, config: DistillationConfig) -> None:
         value = getattr(options, name)
         if value and not (name == "stages" and value == 1):
             raise ValueError(f"{name} is {value!r} in a run without labels: {reason}. Leave it out.")
-    if config.push_to_hub:
-        raise ValueError(
-            "push_to_hub is set in a run without labels, which publishes nothing. Leave it out, and upload the "
-            "student afterwards: AutoModel.from_pretrained('<output_dir>/student').push_to_hub(<name>)."
-        )
 
 
 def main(options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]) -> None:
@@ -205,7 +210,7 @@ def _sections(study: Pretraining, run: dict, models: dict, notes: list[str], fir
 
     kinds = {"student": "pretrained", "student_config": "random"}
     how = next((how for name, how in kinds.items() if getattr(study.options, name) is not None), "cut")
-    sizes = {"train": len(study.train), "held out": len(study.held_out)}
+    sizes = {"held out": len(study.held_out)} | ({} if study.stream else {"train": len(study.train)})
     labelled = {}
     if study.labelled is not None:
         labelled = {f"labelled {name}": len(getattr(study.labelled, name)) for name in SPLITS}
@@ -230,16 +235,20 @@ def finish(study: Pretraining) -> None:
     shutil.copytree(study.folder_of_seed(seed) / "model", study.folder / "student")
     after = AutoModel.from_pretrained(study.folder / "student").eval()
     before = study.trainer(seed, study.folder).model.eval()
-    value = {"seed": seed, "metric": study.config.metric_for_best_model} | scores(study, before, after)
+    models = {"teacher": study.teacher, "student before": before, "student": after}
+    sides = {name: (model, study.processor) for name, model in models.items()}
+    found = scores(sides, study.held_out, study.labelled, study.config.per_device_eval_batch_size)
+    value = {"seed": seed, "metric": study.config.metric_for_best_model} | found
     update_results(study.folder, "embedding", value)
     section = read_results(study.folder)["models"]
     section["student"]["fingerprint"] = fingerprint(after)
     update_results(study.folder, "models", section)
-    picture(study, before, after)
+    missing = picture(study.folder, sides, study.held_out)
     write_report(study.folder)
     lines = embedding_lines(load_results(study.folder))
     student = study.folder / "student"
     head = f"hf-kdtl train-teacher --model {student} --dataset <labelled images> --output_dir runs/classifier"
+    lines += [missing] * bool(missing)
     runs.say(study.config, *lines, f"The student is in {student}. It takes a head from few labels:", f"  {head}")
 
 

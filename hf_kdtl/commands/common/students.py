@@ -20,9 +20,8 @@ def new_student(options: DistillOptions, teacher: Teacher | None, data: ImageDat
     return student if options.adapter is None else adapters.with_adapter(student, options.adapter)
 
 
-def plain_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:
-    """The student without adapters."""
-    names = data.label_names
+def check_one_student(options: DistillOptions) -> None:
+    """Raises ValueError unless the student is named in exactly one way."""
     given = [name for name in ("student", "student_config") if getattr(options, name) is not None]
     if len(given) + bool(options.cut_flags) != 1:
         raise ValueError(
@@ -30,6 +29,12 @@ def plain_student(options: DistillOptions, teacher: Teacher | None, data: ImageD
             "or Hub name>, --student_config '{\"model_type\": ...}' and --student_layers <number of the teacher's "
             "blocks> (or another --student_... that cuts)."
         )
+
+
+def plain_student(options: DistillOptions, teacher: Teacher | None, data: ImageData, notes: list[str]) -> Any:
+    """The student without adapters."""
+    names = data.label_names
+    check_one_student(options)
     if options.student is not None:
         return builders.pretrained(options.student, names, notes)
     if options.student_config is not None:

@@ -151,6 +151,10 @@ def pooled_output(
     return found.flatten(1)
 
 
+class NoHead(ValueError):
+    """A family's image classifier is not a backbone with one linear layer on what it gives."""
+
+
 class HeadReader:
     """What the image classifier of a headless model's family reads of its outputs, by that class's own forward.
 
@@ -164,10 +168,12 @@ class HeadReader:
         setattr(classifier, backbone, self.given)
         heads = [n for n, m in classifier.named_modules() if isinstance(m, nn.Linear) and m.out_features == _CLASSES]
         if len(heads) != 1:
-            raise ValueError(f"{type(classifier).__name__} has {len(heads)} heads")
+            raise NoHead(f"{type(classifier).__name__} has {len(heads)} linear heads.")
         classifier.set_submodule(heads[0], self.read)
         for module in classifier.modules():  # the norms of a head, as they are made
             if any(p.is_meta for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                if not hasattr(module, "reset_parameters"):
+                    raise NoHead(f"{type(module).__name__}, a part of the head, cannot be made again.")
                 module.to_empty(device=device, recurse=False)
                 module.reset_parameters()  # type: ignore[operator]
         self.classifier = classifier.eval()
@@ -181,7 +187,7 @@ class HeadReader:
                 with torch.random.fork_rng(devices=[]), torch.device("meta"):
                     made = _classifier_of(base.config)
                 _readers[base] = None if made is None else cls(made, next(base.parameters()).device)
-            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            except NoHead:
                 _readers[base] = None
         return _readers[base]
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, ViTConfig, ViTModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
 
 from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.teachers.flat_patches import FlatPatches
 from hf_kdtl.models.teachers.resolve import Opened, describe_missing, open_classifier, open_config, open_with
 
+MASKED, FLAT = "vit_mae", "siglip2"
+"""Model types that mask patches, and (as a prefix) that read flat ones."""
 _CLASSIFIER = "ForImageClassification"
 _POOLERS = ("pooler", "head", "visual_projection")
 """Modules of vision models that only a pooled output goes through."""
@@ -42,12 +44,24 @@ def open_vision_model(path: str | Path, *, role: str = "the model", **options: A
         ValueError: when weights of the backbone are not in the file, or it is no vision model.
     """
     config = open_config(path, role=role, **options)
-    names = getattr(config, "architectures", None) or []
-    classifies = any(_CLASSIFIER in name for name in names) or (not names and not _is_vision_tower(config))
-    if classifies or {"num_labels", "id2label"} & options.keys():
+    if has_classifier(config) or {"num_labels", "id2label"} & options.keys():
         opened = open_classifier(path, role=role, keep_head=False, **options)
         return OpenedBackbone(opened.model, opened.new_head, opened.notes)
     return open_backbone(path, config, role=role, **options)
+
+
+def has_classifier(config: Any) -> bool:
+    """Whether a saved model of this config is an image classifier, and not a vision model without a head."""
+    names = getattr(config, "architectures", None) or []
+    return any(_CLASSIFIER in name for name in names) or (not names and not _is_vision_tower(config))
+
+
+def is_headless_path(path: str | Path) -> bool:
+    """Whether a folder or a Hub name holds a vision model without a head; False where it cannot be read."""
+    try:
+        return not has_classifier(open_config(path))
+    except OSError:
+        return False
 
 
 def open_backbone(path: str | Path, config: Any = None, *, role: str = "the model", **options: Any) -> OpenedBackbone:
@@ -75,12 +89,46 @@ def open_backbone(path: str | Path, config: Any = None, *, role: str = "the mode
     return OpenedBackbone(prepared(model), [], [], pooler=not poolers)
 
 
+def open_student(path: str | Path, **options: Any) -> Any:
+    """The vision model without a head that a folder or a Hub name holds, to be trained; of ViT-MAE the ViT that it is
+    when nothing is masked.
+
+    Raises:
+        OSError, ValueError: as `open_vision_model`, and `check_trainable`.
+    """
+    config = open_config(path, role="the student", **options)
+    if config.model_type == MASKED:
+        settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        options = options | {"config": ViTConfig.from_dict(settings)}
+        model: Any = open_with(ViTModel, path, role="the student", **options)[0]
+    else:
+        model = open_backbone(path, config, role="the student", **options).model
+    check_trainable(model)
+    return model
+
+
+def check_trainable(student: Any) -> None:
+    """Raises ValueError for a vision model that reads images as a teacher, and is no student."""
+    kind = str(getattr(getattr(student, "config", None), "model_type", ""))
+    if kind == MASKED and is_headless(student):
+        raise ValueError(
+            "the student is a ViT-MAE, which masks three quarters of its patches, also when it is opened again. Train "
+            "it as the ViT that it is, of the same weights: ViTModel.from_pretrained(<its folder>), or model_type vit."
+        )
+    if kind.startswith(FLAT):
+        raise ValueError(
+            f"the student is a {kind} (SigLIP 2, NaFlex), which reads flat patches and no pixel_values, so "
+            "no pipeline and no head of transformers could use it afterwards. Use it as the teacher, and another "
+            "family as the student, such as SigLIP, DINOv2 or ViT."
+        )
+
+
 def prepared(model: nn.Module) -> nn.Module:
     """A vision model that reads plain pixels: ViT-MAE with nothing masked, SigLIP 2 behind flat patches."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    if kind == "vit_mae":
+    if kind == MASKED:
         _unmask(model)
-    return FlatPatches(model) if kind.startswith("siglip2_vision") and not isinstance(model, FlatPatches) else model
+    return FlatPatches(model) if kind.startswith(f"{FLAT}_vision") and not isinstance(model, FlatPatches) else model
 
 
 def check_reads_images(model: Any, who: str) -> None:

@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForImageClassification, __version_
 
 # transformers' own name asks for torchvision before 5.18, also where Pillow does the work.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import has_file
 
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.classifier import classifiers
+from hf_kdtl.models.forward.embedding import classifier_config
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
@@ -76,7 +78,8 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         OSError: when nothing is there, or it cannot be read.
         ValueError: when weights of the backbone are not in the file, or those of the head where `keep_head`.
     """
-    model, lacking, mismatched = open_with(AutoModelForImageClassification, path, role=role, **options)
+    opener = AutoModelForImageClassification
+    model, lacking, mismatched = open_with(opener, path, role=role, **_of_a_tower(path, options))
     head = _head_names(model, lacking)
     if backbone := [key for key in lacking if key not in head]:
         raise ValueError(
@@ -89,6 +92,22 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
     few = describe_missing(head, mismatched)
     note = f"{role} {str(path)!r} has no trained head in its file: {few} start from random values."
     return Opened(model, head, [note] if head else [])
+
+
+def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of from_pretrained that open a vision tower that was saved alone (CLIP's, SigLIP's) as the classifier of
+    its family, whose config is that of both towers; the same where the folder holds something else."""
+    try:
+        config = options.get("config") or open_config(path, **options)
+    except OSError:  # told where it is opened
+        return options
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or (both := classifier_config(config)) is None:
+        return options
+    names = {"id2label", "label2id"} & options.keys()
+    for name in names:
+        setattr(both, name, options[name])
+    rest = {name: value for name, value in options.items() if name not in names}
+    return rest | {"config": both, "key_mapping": {r"^(?!vision_model\.)": "vision_model."}}
 
 
 def open_with(
