@@ -7,6 +7,8 @@
 Students without a head are judged by their embeddings: kNN, a linear probe and recall on labelled images, agreement
 and CKA with the teacher.
 
+With --multi_label true: mAP and F1 of models with several labels an image.
+
 With --max_drop 2 it passes, or fails with exit code 1 (for scripts and CI): a student passes where all of the 95%
 interval of its accuracy, compared on the same images, is at most 2 points below the teacher's.
 
@@ -23,7 +25,7 @@ from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, embedding_evaluation, folders
+from hf_kdtl.commands.common import builders, embedding_evaluation, folders, several_labels
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
@@ -37,7 +39,7 @@ from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.evaluation_sections import FIGURES
 from hf_kdtl.reports.evaluation_summary import passed, verdict_table, verdicts
 from hf_kdtl.reports.figures.patches import PATCHES
-from hf_kdtl.reports.run_report import SPLITS, write_report
+from hf_kdtl.reports.run_report import SPLITS, table, write_report
 from hf_kdtl.utils.options import check_known
 
 QUICK_SEVERITIES = (1, 3, 5)
@@ -144,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         embedding_evaluation.check(options, cli.typed_names(*types, argv=argv))
         judged = embedding_evaluation.open_candidates(options.models, references, notes)
         return judge_embeddings(judged, data, number, config, run, builders.facts(data, data_options), notes)
+    if data.multi_label:
+        several_labels.check(cli.typed_names(*types, argv=argv))
     candidates = open_candidates(options.models, references, data, notes, options.templates)
     for candidate in candidates:
         notes += [note.replace("the teacher", candidate.name)
@@ -153,22 +157,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
     if config.process_index == 0:
         clear(folder)  # after everything that can be refused was checked
-    evaluation = Evaluation(candidates, data, options.split, number, config, forms)
-    say(config, evaluation.time_needed(names, options.chosen_severities))
-    value = evaluation.section(names, options.chosen_severities) | {"max_drop": options.max_drop}
+    if data.multi_label:
+        value = several_labels.section(candidates, data, options.split, config)
+    else:
+        evaluation = Evaluation(candidates, data, options.split, number, config, forms)
+        say(config, evaluation.time_needed(names, options.chosen_severities))
+        value = evaluation.section(names, options.chosen_severities) | {"max_drop": options.max_drop}
     for candidate in candidates:
         value["models"][candidate.name]["fingerprint"] = fingerprint(candidate.model)
-    if config.process_index == 0:
-        sections = {"run": run, "data": builders.facts(data, data_options), "evaluation": value}
-        for section, found in (sections | {"pairing": summaries | {"notes": notes}}).items():
-            update_results(folder, section, found)
-        report = write_report(folder)
-        shown = load_results(folder).evaluation
-        answers = verdicts(shown)
-        say(config, f"\n{verdict_table(shown)}", *(f"\n{line.replace('**', '')}" for line in answers.values()))
-        say(config, f"\nThe report is {report}. In a browser: {report.with_suffix('.html')}.")
-        return 0 if all(map(passed, answers.values())) else 1
-    return 0
+    facts, pairing = builders.facts(data, data_options), summaries | {"notes": notes}
+    return reported(config, {"run": run, "data": facts, "evaluation": value, "pairing": pairing})
+
+
+def reported(config: DistillationConfig, sections: dict[str, Any]) -> int:
+    """Write results.json and the report, by the first process, and print the outcome. Returns the exit code."""
+    if config.process_index > 0:
+        return 0
+    folder = folders.folder_of(config)
+    for section, value in sections.items():
+        update_results(folder, section, value)
+    report, results = write_report(folder), load_results(folder)
+    answers = verdicts(results.evaluation)
+    if results.is_evaluation:
+        shown = [verdict_table(results.evaluation), *(line.replace("**", "") for line in answers.values())]
+    else:
+        lines = embedding_lines(results) or [table(results.evaluation)]
+        shown = ["\n".join(lines)]
+    say(config, *(f"\n{one}" for one in shown))
+    say(config, f"\nThe report is {report}. In a browser: {report.with_suffix('.html')}.")
+    return 0 if all(map(passed, answers.values())) else 1
 
 
 def judge_embeddings(
@@ -180,20 +197,15 @@ def judge_embeddings(
     facts: dict[str, Any],
     notes: list[str],
 ) -> int:
-    """Judge students without a head: results.json, report and a picture, by the first process. Returns 0."""
+    """Judge students without a head, by the first process. Returns the exit code."""
     summaries = {one.name: f"{one.path}: {builders.summary(one.network)}" for one in candidates}
     say(config, *builders.describe_data(data), *(f"{who}: {what}" for who, what in summaries.items()))
     say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))
-    if config.process_index == 0:
-        folder = folders.folder_of(config)
-        clear(folder)
-        value = embedding_evaluation.section(candidates, data, number, config)
-        sections = {"run": run, "data": facts, "embedding": value, "pairing": summaries | {"notes": notes}}
-        for section, found in sections.items():
-            update_results(folder, section, found)
-        report = write_report(folder)
-        say(config, *embedding_lines(load_results(folder)), f"The report is {report}.")
-    return 0
+    if config.process_index > 0:
+        return 0
+    clear(folders.folder_of(config))
+    value = embedding_evaluation.section(candidates, data, number, config)
+    return reported(config, {"run": run, "data": facts, "embedding": value, "pairing": summaries | {"notes": notes}})
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
@@ -219,7 +231,7 @@ def clear(folder: Path) -> None:
 
 def images_of(options: DataOptions) -> ImageData:
     """The splits. None is read now, as before a training: a bad image is found in the first pass over its split."""
-    names = ("image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image")
+    names = ("image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image", "multi_label")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     return load_images(options.dataset, seed=options.split_seed, **given)
 

@@ -168,7 +168,7 @@ def published(commit: CommitInfo, options: PushOptions) -> str:
     if options.create_pr:
         return f"Proposed: {commit.pr_url}" if commit.pr_url else f"Nothing to propose: {name} is this student."
     branch = f", revision='{options.revision}'" if options.revision else ""
-    task = pipeline_task(load_results(options.run))
+    task = pipeline_task(load_results(str(options.run)))
     return (
         f"Published: {commit.commit_url}\n\n"
         f"  python -c \"from transformers import pipeline; print(pipeline('{task}', '{name}'{branch})"

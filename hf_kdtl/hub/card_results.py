@@ -47,6 +47,10 @@ def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:
         raise ValueError(f"found results of {its.run.recipe!r}; expected those of hf-kdtl evaluate.")
     if its.extra.get("embedding"):
         return results | {"embedding": _of_one_embedding(its.extra["embedding"], run)}
+    if its.evaluation.models and not its.evaluation.split:
+        raise ValueError(
+            "the evaluation is of several labels an image, whose mAP and F1 the run has measured itself; leave it out."
+        )
     if its.evaluation.split != "test":
         raise ValueError(f"the evaluation is of the {its.evaluation.split} split; expected --split test.")
     _check_data(run.data, its.data)

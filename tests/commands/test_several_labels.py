@@ -10,7 +10,7 @@ from transformers import pipeline
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation import read_results
-from hf_kdtl.hub.model_card import student_card
+from hf_kdtl.hub.model_card import student_card, with_evaluation
 from tests.commands.conftest import CONFIG, QUICK
 
 CELLS = ["red;green", "red", "none", "green;blue", "blue", "green"]
@@ -48,9 +48,31 @@ def test_from_a_table_to_a_student_and_its_card(command, table, capsys):
     assert saved["problem_type"] == "multi_label_classification"
     answers = pipeline("image-classification", "out/student")("0.png")
     assert abs(sum(entry["score"] for entry in answers) - 1) > 1e-4  # sigmoids
-    refused = ["--models", "out/student", *table, "--output_dir", "evaluation", "--use_cpu", "true"]
-    assert cli.run(lambda: command("evaluate").main(refused)) == 2
-    assert "has several labels an image, and hf-kdtl evaluate judges models of one" in capsys.readouterr().err
+    _evaluated_and_compared(command, table, scores, capsys)
+
+
+def _evaluated_and_compared(command, table, scores, capsys):
+    flags = ["--models", "out/student", "--teacher", "teacher/model", "--output_dir", "judged", "--use_cpu", "true"]
+    assert command("evaluate").main([*flags, *table, "--per_device_eval_batch_size", "4"]) == 0
+    assert "test mAP" in capsys.readouterr().out
+    found = read_results("judged")["evaluation"]["models"]
+    assert found["student"]["runs"]["student"]["test"] == pytest.approx(scores) and set(found) == {
+        "student",
+        "teacher",
+    }
+    report = Path("judged/report.md").read_text()
+    assert "# Evaluation on images.csv" in report and "`macro_f1`" in report
+    with pytest.raises(ValueError, match="of several labels an image, whose mAP and F1 the run has measured itself"):
+        with_evaluation(read_results("out"), read_results("judged"))
+    again = ["--overwrite_output_dir", "true"]
+    for given, message in (
+        ([*flags, *again, *table, "--max_drop", "1"], "max_drop is of models with one label an image"),
+        ([*flags, *again, *table[:2]], "labels an image"),
+    ):
+        assert cli.run(lambda given=given: command("evaluate").main(given)) == 2
+        assert message in capsys.readouterr().err
+    command("compare").main(["--runs", "out", "--metrics", "map", "micro_f1", "--output_dir", "compared"])
+    assert "map" in capsys.readouterr().out
 
 
 def test_one_label_and_several_are_not_confused(command, table, images, capsys):

@@ -91,15 +91,19 @@ def student_names(paths: Sequence[str]) -> list[str]:
 def _open(
     role: str, name: str, path: str, data: ImageData, notes: list[str], templates: Sequence[str] | None = None
 ) -> Candidate:
-    if role == "teacher" and (templates or has_text_tower(open_config(path, role=name))):
+    by_text = role == "teacher" and bool(templates or has_text_tower(open_config(path, role=name)))
+    if by_text:
         teacher = TextHeadTeacher.from_pretrained(path, class_names=data.label_names, templates=templates)
         model = teacher.classifier()
     else:
         model = open_classifier(path, role=name).model.eval()
-    if is_multi_label(model):
+    several = is_multi_label(model)
+    if several and not data.multi_label:
+        raise ValueError(f"{name} ({path}) has several labels an image, and the data one: type --multi_label true.")
+    if data.multi_label and not several and not by_text:
         raise ValueError(
-            f"{name} ({path}) has several labels an image, and hf-kdtl evaluate judges models of one (accuracy, "
-            "calibration, confusion). Its mAP and F1 are in the report of its run."
+            f"{name} ({path}) answers with one class an image, and the data has several labels. Leave --multi_label "
+            "out, or name a model that was trained on several."
         )
     unnamed = class_names(model.config) is None
     try:
