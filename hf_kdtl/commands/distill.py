@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
@@ -78,7 +79,7 @@ def train(
     options: DistillOptions,
     data_options: DataOptions,
     config: DistillationConfig,
-    typed: set[str],
+    typed: Mapping[str, Any],
     budget: float | None,
 ) -> None:
     """Every run of a student with labels, and what they are worth."""
