@@ -7,9 +7,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
 from hf_kdtl.data.several import cell_names, class_names_of, is_list, names_of, with_labels
+from hf_kdtl.data.tables import LABELS
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.text import some
 
@@ -25,6 +27,7 @@ def with_two_columns(
     Raises:
         ValueError: when a column cannot be identified, or a split holds a label that train does not know.
     """
+    raw = {name: _whole_labels(split, label) for name, split in raw.items()}
     features = raw["train"].features
     image = _column(features, "image", image, [name for name in features if _is_image(features[name])])
     others = [name for name in features if name != image]
@@ -48,6 +51,12 @@ def with_two_columns(
             raise ValueError(f"The split {name!r} has no column {absent.pop()!r}, only {_columns(split.features)}.")
         pixels = split.select_columns(image).rename_columns({image: "image"})
         pixels = pixels.cast_column("image", datasets.Image(decode=False))
+        if len(there := _with_image(pixels)) < len(pixels):
+            notes.append(
+                f"{len(pixels) - len(there)} of {len(pixels)} rows of {name} have no image and were left out."
+            )
+            pixels, split = pixels.select(there), split.select(there)
+            cells[name] = [cells[name][i] for i in there] if multi_label else []
         if multi_label:
             refuse_unseen(name, Counter(n for cell in cells[name] for n in cell or () if n not in names))
             splits[name] = with_rows(with_labels(pixels, cells[name], names))
@@ -55,6 +64,31 @@ def with_two_columns(
         indices = _class_indices(split, name, label, names, notes)
         splits[name] = with_rows(pixels.add_column("label", indices, feature=ClassLabel(names=names)))
     return splits
+
+
+def _whole_labels(split: Dataset, label: str | None) -> Dataset:
+    """A column of labels that holds whole numbers as floats, as pandas writes a column with empty cells, as int64."""
+    floats = [name for name, feature in split.features.items() if _dtype(feature).startswith(("float", "double"))]
+    for name in floats:
+        if name != label and name.lower() not in LABELS:
+            continue
+        values = [None if v is None or v != v else v for v in split[name][:]]
+        if all(v is None or v == int(v) for v in values):
+            whole = [None if v is None else int(v) for v in values]
+            split = split.remove_columns(name).add_column(name, whole, feature=Value("int64"))
+    return split
+
+
+def _with_image(pixels: Dataset) -> list[int]:
+    """The rows whose cell is not empty."""
+    found, first = [], 0
+    for batch in pixels.with_format("arrow").iter(10_000):
+        cells = batch["image"].combine_chunks()
+        there = pc.or_(*(pc.fill_null(pc.not_equal(pc.binary_length(pc.struct_field(cells, key)), 0), False)
+                         for key in ("bytes", "path")))  # fmt: skip
+        found += [first + i for i, one in enumerate(there.to_pylist()) if one]
+        first += len(cells)
+    return found
 
 
 def _cells(split: Dataset, label: str, name: str) -> list[list[str] | None]:
@@ -149,7 +183,8 @@ def _class_indices(split: Dataset, name: str, label: str, names: list[str], note
                 f"The classes of {name} ({some(own)}) are not those of train ({some(names)}): training never sees "
                 f"{some(sorted(set(own) - set(names)))}. Expected the same names; remove or rename these."
             )
-        notes.append(f"The classes of {name} are listed as {some(own)}: re-ordered by name to those of train.")
+        if own != [n for n in names if n in own]:
+            notes.append(f"The classes of {name} are listed as {some(own)}: re-ordered by name to those of train.")
     position = {class_name: index for index, class_name in enumerate(names)}
     known = [None if v is None or v == UNLABELLED else str(v if own is None else own[v]) for v in values]
     refuse_unseen(name, Counter(v for v in known if v is not None and v not in position))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
 _BUDGET = 2**30
@@ -43,9 +44,26 @@ def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
             )
 
 
-def _sizes(split: Dataset) -> Iterator[int]:
-    import pyarrow.compute as pc
+def check_paths(train: Dataset, notes: list[str]) -> None:
+    """Note the files that train names more than once with different labels."""
+    labels: dict[str, set[int]] = {}
+    counted = Counter[str]()
+    for batch in train.select_columns(["image", "label"]).with_format("arrow").iter(10_000):
+        paths = pc.struct_field(batch["image"].combine_chunks(), "path").to_pylist()
+        stored = pc.is_valid(pc.struct_field(batch["image"].combine_chunks(), "bytes")).to_pylist()
+        for path, label, inside in zip(paths, batch["label"].to_pylist(), stored, strict=True):
+            if path and not inside:  # of images in a file of their own alone the path is a name
+                labels.setdefault(path, set()).add(label)
+                counted[path] += 1
+    if doubtful := sorted(path for path, found in labels.items() if len(found) > 1):
+        rows = sum(counted[path] for path in doubtful)
+        notes.append(
+            f"{rows} rows of train name {len(doubtful)} files with different labels, such as {doubtful[0]}: the model "
+            "learns both. Leave one row of each."
+        )
 
+
+def _sizes(split: Dataset) -> Iterator[int]:
     for batch in split.select_columns("image").with_format("arrow").iter(1000):
         cells: Any = batch["image"].combine_chunks()
         lengths = pc.binary_length(pc.struct_field(cells, "bytes")).to_pylist()

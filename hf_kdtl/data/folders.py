@@ -21,6 +21,8 @@ SPLITS = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
+    "eval": "validation",
+    "evaluation": "validation",
     "test": "test",
     "testing": "test",
 }
@@ -115,6 +117,16 @@ def _split_subfolders(folder: Folder, notes: list[str]) -> dict[str, Folder] | N
     others = [sub.path.name for sub in named.pop("", [])]
     train = named.get("train", [])
     holds_classes = any(sub.with_images() or METADATA & set(sub.tables) for sub in train)
+    if (
+        not train
+        and not others
+        and len(named) > 1
+        and all(sub.with_images() for subs in named.values() for sub in subs)
+    ):
+        raise ValueError(
+            f"{str(folder.path)!r} has the splits {some(list(folder.with_images()))} and none called train. Name the "
+            f"one to train on train, or load its folder alone: {str(next(iter(named.values()))[0].path)!r}."
+        )
     if not train or (others and not holds_classes):
         return None
     if double := [subs for subs in named.values() if len(subs) > 1]:
@@ -221,11 +233,6 @@ def _labelled(split: str, classes: dict[str, list[Folder]], notes: list[str]) ->
     if empty:
         notes.append(f"Folders of {split} without an image were not read as classes: {some(empty)}.")
     names = sorted(name for name, paths in images.items() if paths and not _is_unlabelled(name))
-    folded = Counter(name.casefold() for name in names)
-    if alike := [name for name in names if folded[name.casefold()] > 1]:
-        notes.append(
-            f"Classes of {split} whose names differ in case alone: {some(alike)}. Rename them if they are one."
-        )
     rows = sorted((str(path), name) for name, paths in images.items() for path in paths)
     position = {name: index for index, name in enumerate(names)}
     features = datasets.Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_kdtl.data.bit_depth import CHOICES, check_bit_depths
 from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, with_two_columns
 from hf_kdtl.data.decoding import decode_row
-from hf_kdtl.data.duplicates import check_duplicates
+from hf_kdtl.data.duplicates import check_duplicates, check_paths
 from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.data.sources import Source, open_source, source_name
 from hf_kdtl.models.labels import class_names, label_order, same_classes, set_class_names
@@ -161,6 +162,7 @@ def load_images(
     rows = len(splits["train"])
     if on_bad_image == "skip":
         splits = {name: readable(split, name, notes) for name, split in splits.items()}
+    check_paths(splits["train"], notes)
     missing = {name: fraction for name, fraction in fractions.items() if name not in splits}
     if missing:
         splits |= _cut(splits["train"], missing, seed, notes)
@@ -235,6 +237,13 @@ def _check_labels(splits: dict[str, Dataset], notes: list[str]) -> None:
     names = splits["train"].features["label"].names
     if len(names) < 2:
         raise ValueError(f"Train has one class only ({some(names)}), expected two or more.")
+    folded = Counter(map(_folded, names))
+    if alike := [name for name in names if folded[_folded(name)] > 1]:
+        shown = some([repr(name) for name in alike])
+        notes.append(
+            f"Classes whose names differ in case, spaces or the form of accents alone: {shown}. Rename them if they "
+            "are one."
+        )
     seen = Counter(splits["train"]["label"][:])
     if unlabelled := seen.pop(UNLABELLED, 0):
         notes.append(f"{unlabelled} of {len(splits['train'])} images of train are unlabelled (-100).")
@@ -247,3 +256,9 @@ def _check_labels(splits: dict[str, Dataset], notes: list[str]) -> None:
         if SEVERAL in splits[name].features:
             continue  # an image's other classes may be in train
         refuse_unseen(name, Counter({names[index]: count for index, count in counts.items() if index not in seen}))
+        if absent := [names[index] for index in sorted(seen) if index not in counts]:
+            notes.append(f"{name.capitalize()} has no image of {some(absent)}: nothing is measured on them.")
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())

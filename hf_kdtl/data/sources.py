@@ -84,11 +84,11 @@ def _open(
         folders = [entry for entry in found if entry.is_dir()]
         if folders and (len(folders) == len(found) or not any(entry.suffix == ".parquet" for entry in found)):
             return open_class_folders(folders, source, notes)
-        return _open_files(found, source)
+        return _open_files(found, source, notes)
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():
         return open_table(path, image_column, notes)
     if path.is_file():
-        return _open_files([path], source)
+        return _open_files([path], source, notes)
     if path.is_dir():
         return _open_folder(path, label_column, notes)
     _refuse_missing_path(source, path)
@@ -145,11 +145,11 @@ def _open_folder(folder: Path, label_column: str | None, notes: list[str]) -> di
     tables = [file for file in sorted(folder.rglob("*.parquet")) if file.name not in METADATA]
     archives = [] if tables else sorted(folder.glob("*.tar"))
     if tables or (archives and not any(entry.is_dir() for entry in folder.iterdir())):
-        return _open_files(tables or archives, str(folder))
+        return _open_files(tables or archives, str(folder), notes)
     return open_folder(folder, label_column, notes)
 
 
-def _open_files(files: list[Path], source: str) -> dict[str, Dataset]:
+def _open_files(files: list[Path], source: str, notes: list[str]) -> dict[str, Dataset]:
     parquet = bool(files) and all(file.suffix == ".parquet" for file in files)
     if not parquet and not (files and all(file.name.endswith((".tar", ".tar.gz", ".tgz")) for file in files)):
         found = ", ".join(file.name for file in files[:5]) or "no file"
@@ -165,8 +165,9 @@ def _open_files(files: list[Path], source: str) -> dict[str, Dataset]:
     if "" in groups and len(groups) > 1:
         names = ", ".join(file.name for file in groups[""][:5])
         raise ValueError(f"The split of {names} is unknown, expected names that begin with train, validation or test.")
-    read = _read_parquet if parquet else open_webdataset
-    return {name or "train": read(group) for name, group in groups.items()}
+    if parquet:
+        return {name or "train": _read_parquet(group) for name, group in groups.items()}
+    return {name or "train": open_webdataset(group, notes) for name, group in groups.items()}
 
 
 def _read_parquet(files: list[Path]) -> Dataset:

@@ -18,7 +18,7 @@ from hf_kdtl.utils.text import some
 
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 _PATHS = ("file_name", "filename", "path", "file", "image", "image_path", "filepath", "file_path")
-_LABELS = {"label", "labels", "class", "class_name", "target", "category"}
+LABELS = {"label", "labels", "class", "class_name", "target", "category"}
 
 
 def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[str, Dataset]:
@@ -31,7 +31,7 @@ def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[s
     """
     table = _read(file)
     column = _path_column(table, image_column, file)
-    paths = [None if p is None else str(file.absolute().parent / p) for p in table[column].to_pylist()]
+    paths = [None if p is None else _existing(file.absolute().parent, str(p)) for p in table[column].to_pylist()]
     missing = [str(path) for path in paths if path is None or not os.path.exists(path)]
     if len(missing) == len(paths):
         raise ValueError(
@@ -40,12 +40,16 @@ def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[s
         )
     if missing:
         notes.append(f"{len(missing)} of {len(paths)} files that {file.name} names do not exist: {some(missing, 3)}.")
-    divided = "split" in table.column_names
-    names = [str(name) for name in table["split"].to_pylist()] if divided else ["train"] * len(paths)
-    images = _with_images(
-        table.drop_columns([c for c in ("split", column) if c in table.column_names]), paths, image_column or "image"
-    )
+    divided = [name for name in table.column_names if name.lower() == "split"]
+    names = [str(name) for name in table[divided[0]].to_pylist()] if divided else ["train"] * len(paths)
+    images = _with_images(table.drop_columns([*divided[:1], column]), paths, image_column or "image")
     return {name: images.select([i for i, own in enumerate(names) if own == name]) for name in dict.fromkeys(names)}
+
+
+def _existing(folder: Path, name: str) -> str:
+    """The path of a file; with slashes for backslashes, as Windows writes them, where no file is called so."""
+    path = folder / name
+    return str(path if "\\" not in name or path.exists() else folder / name.replace("\\", "/"))
 
 
 def metadata_split(
@@ -60,7 +64,7 @@ def metadata_split(
     """
     table = _read(file)
     columns = [name for name in table.column_names if name not in ("file_name", "split")]
-    if has_classes and not (label_column in columns or _LABELS & {name.lower() for name in columns}):
+    if has_classes and not (label_column in columns or LABELS & {name.lower() for name in columns}):
         notes.append(f"The classes of {split} are its folders; columns of {file.name} were not used: {some(columns)}.")
         return None
     column = _path_column(table, None, file)
@@ -109,13 +113,16 @@ def _read(file: Path) -> pa.Table:
             f"{str(file)!r} could not be read as a table ({error}), expected UTF-8 with a header line, the same "
             "number of columns in every line."
         ) from error
+    if odd := [name for name, c in zip(table.column_names, table.columns, strict=True) if pa.types.is_binary(c.type)]:
+        raise ValueError(f"Column {odd[0]!r} of {str(file)!r} is not UTF-8. Save the file as UTF-8.")
     empty = [pc.if_else(pc.equal(c, ""), None, c) if pa.types.is_string(c.type) else c for c in table.columns]
     return pa.table(dict(zip(table.column_names, empty, strict=True)))
 
 
 def _path_column(table: pa.Table, named: str | None, file: Path) -> str:
     names = table.column_names
-    found = [name for name in _PATHS if name in names] if named is None else [named] if named in names else []
+    lower = {name.lower(): name for name in reversed(names)}
+    found = [lower[name] for name in _PATHS if name in lower] if named is None else [named] if named in names else []
     if not found:
         hint = suggestion(named, names) if named else ""
         raise ValueError(

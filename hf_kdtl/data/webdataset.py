@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, Value
 
 from hf_kdtl.data.scan import image_suffixes
@@ -17,11 +18,12 @@ from hf_kdtl.data.scan import image_suffixes
 _LABELS = ("label", "cls", "class", "class_name")
 
 
-def open_webdataset(files: list[Path]) -> Dataset:
-    """The samples of the archives as columns `image` (bytes) and `label`; a sample without a label is unlabelled.
+def open_webdataset(files: list[Path], notes: list[str]) -> Dataset:
+    """The samples of the archives as columns `image` (bytes) and `label`; a sample without a label is unlabelled, and
+    one with a label and no image that Pillow opens is left out, with a note.
 
     Raises:
-        ValueError: for an archive that cannot be read, or none of whose images has a label.
+        ValueError: for an archive that cannot be read, has two images of one key, or none of whose images has a label.
     """
     stamps = [(str(file), file.stat().st_mtime_ns) for file in files]  # the cache must not outlive the file
     features = datasets.Features({"image": datasets.Image(decode=False), "label": Value("string")})
@@ -30,6 +32,13 @@ def open_webdataset(files: list[Path]) -> Dataset:
     except (tarfile.TarError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{files[0]} could not be read ({cause}), expected WebDataset archives (tar).") from error
+    empty = pc.is_null(found.data.column("image"), nan_is_null=False).to_pylist()
+    if lost := [row for row, one in enumerate(empty) if one]:
+        notes.append(
+            f"{len(lost)} labels in {', '.join(file.name for file in files[:3])} have no image of their key that is "
+            "read here, and were left out: expected key.jpg (png, ...) next to key.cls, one after the other."
+        )
+        found = found.select([row for row, one in enumerate(empty) if not one])
     labels = [label for label in found["label"][:] if label is not None]
     if not labels:
         raise ValueError(
@@ -69,7 +78,7 @@ def _empty() -> dict[str, Any]:
 
 
 def _complete(sample: dict[str, Any]) -> list[dict[str, Any]]:
-    return [sample] if sample["image"] is not None else []
+    return [sample] if sample["image"] is not None or sample["label"] is not None else []
 
 
 def _add(sample: dict[str, Any], ending: str, content: bytes, name: str) -> None:
@@ -80,4 +89,9 @@ def _add(sample: dict[str, Any], ending: str, content: bytes, name: str) -> None
         label = next((fields[key] for key in _LABELS if key in fields), None) if isinstance(fields, dict) else None
         sample["label"] = sample["label"] if label is None else str(label)
     elif f".{ending.rpartition('.')[2]}" in image_suffixes():
+        if sample["image"] is not None:
+            raise ValueError(
+                f"{name} is the second image of its key (the name up to its first point), after "
+                f"{sample['image']['path']}; expected one. Rename the files so that each image has a key of its own."
+            )
         sample["image"] = {"bytes": content, "path": name}

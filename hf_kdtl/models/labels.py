@@ -101,15 +101,39 @@ def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
             )
         return None, f"labels matched by position: {unnamed} no class names."
     order = label_order(names_s, names_t)
+    doubt = "".join(_contradiction(config, who) for config, who in ((student, "student"), (teacher, "teacher")))
     if order is None:
-        return None, "labels match by name, in the same order."
-    return order, "labels match by name in another order: the teacher's logits are re-ordered to the student's."
+        return None, f"labels match by name, in the same order.{doubt}"
+    how = "labels match by name in another order: the teacher's logits are re-ordered to the student's."
+    return order, how + doubt
+
+
+def _contradiction(config: Any, who: str) -> str:
+    """A sentence where label2id gives a name another index than id2label does."""
+    for name, index in (config.label2id or {}).items():
+        other = config.id2label.get(index, config.id2label.get(str(index)))
+        if other is not None and name != other and name in config.id2label.values():
+            return f" The {who}'s label2id says {name!r} is {index} and its id2label {other!r}: id2label was read."
+    return ""
 
 
 def dataset_class_names(dataset: Any) -> list[str] | None:
-    """The names of label 0, 1, ... where a dataset has them: ImageDataset, features of `datasets`, torchvision."""
+    """The names of label 0, 1, ... where a dataset has them: ImageDataset, features of `datasets`, torchvision, and
+    torch's Subset and ConcatDataset of these.
+
+    Raises:
+        ValueError: when joined datasets list their classes differently.
+    """
     while type(dataset).__name__ == "Subset":
         dataset = dataset.dataset
+    if type(dataset).__name__ == "ConcatDataset":
+        lists = [names for part in dataset.datasets if (names := dataset_class_names(part)) is not None]
+        if odd := [names for names in lists if _composed(names) != _composed(lists[0])]:
+            raise ValueError(
+                f"the datasets that are joined list their classes differently, {lists[0][:5]} and {odd[0][:5]}, so "
+                "label 0 means two classes. Re-order one: hf_kdtl.data.loading.load_images(...).in_order(student)."
+            )
+        return lists[0] if lists else None
     inner = getattr(dataset, "split", None)  # of an ImageDataset; of a datasets.Dataset it is only a name
     features = getattr(inner, "features", None) or getattr(dataset, "features", None)
     found = [getattr(features.get(key), "names", None) for key in ("label", "labels")] if features else []
@@ -138,6 +162,11 @@ def class_problem(model: Any, dataset: Any) -> str | None:
     if is_headless(model):
         return None
     own = class_names(config) if data and config is not None else None
+    if data is not None and own is None and config is not None and len(data) > config.num_labels:
+        return (
+            f"the data has {len(data)} classes ({_few(data, 5)}) and the student {config.num_labels} outputs. Give it "
+            f"one a class: from_pretrained(..., num_labels={len(data)}, ignore_mismatched_sizes=True)."
+        )
     if data is None or own is None:
         return None
     if not same_classes(data, own):

@@ -45,6 +45,17 @@ def full_outputs(student: Capture) -> Any:
     return student.outputs
 
 
+def given(inputs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What of these a batch has. Class indices of any integer type, or booleans, are int64: torch reads no others."""
+    found = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    return found | ({"labels": as_indices(found["labels"])} if "labels" in found else {})
+
+
+def as_indices(labels: Tensor) -> Tensor:
+    """Labels (B,) of an integer type or booleans as int64; others as they are."""
+    return labels if labels.ndim != 1 or labels.is_floating_point() else labels.long()
+
+
 def by_view(known: Mapping[str, Any], seed: int, needs: Iterable[Needs]) -> dict[str, Draws]:
     """The draws that belong to the views of the images of a batch, where a sketch needs them and it knows them."""
     if INDEX not in known or not any(one.sketches for one in needs):
@@ -60,6 +71,12 @@ def micro_batch_counts(inputs: dict[str, Any]) -> Counts:
     Not `labels != -100` alone, as transformers counts: soft labels (B, K) would count K times, and an objective
     without labels counts images.
     """
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("pixel_values"), Tensor):
+        found = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            f"the data_collator made a batch of {found}, expected a dict with 'pixel_values' (B, C, H, W) and "
+            "'labels' (B,)."
+        )
     pixels, labels = inputs["pixel_values"], inputs.get("labels")
     images = torch.tensor(pixels.shape[0], device=pixels.device)
     return {"images": images, "labelled": torch.zeros_like(images) if labels is None else labelled(labels).sum()}

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
 
@@ -15,7 +14,6 @@ from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import MULTI_LABEL, adopt_class_names, class_problem, dataset_class_names, is_multi_label
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
-from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.optim.layerwise import check_layerwise
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.versions import CHECKPOINTING
@@ -272,20 +270,3 @@ def static_graph_problem(keys: list[str]) -> str:
         f"the objectives {', '.join(keys)} take a gradient inside the step, after which DDP with static_graph=True no "
         "longer synchronizes the processes, silently. Leave ddp_static_graph (and accelerate's) at False."
     )
-
-
-def check_optimizer(optimizer: Any, objectives: nn.Module, rates: LayerRates | None) -> None:
-    """Refuse an optimizer without the objectives' parameters, and give it the layers' rates.
-
-    Raises:
-        ValueError: with an alternative.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left = [n for n, p in objectives.named_parameters() if p.requires_grad and id(p) not in held]
-    if left:
-        raise ValueError(
-            f"the optimizer does not hold the objectives' parameters {left[:3]}, so they would not be trained. Build "
-            "it from trainer.distiller.parameters(), or let the trainer make it (optim=...)."
-        )
-    if rates is not None:
-        rates.apply(optimizer)

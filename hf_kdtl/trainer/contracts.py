@@ -11,13 +11,29 @@ from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted
+from hf_kdtl.trainer.data_errors import dataset_problem
 from hf_kdtl.trainer.distiller import Distiller
 
 logger = logging.get_logger(__name__)
 
 
-def without_jit_checkpoint(args: DistillationConfig) -> None:
-    """Turn off Trainer's own saving on SIGTERM: two handlers would each put back the other's."""
+def check_arguments(args: DistillationConfig, model: Any, train_dataset: Any) -> None:
+    """Raises TypeError or ValueError for a student or training data of a type that Trainer fails on without saying so;
+    and turns off Trainer's own saving on SIGTERM: two handlers would each put back the other's."""
+    if not isinstance(args, DistillationConfig):
+        raise TypeError(
+            f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
+            "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        found = f"the text {model!r}" if isinstance(model, str) else found
+        raise TypeError(
+            f"model is {found}; expected the student itself: AutoModelForImageClassification.from_pretrained(<a "
+            "path>), or hf_kdtl.make_student(teacher)."
+        )
+    if problem := dataset_problem(train_dataset):
+        raise (TypeError if "expected" in problem else ValueError)(problem)
     if getattr(args, "enable_jit_checkpoint", False):  # not in every version
         args.enable_jit_checkpoint = False
         logger.info("enable_jit_checkpoint: DistillationTrainer saves on SIGTERM in any case, after the step.")

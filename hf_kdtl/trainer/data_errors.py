@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
+from hf_kdtl.data.loading import ImageData
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.objectives.estimators import missing_derivative
 
@@ -30,15 +33,55 @@ def explain_data_errors(trainer: Any) -> Iterator[None]:
             ) from error
         if without := missing_derivative(error):
             raise ValueError(without) from error
+        if "stack expects each tensor to be equal size" in str(error):
+            raise ValueError(
+                f"the images of a batch have different sizes ({error}). Expected one: an image processor with a size "
+                f"of height and width, or with a center crop. {_MAKE}."
+            ) from error
+        if "Boolean value of Tensor" in str(error):
+            raise ValueError(
+                "a batch makes tensors of its items, and the student's forward takes one of them for True or False, "
+                "such as interpolate_pos_encoding. Leave it out of the items: resize the images to the student's "
+                "image_size with its image processor, or set it in a data_collator."
+            ) from error
         if isinstance(error, RuntimeError | ValueError | TypeError | LookupError | AttributeError):
-            problem = data_problem(trainer.train_dataset, trainer.args.remove_unused_columns, trainer.model)
+            first = "NoneType" not in str(error)  # a missing label may be in any row
+            problem = data_problem(trainer.train_dataset, trainer.args.remove_unused_columns, trainer.model, first)
             if problem:
                 raise ValueError(problem) from error
         raise
 
 
-def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None) -> str:
-    """What the model cannot read in the first item of a dataset, and what to do; "" where nothing is seen."""
+def dataset_problem(dataset: Any) -> str:
+    """Why something is no dataset to train on, and what to type; "" where it is, or there is none."""
+    if dataset is None:
+        return ""
+    if isinstance(dataset, str | Path):
+        return (
+            f"train_dataset is {str(dataset)!r}, expected a dataset: "
+            f"ImageDataset(load_images({str(dataset)!r}).train, image_processor)."
+        )
+    if isinstance(dataset, ImageData | Mapping):
+        splits = sorted(dataset) if isinstance(dataset, Mapping) else ["train", "validation", "test"]
+        return (
+            f"train_dataset is {type(dataset).__name__} of {', '.join(map(str, splits))}, expected one split of it, "
+            "such as ImageDataset(data.train, image_processor)."
+        )
+    if isinstance(dataset, DataLoader):
+        return "train_dataset is a DataLoader, expected the dataset in it: train_dataset=loader.dataset."
+    if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
+        return f"train_dataset is {type(dataset).__name__}, expected a dataset with a length and items by index."
+    if isinstance(dataset, Iterator):
+        return f"train_dataset is a {type(dataset).__name__}, which ends after an epoch; expected a list or a dataset."
+    return "train_dataset has no images." if hasattr(dataset, "__len__") and len(dataset) == 0 else ""
+
+
+def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None, first: bool = True) -> str:
+    """What the model cannot read in the first item of a dataset, and what to do; "" where nothing is seen.
+
+    Args:
+        first: otherwise the labels of the first 1000 items are looked at too.
+    """
     if getattr(dataset, "format", {}).get("type") == "custom" and remove_unused_columns:
         return (
             "the dataset has a transform (set_transform, with_transform), and Trainer removes the columns that the "
@@ -59,13 +102,34 @@ def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None) -
     if "pixel_values" not in item:
         return f"an item of the dataset has {sorted(item)} and no 'pixel_values', expected pixels: {_MAKE}."
     channels = getattr(vision_config(getattr(model, "config", None)), "num_channels", None)
-    return _pixel_problem(item["pixel_values"], channels)
+    rows = [item] if first else (dataset[i] for i in range(min(1000, len(dataset))))
+    labels = (problem for i, row in enumerate(rows) if (problem := _label_problem(row, i)))
+    return _pixel_problem(item["pixel_values"], channels) or next(labels, "")
+
+
+def _label_problem(item: dict[str, Any], index: int) -> str:
+    name = next((name for name in ("labels", "label") if name in item), None)
+    other = sorted({"label_ids", "target", "targets", "class", "y"} & item.keys())
+    if name is None:
+        return f"an item of the dataset has {other[0]!r} and no 'labels': rename the column." if other else ""
+    if isinstance(item[name], str):
+        return (
+            f"the labels are text, such as {item[name]!r}; expected class indices: label2id[label], as "
+            "model.config.label2id has them."
+        )
+    if item[name] is None:
+        return f"item {index} of the dataset has the label None; expected a class index, or -100 where it has none."
+    return ""
 
 
 def _pixel_problem(pixels: Any, channels: int | None) -> str:
     if type(pixels).__module__.startswith("PIL"):
         return f"'pixel_values' are PIL images, expected tensors (C, H, W): {_MAKE}."
+    if pixels is None or isinstance(pixels, str):
+        return f"'pixel_values' is {pixels!r:.60}, expected a tensor (C, H, W): {_MAKE}."
     shape = np.shape(pixels)
+    if len(shape) < 3:
+        return f"'pixel_values' have the shape {tuple(shape)}, expected (C, H, W)."
     if len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4):
         return (
             f"'pixel_values' have the shape {tuple(shape)}, channels last; expected (C, H, W): "

@@ -25,9 +25,10 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective, prepare_objective
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.optim.layer_rates import LayerRates
-from hf_kdtl.trainer.batch import Counts, by_view, full_outputs, micro_batch_counts, of_student_alone
+from hf_kdtl.trainer.batch import Counts, by_view, full_outputs, given, micro_batch_counts, of_student_alone
 from hf_kdtl.trainer.headless import ZeroTouch, check_class_outputs, embedding_notes
 from hf_kdtl.trainer.labels import LabelCheck
+from hf_kdtl.trainer.own_loss import OwnLoss
 from hf_kdtl.trainer.sample import Images, read_sample
 
 Value = tuple[Tensor, list[Tensor]]
@@ -77,7 +78,7 @@ class Distiller(nn.Module):
         self.weights = weights
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
         self.plans = {name: plan for name, plan in (plans or {}).items() if plan is not None}
-        self.task_loss, self.rates, self.split_terms = task_loss, rates, split_terms
+        self.own_loss, self.rates, self.split_terms = OwnLoss(task_loss), rates, split_terms
         self.check_labels = LabelCheck(objectives, task_loss is not None, is_multi_label(student))
         self.student_needs, self.source_needs = Needs(), dict.fromkeys(self.sources, Needs())
         self.notes: list[str] = []
@@ -141,12 +142,14 @@ class Distiller(nn.Module):
         loss = inputs["pixel_values"].new_zeros((), dtype=torch.float32)
         for key, (value, pairs) in values.items():
             total = self._total(key, _over_pairs(value), student, inputs, counts, here)
-            divisor = counts[self.objective(key).counts].clamp(min=1)
+            own = self.own_loss.gives(key)
+            counting = self.own_loss.counted(inputs) if own else self.objective(key).counts
+            divisor = counts[counting].clamp(min=1)
             loss = loss + self.weights[key] * (total / divisor)
             if self.split_terms:
                 share = self.weights[key] / divisor * world_size
                 terms[key] = [share * pair.sum() / len(pairs) for pair in pairs] if pairs else share * total
-            sums[key], counted[key] = total.detach(), here[self.objective(key).counts]
+            sums[key], counted[key] = total.detach(), here[counting]
         # DDP waits for every parameter: a classifier that no term touches would leave the ranks unsynchronised.
         if student.logits is None:
             loss = self._touch(loss, self)
@@ -163,8 +166,8 @@ class Distiller(nn.Module):
         """
         student, values = self._values(inputs, draws)
         terms = {key: _over_pairs(value) for key, (value, _) in values.items()}
-        if self.task_loss is not None and "task" in terms:
-            terms["task"] = self._own_loss(student, inputs, micro_batch_counts(inputs)["labelled"])
+        if "task" in terms and self.own_loss.gives("task"):
+            terms["task"] = self.own_loss(student, inputs, micro_batch_counts(inputs))
         return student, terms
 
     def observe(self, images: Images) -> None:
@@ -197,9 +200,9 @@ class Distiller(nn.Module):
             if rates is not None:
                 rates.observe(student, captures[rates.options.teacher_name])
             values = {
-                key: self._value(objective, student, captures.get(objective.source, Capture()), batch)
+                key: self._value(key, student, captures.get(self.objective(key).source, Capture()), batch)
                 for key in self.objectives
-                if not (objective := self.objective(key)).needs_labels or "labels" in batch
+                if not self.objective(key).needs_labels or "labels" in batch or self.own_loss.gives(key)
             }
         return student, values
 
@@ -209,7 +212,7 @@ class Distiller(nn.Module):
         none = pixels.new_zeros(0, dtype=torch.long)
         rows = select_images(draws, fraction, pixels).nonzero()[:, 0] if fraction else none
         names = ("labels", INDEX, VIEW, TEACHER_PIXELS)
-        known: Any = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        known: Any = given(inputs, names)
         indexed = [name for name, source in self.sources.items() if source.needs_index and INDEX not in known]
         if indexed and not all(self.sources[name].answers_without_index for name in indexed):
             raise ValueError(
@@ -238,9 +241,12 @@ class Distiller(nn.Module):
         rows = batch["differentiated_rows"]
         return capture_subset(run, self.student, pixels, self.student_needs | extra, rows, **further)
 
-    def _value(self, objective: Objective, student: Capture, source: Capture, batch: Batch) -> Value:
+    def _value(self, key: str, student: Capture, source: Capture, batch: Batch) -> Value:
         """An objective's value, with the layer rates' weights of pairs where mode is loss_weight."""
+        objective = self.objective(key)
         factors = self._factors(objective)
+        if self.own_loss.gives(key):
+            return student.logits.new_zeros(len(student.logits)), []
         if self.split_terms == "pairs" and isinstance(objective, PairedObjective):
             both = zip(factors or [1.0] * len(objective.pairs), objective.entries(student, source), strict=True)
             pairs = [factor * entry for factor, entry in both]
@@ -257,15 +263,9 @@ class Distiller(nn.Module):
         self, key: str, value: Tensor, student: Capture, inputs: dict[str, Any], counts: Counts, here: Counts
     ) -> Tensor:
         """The sum of a term over the micro-batch's images."""
-        if key != "task" or self.task_loss is None:
+        if not self.own_loss.gives(key):
             return value * here["images"] if self.objective(key).reduction == "batch" else value.sum()
-        # Its contract: already divided by the items of the window.
-        return self._own_loss(student, inputs, counts["labelled"]) * counts["labelled"].clamp(min=1)
-
-    def _own_loss(self, student: Capture, inputs: dict[str, Any], items: Tensor) -> Tensor:
-        """The user's loss. The number of items is a float, as Trainer gives it."""
-        assert self.task_loss is not None
-        return self.task_loss(full_outputs(student), inputs["labels"], num_items_in_batch=items.clamp(min=1) / 1)
+        return self.own_loss.total(student, inputs, counts, here)
 
     def _add(self, objective: Objective, context: RunContext) -> list[str]:
         """Prepare and build an objective, and collect what it needs; its notes."""

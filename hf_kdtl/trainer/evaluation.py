@@ -16,8 +16,9 @@ from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.attention_hooks import class_outputs
 from hf_kdtl.models.forward.capture import Needs, capture
 from hf_kdtl.models.forward.embedding import is_headless
-from hf_kdtl.models.labels import is_multi_label
+from hf_kdtl.models.labels import class_problem, is_multi_label
 from hf_kdtl.objectives import Objective
+from hf_kdtl.trainer.batch import as_indices
 from hf_kdtl.trainer.distiller import Counts
 from hf_kdtl.trainer.publishing import PublishingTrainer
 
@@ -57,6 +58,19 @@ class EvaluatingTrainer(PublishingTrainer):
             output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
         return output
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        self._check_classes(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        self._check_classes(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_classes(self, dataset: Any) -> None:
+        """Refuse data whose label i is not the student's class i; the constructor's was checked there."""
+        if problem := class_problem(self.model, dataset):
+            raise ValueError(problem)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if is_headless(self.model):
             return self._embedding_step(self._prepare_inputs(inputs), prediction_loss_only)
@@ -90,7 +104,7 @@ class EvaluatingTrainer(PublishingTrainer):
     def _task_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, counts: Counts) -> Any:
         """`eval_loss`: the task loss whatever the objectives, so that runs compare. As Trainer's, batch by batch."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels = as_indices(inputs.pop("labels"))
         outputs = convert_to_fp32(class_outputs(model(**inputs)))
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=counts["labelled"] / 1)

@@ -23,7 +23,8 @@ class LabelCheck:
     """
 
     def __init__(self, objectives: Mapping[str, Objective], own_loss: bool, multi_label: bool = False):
-        self.needing = [key for key, objective in objectives.items() if objective.needs_labels]
+        own = ("task",) if own_loss else ()
+        self.needing = [key for key, objective in objectives.items() if objective.needs_labels and key not in own]
         self.own_loss, self._checked = own_loss, False
         self._check = check_multi_labels if multi_label else check_labels
 

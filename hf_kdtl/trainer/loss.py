@@ -114,7 +114,7 @@ class LossTrainer(EvaluatingTrainer):
         self._micro_step += 1
         self._computed = True
         self._term_losses = result.pop("terms")
-        check_finite(self, result)
+        check_finite(self, result, inputs["pixel_values"])
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result["outputs"]) if return_outputs else result["loss"]
 

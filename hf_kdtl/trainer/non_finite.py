@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.rotation import checkpoints
 
 
-def check_finite(trainer: Any, result: dict[str, Any]) -> None:
+def check_finite(trainer: Any, result: dict[str, Any], pixel_values: Tensor) -> None:
     """Raises FloatingPointError where the loss of a micro-batch, as `Distiller` returns it, is nan or infinite."""
     if not torch.isfinite(result["loss"]):
         counted, weights = result["counted"], trainer.distiller.weights
@@ -19,20 +20,24 @@ def check_finite(trainer: Any, result: dict[str, Any]) -> None:
         if unknown := [key for key, weight in weights.items() if math.isnan(weight)]:
             raise ValueError(f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that.")
         step, folder = trainer.state.global_step, trainer.args.output_dir
-        raise non_finite_loss_error(step, result["loss"].item(), terms, folder)
+        broken = int((~pixel_values.flatten(1).isfinite().all(1)).sum())
+        raise non_finite_loss_error(step, result["loss"].item(), terms, folder, broken)
 
 
 def non_finite_loss_error(
-    step: int, loss: float, terms: dict[str, float], output_dir: str | None
+    step: int, loss: float, terms: dict[str, float], output_dir: str | None, images: int = 0
 ) -> FloatingPointError:
-    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch."""
+    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch; of so many of its
+    images the pixels are not finite."""
     broken = [key for key, value in terms.items() if not math.isfinite(value)]
     largest = max(terms, key=lambda key: math.inf if math.isnan(terms[key]) else abs(terms[key]))
     shown = ", ".join(f"{key} {value:.4g}" for key, value in terms.items())
+    cure = "Lower the learning rate or that term's weight, or check the data."
+    if images:
+        cure = f"{images} images of the batch have pixel_values that are nan or infinite: check what makes them."
     return FloatingPointError(
         f"the loss is {loss} at step {step}: {', '.join(broken) or 'the sum of the terms'} is not finite. Weighted "
-        f"terms: {shown}; the largest is {largest}. {_last_good(output_dir)} Lower the learning rate or that term's "
-        "weight, or check the data."
+        f"terms: {shown}; the largest is {largest}. {_last_good(output_dir)} {cure}"
     )
 
 

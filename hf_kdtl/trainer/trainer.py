@@ -42,6 +42,7 @@ from hf_kdtl.trainer.gradient_rule_step import build_accumulator
 from hf_kdtl.trainer.learning import check_learning
 from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
+from hf_kdtl.trainer.optimizer_check import check_optimizer
 from hf_kdtl.trainer.process_checks import check_ranks
 from hf_kdtl.trainer.sample import carries_rows, training_sample, without_unused_columns
 
@@ -93,12 +94,7 @@ class DistillationTrainer(LossTrainer):
         *, teacher=None,
     ):  # fmt: skip
         args = DistillationConfig("tmp_trainer") if args is None else args
-        if not isinstance(args, DistillationConfig):
-            raise TypeError(
-                f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
-                "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
-            )
-        contracts.without_jit_checkpoint(args)
+        contracts.check_arguments(args, model, train_dataset)
         checks.check_teacher_usage(teacher, args)
         self.teacher = None if teacher is None else shown(as_source(teacher), args.teacher_pixels)
         self._distiller: Distiller | None = None
@@ -189,7 +185,7 @@ class DistillationTrainer(LossTrainer):
         finally:
             self.model = student
         self.callback_handler.model = student
-        checks.check_optimizer(self.optimizer, self.distiller.objectives, self.layer_rates)
+        check_optimizer(self.optimizer, self.distiller, self.args)
         self.auto_weights.settle(resumed=resume_from_checkpoint is not None)
         return prepared
 

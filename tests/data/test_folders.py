@@ -121,7 +121,7 @@ def test_names_are_the_same_in_either_unicode_form(tmp_path):
 
 
 def test_names_that_differ_in_case_alone_are_noted(tmp_path):
-    assert noted(load_images(str(folder(tmp_path, {"Cat": 20, "cat": 20}))), "differ in case alone: Cat, cat")
+    assert noted(load_images(str(folder(tmp_path, {"Cat": 20, "cat": 20}))), "accents alone: 'Cat', 'cat'")
 
 
 # ---- Which folders are splits ----
@@ -171,6 +171,7 @@ def test_a_split_of_one_class_keeps_its_name(tmp_path):
             {"train/a": 9, "train/b": 9, "val/a": 2, "valid/a": 2},
             r"two folders for one split \(val, valid\).*Merge them",
         ),
+        ({"val/a": 9, "val/b": 9, "test/a": 9, "test/b": 9}, r"the splits test, val and none called train"),
         ({"train/a": 9, "train/b": 9, "val": 9}, r"val' holds 9 images and no class folders.*file_name and label"),
     ],
 )
@@ -293,3 +294,11 @@ def test_the_search_for_identical_images_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_kdtl.data.duplicates._BUDGET", 2**14 * 3)
     root = folder(tmp_path, {"train/a": 9, "train/b": 9, "test/b": 4, "val/a": 3})
     assert noted(load_images(str(root)), "Not all images were compared")
+
+
+def test_a_class_that_a_split_lacks_is_noted(tmp_path):
+    tree = {"train/a": 20, "train/b": 20, "val/b": 5, "test/a": 5, "test/b": 5}
+    data = load_images(str(folder(tmp_path / "splits", tree)))
+    assert noted(data, "Validation has no image of a") and not noted(data, "Test has no") and not noted(data, "listed")
+    cut = load_images(str(folder(tmp_path / "cut", {"a": 2, "b": 30})))
+    assert noted(cut, "Validation has no image of a") and noted(cut, "Test has no image of a")

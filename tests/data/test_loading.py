@@ -401,3 +401,16 @@ def test_no_image_at_all_can_be_read(tmp_path):
         (tmp_path / "images" / name / "0.png").write_bytes(b"junk")
     with pytest.raises(ValueError, match="None of the 2 images of train could be read"):
         load_images(str(tmp_path / "images"), on_bad_image="skip")
+
+
+def test_rows_without_an_image_are_left_out_and_noted():
+    rows = table([0, 1] * 20)
+    empty = rows.select(range(3)).map(lambda row: {"image": None}, features=rows.features)
+    data = load_images(datasets.concatenate_datasets([empty, rows.select(range(3, 40))]))
+    assert sum(sizes(data)) == 37 and "3 of 40 rows of train have no image and were left out." in data.notes
+    data.check_readable()
+
+
+def test_eval_is_a_validation_split():
+    rows = table([0, 1] * 20)
+    assert sizes(load_images(DatasetDict(train=rows, eval=rows.select(range(10))))) == [34, 10, 6]

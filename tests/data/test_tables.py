@@ -43,10 +43,13 @@ EXPECTED = {f"{i}.png": "ab"[i % 2] for i in range(40)}
         ("l.csv", lines("file_name,label", 40, lambda i: f"{i}.png,{'ab'[i % 2]}")),
         ("l.csv", lines("\ufefflabel;path", 40, lambda i: f"{'ab'[i % 2]};./{i}.png")),  # as Excel writes it
         ("l.tsv", lines("image\tclass", 40, lambda i: f"{i}.png\t{'ab'[i % 2]}")),
+        ("l.csv", lines("File_Name,Label", 40, lambda i: f"{i}.png,{'ab'[i % 2]}")),
+        ("l.csv", lines("path,label", 40, lambda i: f"x\\..\\{i}.png,{'ab'[i % 2]}")),  # as Windows writes it
         ("l.jsonl", lines("", 40, lambda i: json.dumps({"path": f"{i}.png", "what": "ab"[i % 2]})).strip()),
     ],
 )
 def test_tables_of_paths_and_labels(tmp_path, file, text):
+    (tmp_path / "x").mkdir()
     (images(tmp_path) / file).write_text(text, encoding="utf-8")
     data = load_images(str(tmp_path / file))
     assert names_of(data) == EXPECTED
@@ -202,3 +205,44 @@ def test_archives_that_are_not_webdatasets(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"b\.tar could not be read"):
         load_images(str(tmp_path / "b.tar"))
+
+
+def test_two_images_of_one_key_are_refused(tmp_path):
+    samples = {"0.left.png": picture(1), "0.right.png": picture(2), "0.cls": "1"}
+    with pytest.raises(ValueError, match=r"0\.right\.png is the second image of its key.*0\.left\.png"):
+        load_images(str(archive(tmp_path / "a.tar", samples)))
+
+
+def test_labels_of_an_archive_without_their_image_are_counted(tmp_path):
+    samples: dict[str, bytes | str] = {}
+    for i in range(40):
+        samples |= {f"{i}.png": picture(i), f"{i}.cls": str(i % 2)} if i % 10 else {f"{i}.npy": b"", f"{i}.cls": "1"}
+    data = load_images(str(archive(tmp_path / "a.tar", samples)))
+    assert sum(sizes(data)) == 36 and noted(data, "4 labels in a.tar have no image")
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path):
+    text = lines("path,label", 40, lambda i: f"{i}.png,{'éb'[i % 2]}")
+    (images(tmp_path) / "l.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"'label' of .*l\.csv' is not UTF-8"):
+        load_images(str(tmp_path / "l.csv"))
+
+
+def test_whole_numbers_that_a_gap_made_floats_are_classes(tmp_path):
+    text = lines("path,label", 40, lambda i: f"{i}.png,{'' if i < 4 else float(i % 2)}")
+    (images(tmp_path) / "l.csv").write_text(text)
+    data = load_images(str(tmp_path / "l.csv"))
+    assert data.label_names == ["0", "1"] and data.train["label"][:].count(-100) == 4
+    assert names_of(data) == {f"{i}.png": str(i % 2) for i in range(4, 40)}
+
+
+def test_a_file_with_two_labels_is_noted(tmp_path):
+    text = lines("path,label", 40, lambda i: f"{i}.png,{'ab'[i % 2]}") + "\n0.png,b\n2.png,b\n1.png,b"
+    (images(tmp_path) / "l.csv").write_text(text)
+    assert noted(load_images(str(tmp_path / "l.csv")), "4 rows of train name 2 files with different labels", "0.png")
+
+
+@pytest.mark.parametrize("names", [("a", " a"), ("caf\u00e9", "cafe\u0301"), ("big cat", "Big  Cat")])
+def test_labels_that_look_alike_are_noted(tmp_path, names):
+    (images(tmp_path) / "l.csv").write_text(lines("path,label", 40, lambda i: f"{i}.png,{names[i % 2]}"))
+    assert noted(load_images(str(tmp_path / "l.csv")), "differ in case, spaces or the form of accents alone")

@@ -153,3 +153,34 @@ def test_a_teacher_without_a_config_is_refused():
     wrapped.module = build("vit")
     with pytest.raises(TypeError, match=r"Pass teacher\.module"):
         Teacher(wrapped).match(build("vit"), None, compare_classes=True)
+
+
+def test_data_that_is_given_later_is_compared_too(tmp_path):
+    runner = trainer(tmp_path, named(["cat", "dog"]), data=_data(["cat", "dog"]), eval_dataset=_data(["cat", "dog"]))
+    other = _data(["dog", "cat"])
+    for judge in (runner.evaluate, runner.predict):
+        judge(_data(["cat", "dog"]))
+        with pytest.raises(ValueError, match="label 0 would mean another class"):
+            judge(other)
+
+
+def test_joined_datasets_have_their_names(tmp_path):
+    joined = torch.utils.data.ConcatDataset([_data(["dog", "cat"]), _data(["dog", "cat"])])
+    with pytest.raises(ValueError, match="label 0 would mean another class"):
+        trainer(tmp_path, named(["cat", "dog"]), data=joined)
+    joined = torch.utils.data.ConcatDataset([_data(["cat", "dog"]), _data(["dog", "cat"])])
+    with pytest.raises(ValueError, match="are joined list their classes differently"):
+        trainer(tmp_path, named(["cat", "dog"]), data=joined)
+
+
+def test_more_classes_than_outputs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the data has 3 classes .*the student 2 outputs.*num_labels=3"):
+        trainer(tmp_path, build("vit", num_labels=2), data=_data(["a", "b", "c"]))
+
+
+def test_label2id_that_contradicts_id2label_is_noted(tmp_path):
+    teacher = named(["cat", "dog"], seed=5)
+    assert "label2id" not in trainer(tmp_path, named(["cat", "dog"]), teacher).teacher.notes[0]
+    teacher.config.label2id = {"cat": 1, "dog": 0}
+    notes = trainer(tmp_path, named(["cat", "dog"]), teacher).teacher.notes
+    assert "The teacher's label2id says 'cat' is 1 and its id2label 'dog': id2label was read." in notes[0]

@@ -250,6 +250,8 @@ def test_a_step_on_the_student_trains_every_objective(tmp_path):
 
 # ---- compute_loss_func ----
 
+TRAINERS = {DistillationConfig: DistillationTrainer, TrainingArguments: Trainer}
+
 
 def test_compute_loss_func_gets_what_trainer_gives(tmp_path):
     seen = []
@@ -263,6 +265,46 @@ def test_compute_loss_func_gets_what_trainer_gives(tmp_path):
     for kind in (Trainer, DistillationTrainer):
         run(kind, tmp_path, compute_loss_func=loss, gradient_accumulation_steps=2).evaluate(Images(8))
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :] and len(seen) >= 10
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_compute_loss_func_on_data_without_labels(tmp_path, steps):
+    """As in a plain Trainer it gets labels None. Under accumulation its values are averaged over the images, as every
+    term is: two micro-batches of 2 give the weights of one of 4."""
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append((labels, num_items_in_batch))
+        return outputs.logits.square().mean()
+
+    data = [{"pixel_values": pixels} for pixels in Images(8).pixels]
+
+    def trained(kind, **settings):
+        made = config(tmp_path, TASK, kind, max_steps=2, optim="sgd", learning_rate=0.1, **settings)
+        model = build("vit")
+        trainer = TRAINERS[kind](model, made, train_dataset=data, compute_loss_func=loss)
+        trainer.train()
+        return weights(model), [line["loss"] for line in trainer.state.log_history if "loss" in line], trainer
+
+    ours, losses, runner = trained(
+        DistillationConfig, per_device_train_batch_size=4 // steps, gradient_accumulation_steps=steps
+    )
+    plain, expected, _ = trained(TrainingArguments, per_device_train_batch_size=4)
+    assert largest_difference(ours, plain) < 1e-7 and losses == pytest.approx(expected, rel=1e-6)
+    assert set(seen) == {(None, None)}
+    assert runner.state.log_history[0]["task"] == pytest.approx(expected[0], rel=1e-6)
+
+
+def test_compute_loss_func_may_read_labels_of_any_form(tmp_path):
+    """Attributes (B, 7) are neither indices nor distributions; other objectives do not read them."""
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return (outputs.logits.sum(-1, keepdim=True) - labels).square().mean()
+
+    data = [{"pixel_values": pixels, "labels": torch.zeros(7)} for pixels in Images(8).pixels]
+    made = config(tmp_path, KD, max_steps=1)
+    DistillationTrainer(build("vit"), made, teacher=build("vit", seed=5), train_dataset=data,
+                        compute_loss_func=loss).train()  # fmt: skip
 
 
 def test_the_task_among_the_terms_is_what_is_trained(tmp_path):

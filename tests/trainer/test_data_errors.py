@@ -4,11 +4,20 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification
+from torch.utils.data import DataLoader
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    ViTForImageClassification,
+)
 
-from tests.support.helpers import Images, trainer
+from hf_kdtl import DistillationTrainer
+from tests.support.helpers import Images, config, trainer
 from tests.support.tiny import build
 
+TASK = [{"name": "task"}]
 PHOTO = Image.new("RGB", (32, 32))
 PIL = datasets.Dataset.from_dict(
     {"image": [PHOTO] * 4, "label": [0, 1, 2, 0]},
@@ -31,6 +40,20 @@ LAZY = PIL.with_transform(
             r"\(32, 32, 3\), channels last.*permute\(2, 0, 1\)",
         ),
         ([{"pixel_values": torch.zeros(1, 3, 32, 32), "labels": 0}] * 4, "one image an item"),
+        ([{"pixel_values": torch.zeros(32, 32), "labels": 0}] * 4, r"\(32, 32\), expected \(C, H, W\)"),
+        ([{"pixel_values": None, "labels": 0}] * 4, "'pixel_values' is None"),
+        ([{"pixel_values": "a.png", "labels": 0}] * 4, "'pixel_values' is 'a.png'"),
+        ([{"pixel_values": torch.zeros(3, 32 + 8 * i, 32), "labels": 0} for i in range(4)], "different sizes"),
+        ([{"pixel_values": torch.zeros(3, 32, 32), "labels": "cat"}] * 4, r"text, such as 'cat'.*label2id\[label\]"),
+        ([{"pixel_values": torch.zeros(3, 32, 32), "label_ids": 1}] * 4, "'label_ids' and no 'labels': rename"),
+        (
+            [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0 if i < 3 else None} for i in range(4)],
+            "item 3 of the dataset has the label None",
+        ),
+        (
+            [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0, "interpolate_pos_encoding": True}] * 4,
+            "such as interpolate_pos_encoding",
+        ),
     ],
 )
 def test_data_of_another_form_is_explained(tmp_path, data, message):
@@ -81,3 +104,52 @@ def test_an_operation_without_a_second_derivative_is_explained(tmp_path):
     student.vit.layers[0].layernorm_after = torch.nn.Sequential(student.vit.layers[0].layernorm_after, Distances())
     with pytest.raises(ValueError, match=r"no second derivative in torch.*_cdist_backward.*noisy_kd"):
         trainer(tmp_path, student, build("vit", seed=5), objectives=[{"name": "jacobian"}], max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"), [((1, 2), "tuple"), (None, "NoneType"), ({"x": torch.zeros(2), "labels": 0}, "'labels', 'x'")]
+)
+def test_a_batch_of_another_form_names_the_collator(tmp_path, batch, found):
+    data = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 4
+    runner = trainer(tmp_path, build("vit"), data=data, max_steps=1)
+    runner.data_collator = lambda rows: batch
+    with pytest.raises(ValueError, match=rf"data_collator made a batch of .*{found}.*expected a dict"):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("digits", r"ImageDataset\(load_images\('digits'\)\.train"),
+        (datasets.DatasetDict(train=PIL), "DatasetDict of train, expected one split"),
+        (DataLoader([1]), r"train_dataset=loader\.dataset"),
+        ((i for i in range(3)), "ends after an epoch"),
+        (3, "int, expected a dataset"),
+        ([], "no images"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_at_construction(tmp_path, data, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        DistillationTrainer(build("vit"), config(tmp_path, TASK), train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("path", "the text 'path'"), (ViTForImageClassification, "the class ViTFor"), (3, "int")]
+)
+def test_what_is_no_student_is_refused_at_construction(tmp_path, model, message):
+    with pytest.raises(TypeError, match=rf"model is {message}.*from_pretrained"):
+        DistillationTrainer(model, config(tmp_path, TASK), train_dataset=Images(4))
+
+
+def test_pixels_that_are_not_finite_are_named(tmp_path):
+    data = [{"pixel_values": torch.full((3, 32, 32), torch.nan if i else 0.0), "labels": 0} for i in range(4)]
+    with pytest.raises(FloatingPointError, match="3 images of the batch have pixel_values that are nan"):
+        trainer(tmp_path, build("vit"), data=data, max_steps=1, per_device_train_batch_size=4).train()
+
+
+def test_a_model_with_an_answer_for_each_place_is_refused(tmp_path):
+    small = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [8], "patch_sizes": [3]}
+    small |= {"strides": [2], "num_attention_heads": [1], "mlp_ratios": [1], "decoder_hidden_size": 8}
+    teacher = SegformerForSemanticSegmentation(SegformerConfig(num_labels=3, **small))
+    with pytest.raises(ValueError, match=r"logits of shape \(.*expected \(B, K\).*segmentation"):
+        trainer(tmp_path, build("vit"), teacher, max_steps=1).train()

@@ -67,3 +67,16 @@ def test_an_evaluation_without_any_label_reports_no_loss(tmp_path):
     data = Images(6)
     data.labels[:] = -100
     assert "eval_loss" not in trainer(tmp_path, build("vit")).evaluate(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_are_class_indices(tmp_path, dtype):
+    def losses(kind):
+        data = rows([torch.tensor(y, dtype=kind) for y in (0, 1, 1, 0)])
+        settings = {"max_steps": 1, "per_device_train_batch_size": 4}
+        runner = trainer(tmp_path, build("vit"), build("vit", seed=5), data,
+                         [{"name": "task"}, {"name": "decoupled_kd"}], **settings)  # fmt: skip
+        runner.train()
+        return runner.state.log_history[0]["loss"], runner.evaluate(data)["eval_loss"]
+
+    assert losses(dtype) == losses(torch.int64)

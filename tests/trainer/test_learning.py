@@ -1,5 +1,7 @@
 """Runs that could not learn are refused or reported before the first step, and the look at it leaves no trace."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -146,3 +148,20 @@ def test_gradients_and_the_problem_type_are_put_back(tmp_path):
     assert made.model.classifier.bias.grad.tolist() == [1, 1, 1]
     assert made.model.vit.embeddings.cls_token.grad is None and made.model.config.problem_type is None
     assert made.distiller.rates is None and not made.model.training
+
+
+def test_an_optimizer_of_other_tensors_is_refused_and_one_of_a_part_is_noted(tmp_path, caplog):
+    def run(student, optimizer):
+        made = config(tmp_path, [{"name": "task"}], max_steps=1)
+        DistillationTrainer(student, made, train_dataset=Images(), optimizers=(optimizer, None)).train()
+
+    student = build("vit")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"holds none of the student's \d+ trainable tensors .*made of another model"):
+        run(copy.deepcopy(student), optimizer)
+    run(student, torch.optim.SGD(student.vit.parameters(), lr=0.1))
+    assert "does not hold 2 of the student's" in caplog.text and "classifier.weight" in caplog.text
+    caplog.clear()
+    student.classifier.requires_grad_(False)
+    run(student, torch.optim.SGD(student.vit.parameters(), lr=0.1))
+    assert "does not hold" not in caplog.text

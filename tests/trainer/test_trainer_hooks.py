@@ -50,6 +50,8 @@ RELIED_ON = {
             "return loss.detach()",
         ],
     ),
+    "get_eval_dataloader": (["self", "eval_dataset"], ["eval_dataset if eval_dataset is not None"]),
+    "get_test_dataloader": (["self", "test_dataset"], ["dataset=test_dataset"]),
     "hyperparameter_search": (
         ["self", "hp_space", "compute_objective", "n_trials", "direction", "backend", "hp_name", "kwargs"],
         ["self.hp_space = "],
@@ -200,7 +202,8 @@ def test_the_constructor_passes_on_what_it_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "__init__", lambda self, **keywords: given.update(keywords))
     CheckpointingTrainer(**values)
     assert given == values
-    values["args"] = DistillationConfig(str(tmp_path), objectives=[{"name": "task"}])
+    values |= {"args": DistillationConfig(str(tmp_path), objectives=[{"name": "task"}])}
+    values |= {"model": torch.nn.Linear(1, 1), "train_dataset": [1]}
     with pytest.raises(AttributeError):  # what follows needs what Trainer makes
         DistillationTrainer(**values)
     assert given == values

@@ -47,6 +47,11 @@ def check_outputs(model: nn.Module, logits: Any) -> None:
     """Raises ValueError for (B, K) class outputs of another number than the config's, as after a head was replaced by
     hand: which of them is which class is then unknown."""
     labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if torch.is_tensor(logits) and logits.ndim > 2:
+        raise ValueError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, expected (B, K): one answer an "
+            "image. Models of detection and segmentation give one for each place: use an image classifier."
+        )
     if torch.is_tensor(logits) and logits.ndim == 2 and labels not in (None, logits.shape[-1]):
         raise ValueError(
             f"the head of {type(model).__name__} gives {logits.shape[-1]} outputs and its config has {labels} "

@@ -93,6 +93,8 @@ class PixelAdapter:
         self._views: dict[tuple[int, int], tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
+        if not pixel_values.is_floating_point():  # of a processor that neither rescales nor normalizes
+            pixel_values = pixel_values.float()
         if self.source.flipped:
             pixel_values = pixel_values.flip(1)
         gain, offset = (v.to(pixel_values)[:, None, None] for v in (self.gain, self.offset))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,10 +122,13 @@ def open_with(
     """
     source = locate(path, role)
     options = untrusted(options)
+    _refuse_adapter(source, options, f"{role} {str(path)!r}")
     try:
         with _without_report():
             model, info = opener.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (TypeError, AttributeError, KeyError):  # of the options, or of code in the model's folder
+        raise
+    except Exception as error:  # a broken file raises whatever its content leads to
         said = str(error).replace(" For details look at the above report!", "")
         raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
     mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
@@ -166,11 +170,24 @@ def open_config(path: str | Path, *, role: str = "the model", **options: Any) ->
         OSError: when nothing is there, or it cannot be read.
     """
     source = locate(path, role)
+    where = untrusted({key: value for key, value in options.items() if key in _WHERE})
+    _refuse_adapter(source, where, f"{role} {str(path)!r}")
     try:
-        where = untrusted({key: value for key, value in options.items() if key in _WHERE})
         return AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
-        raise OSError(f"{role} {str(path)!r} could not be opened ({error}). {_cure(source, error, {})}") from error
+        cure = _cure(source, error, where)
+        raise OSError(f"{role} {str(path)!r} could not be opened ({error}). {cure}") from error
+
+
+def _refuse_adapter(source: str, options: dict[str, Any], who: str) -> None:
+    """Raises ValueError for a folder of a PEFT adapter alone: its base model lies elsewhere."""
+    folder = Path(source, options.get("subfolder") or "")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{who} holds a PEFT adapter without its base model (adapter_config.json, and no config.json); expected a "
+            "complete model. Merge it first: PeftModel.from_pretrained(<base model>, <adapter>).merge_and_unload()"
+            ".save_pretrained(<folder>), and save the base model's image processor there too."
+        )
 
 
 def renew_head(model: Any) -> None:
@@ -205,7 +222,7 @@ def open_processor(path: str | Path, *, role: str = "the model", **options: Any)
 def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
     subfolder = where.get("subfolder") or ""
     if Path(source).is_dir():
-        return Path(source, subfolder, name).is_file()
+        return os.path.lexists(Path(source, subfolder, name))  # also a link to a file that is gone
     keys = ("revision", "proxies", "token", "local_files_only", "cache_dir")
     try:
         return has_file(source, f"{subfolder}/{name}".lstrip("/"), **{k: where[k] for k in keys if k in where})
@@ -234,6 +251,8 @@ def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     if "ignore_mismatched_sizes" in str(error):
         asked = {key: options[key] for key in ("num_labels", "id2label", "image_size") if key in options}
         return f"The sizes asked for ({asked or options}) are not the file's: leave them out."
+    if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
+        return "Its file of weights is cut off, or a pointer of git-lfs (git lfs pull): download it again."
     return "Expected a saved image classifier."
 
 

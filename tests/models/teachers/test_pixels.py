@@ -200,3 +200,11 @@ def test_the_adapter_is_differentiable_twice_through_a_crop():
     adapter = PixelAdapter(*formats)
     pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(adapter, pixels) and torch.autograd.gradgradcheck(adapter, pixels)
+
+
+def test_a_student_of_8_bit_integers_gives_the_teacher_its_own_pixels():
+    """A processor that neither rescales nor normalizes gives uint8, which ViT takes; a gain in uint8 would be 0."""
+    plain = ViTImageProcessor(size=SQUARE, do_rescale=False, do_normalize=False)
+    seen, own, _ = _seen(plain, ViTImageProcessor(size=SQUARE), _image())
+    assert _given(plain, _image()).dtype == torch.uint8
+    torch.testing.assert_close(seen, own.float(), rtol=1e-5, atol=2e-5)

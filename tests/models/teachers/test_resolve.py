@@ -233,3 +233,27 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(OSError, match=r"Did you mean .*model\?"):
         open_classifier(tmp_path)
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "half"])
+def test_damaged_weights_are_explained(tmp_path, content):
+    build("vit").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000] if content == "half" else content.encode())
+    for open_it in (lambda: Teacher.from_pretrained(tmp_path), lambda: open_classifier(tmp_path)):
+        with pytest.raises(OSError, match=r"could not be opened .*cut off, or a pointer of git-lfs"):
+            open_it()
+
+
+def test_an_adapter_without_its_model_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for who, open_it in _openers(tmp_path).items():
+        with pytest.raises(ValueError, match=r"holds a PEFT adapter without its base model.*merge_and_unload"):
+            pytest.fail(f"{who}: {open_it()}")
+
+
+def test_a_link_to_a_processor_that_is_gone_is_not_absence(tmp_path):
+    build("vit").save_pretrained(tmp_path)
+    (tmp_path / FILE).symlink_to(tmp_path / "gone.json")
+    with pytest.raises(OSError, match=r"could not be read from preprocessor_config\.json"):
+        Teacher.from_pretrained(tmp_path)
