@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import torch
 from packaging.version import Version
 from transformers import Trainer, TrainingArguments, __version__
 
@@ -50,7 +51,7 @@ RELIED_ON = {
             "return loss.detach()",
         ],
     ),
-    "get_eval_dataloader": (["self", "eval_dataset"], ["eval_dataset if eval_dataset is not None"]),
+    "get_eval_dataloader": (["self", "eval_dataset"], ["isinstance(eval_dataset, str)"]),
     "get_test_dataloader": (["self", "test_dataset"], ["dataset=test_dataset"]),
     "hyperparameter_search": (
         ["self", "hp_space", "compute_objective", "n_trials", "direction", "backend", "hp_name", "kwargs"],
