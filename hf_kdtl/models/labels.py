@@ -110,7 +110,7 @@ def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
 
 def _contradiction(config: Any, who: str) -> str:
     """A sentence where label2id gives a name another index than id2label does."""
-    for name, index in (config.label2id or {}).items():
+    for name, index in (getattr(config, "label2id", None) or {}).items():
         other = config.id2label.get(index, config.id2label.get(str(index)))
         if other is not None and name != other and name in config.id2label.values():
             return f" The {who}'s label2id says {name!r} is {index} and its id2label {other!r}: id2label was read."

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import default_data_collator
+from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -142,6 +142,13 @@ def load(folder: str | Path) -> Any:
     return open_classifier(Path(folder, "model")).model
 
 
+class _Predictor(DistillationTrainer):
+    """Gives logits in the model's order of classes; the labels only pass through, and the caller brings both in one."""
+
+    def get_test_dataloader(self, test_dataset):
+        return Trainer.get_test_dataloader(self, test_dataset)
+
+
 def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.ndarray, np.ndarray]:
     """(logits, labels) of a dataset, on every process."""
 
@@ -151,7 +158,7 @@ def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.nd
 
     settings = run_settings(config, folder_of(config), config.seed, TASK, taught=False)
     settings.eval_strategy, settings.layer_rates = IntervalStrategy.NO, None  # a frozen teacher has no rates
-    trainer = DistillationTrainer(model, settings, data_collator=collate)
+    trainer = _Predictor(model, settings, data_collator=collate)
     trainer.remove_callback(ProgressCallback)
     output = trainer.predict(dataset)
     logits, labels = output.predictions, output.label_ids
