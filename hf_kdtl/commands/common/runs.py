@@ -143,7 +143,7 @@ def load(folder: str | Path) -> Any:
 
 
 class _Predictor(DistillationTrainer):
-    """Gives logits in the model's order of classes; the labels only pass through, and the caller brings both in one."""
+    """Gives logits in the model's order of classes; the labels pass through, and the caller brings both in one."""
 
     def get_test_dataloader(self, test_dataset):
         return Trainer.get_test_dataloader(self, test_dataset)
