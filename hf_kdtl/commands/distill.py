@@ -39,6 +39,7 @@ from hf_kdtl.commands.common.experiment import Experiment, in_words
 from hf_kdtl.commands.common.next_command import command, python, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.stages import train_run
+from hf_kdtl.commands.common.store_worth import store_worth
 from hf_kdtl.commands.common.students import student_start
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
@@ -85,7 +86,7 @@ def train(
     """Every run of a student with labels, and what they are worth."""
     experiment = Experiment(options, data_options, config, typed)
     filling = None if options.cache is None else storing.fill(experiment, typed)
-    begin(experiment, budget)
+    begin(experiment, budget, argv)
     for arm, seed, folder in experiment.runs():
         train_run(experiment, arm, seed, folder)
         if filling is not None:
@@ -105,7 +106,7 @@ def check_cache(options: DistillOptions, pretraining: bool) -> None:
         raise ValueError(f"--cache is not for {why}; leave it out.")
 
 
-def begin(experiment: Experiment, budget: float | None) -> None:
+def begin(experiment: Experiment, budget: float | None, argv: Sequence[str] | None = None) -> None:
     """Check one batch, claim output_dir, and write and print what is known before training."""
     options, data_options, config = experiment.options, experiment.data_options, experiment.config
     first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
@@ -133,6 +134,9 @@ def begin(experiment: Experiment, budget: float | None) -> None:
     say(config, *builders.describe_data(experiment.data), *(f"{role}: {text}" for role, text in models.items()))
     say(config, *(f"- {sentence}" for sentence in notes), *listing(experiment.chosen.defaults))
     say(config, folders.place(run), *duration)
+    long = not experiment.chosen.continued and experiment.chosen.steps >= timing.WORTH_MEASURING
+    if long and (worth := store_worth(experiment, first, argv)):
+        say(config, worth)
 
 
 def record_fingerprint(experiment: Experiment) -> None:

@@ -20,6 +20,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
+from hf_kdtl.commands.common.store_worth import store_worth
 from hf_kdtl.preflight import preflight
 
 
@@ -32,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = builders.pixels(experiment.data.train, experiment.processor).__getitems__(list(range(8)))
     pixels = torch.stack([row["pixel_values"] for row in rows])
     student = experiment.new_student()
-    say(config, str(preflight(student, experiment.source, config, pixels, experiment.processor)))
+    report = preflight(student, experiment.source, config, pixels, experiment.processor)
+    say(config, str(report))
+    if not report.problems:
+        trainer = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
+        if worth := store_worth(experiment, trainer, argv):
+            say(config, "", worth)
 
 
 if __name__ == "__main__":

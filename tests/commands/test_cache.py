@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from safetensors.torch import load_file
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands import push
+from hf_kdtl.commands.common import store_worth, timing
+from hf_kdtl.commands.common.next_command import program
+from hf_kdtl.commands.common.store_worth import Worth
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.hub.model_card import student_card
 from hf_kdtl.models.teachers import StoredTeacher
@@ -89,6 +93,33 @@ def test_without_a_student_what_pairs_no_layers_is_stored(command, images, teach
     shutil.rmtree("store")
     with pytest.raises(ValueError, match="objective 'hidden_states' pairs layers of a student"):
         main([*plain, "--image_size", "16", "--objectives", "task", "hidden_states"])
+
+
+def test_what_a_store_saves_is_said_with_the_commands_to_type(command, images, teacher, capsys, monkeypatch):
+    found = Worth(share=0.61, views=20, gb=3.21, passes=100, back=24.4)
+    assert found.saved == pytest.approx(0.61 * 0.8)
+    text = found.sentence(["--teacher", "my teacher", "--output_dir", "out"])
+    said = "The teacher's forward is 61% of the step; 20 views cost 3.21 GB and, stored in the first 20 of 100 passes,"
+    typed = "--teacher 'my teacher' --output_dir out --views 20"
+    assert text.startswith(f"{said} save 49% of the time: type\n  {program()} distill {typed} --cache auto\n")
+    assert f"they pay back after 24 passes: type\n  {program()} cache {typed} --output cache/" in text
+    assert "in 15 passes no view recurs" in replace(found, passes=15).sentence([])
+    monkeypatch.setattr(store_worth, "WORTH_SAYING", 0)
+    flags = [*STUDENT, *OBJECTIVES, *QUICK, "--views", "2", "--output_dir", "out"]
+    command("preflight").main([*flags, "--max_steps", "70"])
+    printed = capsys.readouterr().out
+    assert "% of the step; 2 views cost" in printed
+    assert shlex.join([*flags, "--max_steps", "70", "--cache", "auto"]) in printed
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("  ") and " cache " in line]
+    words = shlex.split(lines[-1])
+    command("cache").main(words[words.index("cache") + 1 :])
+    size = StoredTeacher("cache").manifest.bytes / 1e9
+    assert f"2 views cost {size:.3g} GB" in printed
+    monkeypatch.setattr(timing, "WORTH_MEASURING", 3)
+    command("distill").main([*flags, "--max_steps", "3", "--teacher_batch", "8"])
+    assert "The teacher's forward is" in capsys.readouterr().out
+    command("distill").main([*flags[:-1], "no_store", "--max_steps", "2"])
+    assert "The teacher's forward is" not in capsys.readouterr().out
 
 
 def test_the_command_that_is_printed_trains(command, images, teacher, capsys):

@@ -137,20 +137,26 @@ def store_folder(experiment: Experiment) -> Path:
 
 def _repeats(experiment: Experiment, writer: StoreWriter) -> str:
     """What the store will save."""
-    batches = experiment.images.batches(experiment.config.per_device_train_batch_size)
-    a_step = experiment.config.world_size * experiment.config.gradient_accumulation_steps
-    passes = experiment.steps() * a_step / batches
-    taught = len(experiment.seeds) * sum(arm.taught for arm in experiment.arms.values())
+    passes, every = passes_of(experiment)
+    taught = round(every / passes)
     views, size = writer.manifest.views, writer.manifest.bytes / GB
     runs = f"{passes:.1f} passes" if taught == 1 else f"{taught} runs of {passes:.1f} passes"
     where = "output_dir/cache" if experiment.options.cache == "auto" else "the folder of --cache"
     text = f"--cache: {views} views of {writer.manifest.images} images, {size:.2f} GB in {where}; {runs}"
-    if passes * taught > views:
-        return f"{text}, of which the teacher runs in about {100 * min(1, views / (passes * taught)):.0f} %."
+    if every > views:
+        return f"{text}, of which the teacher runs in about {100 * views / every:.0f} %."
     return (
         f"{text}: no view recurs, so nothing is saved here; another run with --teacher <that folder> reads it. Fewer "
         f"--views recur, such as {max(1, int(passes // 2))}."
     )
+
+
+def passes_of(experiment: Experiment) -> tuple[float, float]:
+    """Passes over the images: of one run, and of all that have a teacher."""
+    config = experiment.config
+    batches = experiment.images.batches(config.per_device_train_batch_size)
+    passes = experiment.steps() * config.world_size * config.gradient_accumulation_steps / batches
+    return passes, passes * len(experiment.seeds) * sum(arm.taught for arm in experiment.arms.values())
 
 
 def barrier() -> None:
