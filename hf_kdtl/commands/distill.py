@@ -71,20 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if free:
         pretraining.main(options, data_options, config, set(typed))
     else:
-        train(options, data_options, config, typed, budget)
+        train(Experiment(options, data_options, config, typed), typed, budget, argv)
     if pushing is not None:
         say(config, push.published(push.push(pushing, config.hub_token), pushing))
 
 
 def train(
-    options: DistillOptions,
-    data_options: DataOptions,
-    config: DistillationConfig,
-    typed: Mapping[str, Any],
-    budget: float | None,
+    experiment: Experiment, typed: Mapping[str, Any], budget: float | None, argv: Sequence[str] | None = None
 ) -> None:
     """Every run of a student with labels, and what they are worth."""
-    experiment = Experiment(options, data_options, config, typed)
+    options, config = experiment.options, experiment.config
     filling = None if options.cache is None else storing.fill(experiment, typed)
     begin(experiment, budget, argv)
     for arm, seed, folder in experiment.runs():
