@@ -36,6 +36,7 @@ from hf_kdtl.data.store import Request, StoreWriter
 from hf_kdtl.hub.license import license_of
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.teachers import shown
 from hf_kdtl.models.teachers.store.manifest import GB, is_store, read_manifest
 from hf_kdtl.utils.options import check_option, is_integer
 
@@ -114,7 +115,8 @@ def planned(
     batch = options.teacher_batch or storing.TEACHER_BATCH
     its_license = license_of(str(options.teacher))
     request = Request(needs, views, batch, options.precision, options.top_k, settings, its_license)
-    return StoreWriter(str(options.output), teacher, data, request)
+    source: Any = shown(teacher, config.teacher_pixels)
+    return StoreWriter(str(options.output), source, data, request)
 
 
 def _with_student(
@@ -132,10 +134,12 @@ def _without_student(
     options: CacheOptions, data_options: DataOptions, config: DistillationConfig
 ) -> tuple[Needs, Any, Any, Teacher, Any]:
     """What objectives need that no student changes."""
-    if options.image_size is None:
+    full_size = config.teacher_pixels == "own"
+    if options.image_size is None and not full_size:
         raise ValueError(
             "found no student; its pixels are what the teacher is shown. Type the student's flags as for hf-kdtl "
-            "distill (--student, --student_config or --student_layers), or --image_size <pixels>."
+            "distill (--student, --student_config or --student_layers), or --image_size <pixels> (or --teacher_pixels "
+            "own)."
         )
     needs = Needs()
     for key, objective in config.build_objectives().items():
@@ -148,9 +152,11 @@ def _without_student(
             own = objective.needs(None)[1] | Needs(logits=objective.compares_classes)
             needs |= storing.storable(f"objective {key!r}", own)
     data = builders.open_data(data_options)
-    processor = builders.new_processor(SimpleNamespace(image_size=options.image_size), options.image_size)
     teacher = Teacher.from_pretrained(str(options.teacher))
-    images = builders.pixels(data.train, processor, data_options, config=config)
+    processor = teacher.processing_class if full_size else None
+    if options.image_size is not None or processor is None:
+        processor = builders.new_processor(SimpleNamespace(image_size=options.image_size), options.image_size)
+    images = builders.pixels(data.train, processor, data_options, config=config, teacher=teacher)
     return needs, images, processor, teacher, nn.Identity()
 
 

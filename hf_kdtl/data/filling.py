@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ class FillingTeacher(StoredTeacher):
         self._read_from(self.rows, str(writer.folder))
         self.writer, self._live, self._looked = writer, writer.teacher, True
 
+    needs_pixels = True
+
+    def check_data(self, data: Any) -> None:
+        """As `StoredTeacher`; with pixels of its own, the data must render them."""
+        super().check_data(data)
+        self.writer.teacher.check_data(data)
+
     def summary(self) -> str:
         share = 100 * self.rows.filled.mean()
         return (
@@ -54,9 +63,12 @@ class FillingTeacher(StoredTeacher):
         writer, manifest, live = self.writer, self.manifest, self.writer.teacher
         rows, views = rows[lacking], views[lacking]
         shown = pixel_values[torch.from_numpy(lacking).to(pixel_values.device)]
+        known = writer.batch(rows, views)
+        if writer.own:
+            known["teacher_pixel_values"] = batch["teacher_pixel_values"][torch.from_numpy(lacking).to(shown.device)]
         # As the command writes it, whatever precision the run trains in.
         with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
-            captured = live.to(pixel_values.device).capture(shown, writer.needs, writer.batch(rows, views))
+            captured = live.to(pixel_values.device).capture(shown, writer.needs, known)
         if captured.logits is not None and live.order is not None:
             captured.logits = captured.logits[:, np.argsort(live.order)]  # in its own order of classes
         self.rows.write(signals.pack(captured, writer.needs, manifest.precision, manifest.top_k), rows, views)

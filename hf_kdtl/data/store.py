@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_kdtl.data.indexed import RowPass
+from hf_kdtl.data.indexed import TEACHER_PIXELS, RowPass
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture
 from hf_kdtl.models.forward.needs import Needs
+from hf_kdtl.models.teachers.own_pixels import OwnPixels
 from hf_kdtl.models.teachers.source import Batch
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.facts import save_facts, teacher_record
@@ -65,7 +66,8 @@ class StoreWriter:
 
     Args:
         folder: of the store.
-        teacher: matched to the student whose pixels it is shown; its `teacher_batch` is set.
+        teacher: matched to the student whose pixels it is shown; its `teacher_batch` is set. With `OwnPixels` it sees
+            the files at its own size, and `data` renders them.
         data: the training images, as the student will be given them.
         request: what to store. Of an existing store it adds to what is there.
 
@@ -74,14 +76,19 @@ class StoreWriter:
             the fields that differ.
     """
 
-    def __init__(self, folder: str | Path, teacher: Teacher, data: Any, request: Request):
+    def __init__(self, folder: str | Path, teacher: Teacher | OwnPixels, data: Any, request: Request):
         if reason := signals.unstorable(request.needs):
             raise ValueError(f"this cannot be stored, because {reason}.")
+        if reason := teacher.unserved(request.needs):
+            raise ValueError(f"this cannot be stored: {reason}")
         self.folder, self.teacher, self.images = Path(folder).expanduser(), teacher, TrainingImages(data)
         teacher.teacher_batch = request.teacher_batch
         order = np.unique(self.images.rows)
-        fingerprint = {"data": self.images.record(), **teacher_record(teacher)}
-        pixels = render(self.images, order[: request.teacher_batch], 0)
+        self.own = isinstance(teacher, OwnPixels)
+        if self.own:
+            teacher.check_data(data)
+        fingerprint = {"data": self.images.record(self.own), **teacher_record(teacher)}
+        pixels = render(self.images, order[: request.teacher_batch], 0, self.own)
         if is_store(self.folder):
             self.manifest, self.rows = self._grown(read_manifest(self.folder), order, request, fingerprint, pixels)
         else:
@@ -161,7 +168,7 @@ class StoreWriter:
         """By one chunk of images, rendered and shown to the teacher on this machine; of one process."""
         rows = self.rows[: self.manifest.teacher_batch]
         started = time.perf_counter()
-        self._chunk(render(self.images, rows, 0), self.needs, rows, 0)
+        self._chunk(render(self.images, rows, 0, self.own), self.needs, rows, 0)
         each = (time.perf_counter() - started) / len(rows)
         return each * self.images_to_write()
 
@@ -230,7 +237,9 @@ class StoreWriter:
         return signals.pack(self._capture(pixels, needs, batch), needs, precision, top_k)
 
     def _capture(self, pixels: Tensor, needs: Needs, batch: Batch) -> Capture:
-        return self.teacher.capture(pixels.to(_device(self.teacher)), needs, batch)
+        pixels = pixels.to(_device(self.teacher))
+        given: Batch = {**batch, "teacher_pixel_values": pixels} if self.own else batch
+        return self.teacher.capture(pixels, needs, given)
 
     def batch(self, rows: np.ndarray, view: int | np.ndarray) -> Batch:
         """What a source may know of these images, in a view or in one each."""
@@ -243,8 +252,8 @@ class StoreWriter:
         write_file(self.folder / name, header(array.shape, str(array.dtype)) + array.tobytes())
 
 
-def render(images: TrainingImages, rows: np.ndarray, view: int) -> Tensor:
-    """(n, C, h, w): the images of these rows in one view.
+def render(images: TrainingImages, rows: np.ndarray, view: int, own: bool = False) -> Tensor:
+    """(n, C, h, w): the images of these rows in one view, as the student sees them or the teacher (`own`).
 
     Raises:
         ValueError: for another view than 0 of data that has one.
@@ -258,21 +267,21 @@ def render(images: TrainingImages, rows: np.ndarray, view: int) -> Tensor:
         )
     else:
         items = [images.data[i] for i in images.items(rows)]
-    return torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])
+    return torch.stack([torch.as_tensor(item[TEACHER_PIXELS if own else "pixel_values"]) for item in items])
 
 
 class _Chunks(torch.utils.data.Dataset):
     """The pixels of chunk after chunk, which worker processes may render."""
 
     def __init__(self, writer: StoreWriter, chunks: list[tuple[int, np.ndarray]]):
-        self.images, self.chunks = writer.images, chunks
+        self.images, self.own, self.chunks = writer.images, writer.own, chunks
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, i: int) -> Tensor:
         view, rows = self.chunks[i]
-        return render(self.images, rows, view)
+        return render(self.images, rows, view, self.own)
 
 
 def _rendering(writer: StoreWriter, chunks: list[tuple[int, np.ndarray]], workers: int) -> Any:
@@ -284,5 +293,5 @@ def _blocks(images: int, block: int) -> list[int]:
     return [min(block, images - first) for first in range(0, images, block)]
 
 
-def _device(teacher: Teacher) -> torch.device:
+def _device(teacher: Teacher | OwnPixels) -> torch.device:
     return next(teacher.modules()[0].parameters()).device

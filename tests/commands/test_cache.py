@@ -83,13 +83,23 @@ def test_what_cannot_be_stored_or_is_not_is_refused_with_what_to_type(command, i
         command("distill").main([*other, "--teacher", "store"])
 
 
-def test_without_a_student_what_pairs_no_layers_is_stored(command, images, teacher):
+def test_without_a_student_what_pairs_no_layers_is_stored(command, images, teacher, capsys):
     main = command("cache").main
     plain = ["--dataset", "images", "--teacher", "teacher", *BATCH, "--views", "1", "--output", "store"]
     with pytest.raises(ValueError, match=r"found no student.*--image_size <pixels>"):
         main(plain)
     main([*plain, "--image_size", "16"])
     assert set(StoredTeacher("store").manifest.kinds) == {"logits"}
+    shutil.rmtree("store")
+    main([*plain, "--teacher_pixels", "own"])
+    main(["--info", "store"])
+    assert "the teacher's own pixels" in capsys.readouterr().out
+    run = [*STUDENT[:4], *QUICK, "--views", "1", "--augmentation", "{}", "--output_dir"]
+    command("distill").main([*run, "stored", "--teacher", "store"])
+    command("distill").main([*run, "live", "--teacher", "teacher", "--teacher_pixels", "own", "--teacher_batch", "8"])
+    stored, live = (load_file(f"{name}/student/model.safetensors") for name in ("stored", "live"))
+    assert all(live[name].equal(stored[name]) for name in live)
+    command("distill").main([*run, "auto", "--teacher", "teacher", "--teacher_pixels", "own", "--cache", "auto"])
     shutil.rmtree("store")
     with pytest.raises(ValueError, match="objective 'hidden_states' pairs layers of a student"):
         main([*plain, "--image_size", "16", "--objectives", "task", "hidden_states"])

@@ -92,7 +92,8 @@ def pixels(
     settings = mapping("augmentation", options.augmentation) if options else {}
     augmentation = Augmentation(settings) if settings else None
     given: dict[str, Any] = {} if config is None else {"seed": config.seed, "view_seed": config.view_seed}
-    if teacher is not None and config is not None and config.teacher_pixels == "own":
+    needed = teacher is not None and getattr(teacher, "needs_pixels", True)
+    if needed and config is not None and config.teacher_pixels == "own":
         given["teacher_processor"] = teacher.processing_class
     views = options.views if options else None
     return ImageDataset(

@@ -28,7 +28,8 @@ def described(store: str | Manifest) -> str:
             f"  {name:<24} {shape:>14} {kind.dtype:<8} {kind.bytes / 1e3:10.3f} MB a thousand images and view"
         )
     data = manifest.fingerprint.get("data", {})
-    lines.append(f"  augmentation {data.get('augmentation') or 'none'}, view_seed {data.get('view_seed', 0)}")
+    own = ", the teacher's own pixels" if data.get("teacher_pixels") == "own" else ""
+    lines.append(f"  augmentation {data.get('augmentation') or 'none'}, view_seed {data.get('view_seed', 0)}{own}")
     if isinstance(store, str):
         missing, every = len(incomplete(Path(store).expanduser(), manifest)), len(manifest.shards())
         lines.append(f"  {every - missing} of {every} shards are written" + (", all of them." if not missing else "."))
@@ -64,7 +65,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-OF_STORES = ("teacher", "precision", "top_k", "views", "teacher_batch", "augmentation", "view_seed")
+OF_STORES = ("teacher", "teacher_pixels", "precision", "top_k", "views", "teacher_batch", "augmentation", "view_seed")
 """Settings that a run takes from the store."""
 
 

@@ -19,6 +19,7 @@ from hf_kdtl.data.filling import FillingTeacher
 from hf_kdtl.data.store import Request, StoreWriter
 from hf_kdtl.hub.license import license_of
 from hf_kdtl.models.forward.capture import Needs
+from hf_kdtl.models.teachers import shown
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.manifest import GB
 
@@ -27,7 +28,7 @@ CUTS = ("layers", "heads", "mlp", "width", "flops", "parameters", "importance")
 STUDENTS = ("student", "student_config", *(f"student_{name}" for name in CUTS))
 HOW = ("output", "info", "max_gb", "seeds", "baseline", "time_budget", "overwrite_output_dir", "cache")
 """Settings that say where and how a command runs, not what is stored."""
-FURTHER = ("objectives", "layer_rates", "view_seed", "start")
+FURTHER = ("objectives", "layer_rates", "view_seed", "start", "teacher_pixels")
 """Settings of DistillationConfig that say what is stored."""
 
 
@@ -111,17 +112,18 @@ def fill(experiment: Experiment, typed: Mapping[str, Any]) -> FillingTeacher:
     settings = settings_of(typed, DistillOptions, DataOptions)
     settings |= {"augmentation": augmentation, "dataset": data_options.dataset, "views": views, "teacher_batch": batch}
     request = Request(needs, views, batch, settings=settings, license=license_of(str(options.teacher)))
-    writer = StoreWriter(folder, teacher, trainer.train_dataset, request)
+    source: Any = shown(teacher, config.teacher_pixels)
+    writer = StoreWriter(folder, source, trainer.train_dataset, request)
     check_size(writer, writer.bytes_to_write())
     barrier()
     if config.process_index == 0:
         writer.begin(filling=True)
     barrier()
-    source = experiment.stores["teacher"] = FillingTeacher(writer, config.process_index)
+    filling = experiment.stores["teacher"] = FillingTeacher(writer, config.process_index)
     if experiment.chosen is not None:  # the steps may be chosen again, and the views may not
         experiment.chosen.typed["augmentation"] = data_options.augmentation
     experiment.notes.append(_repeats(experiment, writer))
-    return source
+    return filling
 
 
 def store_folder(experiment: Experiment) -> Path:

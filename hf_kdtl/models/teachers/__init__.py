@@ -43,7 +43,12 @@ def shown(source: SignalSource, pixels: str) -> SignalSource:
         ValueError: for another word, or a source that cannot.
     """
     check_known("teacher_pixels", pixels, CHOICES)
-    return source if pixels == "shared" or isinstance(source, OwnPixels) else OwnPixels(source)
+    if isinstance(source, StoredTeacher) and pixels == "own" and not source.own:
+        raise ValueError(
+            f"teacher_pixels is 'own' and the store {source.name} is of the student's pixels. Set teacher_pixels: "
+            "shared, or write another store: hf-kdtl cache --teacher_pixels own --output <another folder>."
+        )
+    return source if pixels == "shared" or isinstance(source, OwnPixels | StoredTeacher) else OwnPixels(source)
 
 
 __all__ = [

@@ -49,6 +49,20 @@ class OwnPixels(SignalSource):
         return [*self.teacher.notes, "In training the teacher sees the files at its own size (teacher_pixels: own)."]
 
     @property
+    def model(self) -> Any:
+        """Of the teacher."""
+        return self.teacher.model
+
+    @property
+    def teacher_batch(self) -> int | None:
+        """Of the teacher."""
+        return self.teacher.teacher_batch
+
+    @teacher_batch.setter
+    def teacher_batch(self, value: int | None) -> None:
+        self.teacher.teacher_batch = value
+
+    @property
     def order(self) -> list[int] | None:  # type: ignore[override]
         return self.teacher.order
 

@@ -17,6 +17,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.facts import in_order
+from hf_kdtl.models.teachers.own_pixels import OwnPixels
 from hf_kdtl.models.teachers.resolve import open_processor
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
 from hf_kdtl.models.teachers.store import signals
@@ -44,6 +45,7 @@ class StoredTeacher(SignalSource):
     """
 
     needs_index = True
+    needs_pixels = False  # data need not render the teacher's own pixels for it
 
     def __init__(self, folder: str | Path, **where: Any):
         self._read_from(Reader(find_store(folder, **where) or folder), str(folder))
@@ -55,7 +57,7 @@ class StoredTeacher(SignalSource):
         self._growable = shlex.quote(self.name) if Path(self.name).expanduser().exists() else "<a folder of your own>"
         self.processing_class = open_processor(self.folder / "teacher", role="the stored teacher")
         self.notes, self.order = [], None
-        self._live: Teacher | None = None
+        self._live: Teacher | OwnPixels | None = None
         self._looked = False
         self._matched: tuple[Any, ...] = ()
         self._checked: Any = None
@@ -76,14 +78,20 @@ class StoredTeacher(SignalSource):
     def summary(self) -> str:
         """What is read, as a note."""
         holds = f"{self.manifest.images} images, {self.manifest.views} views, {self.manifest.precision}"
-        return f"the teacher's outputs are read from {self.name} ({holds}); it does not run."
+        own = " It saw the files at its own size." if self.own else ""
+        return f"the teacher's outputs are read from {self.name} ({holds}); it does not run.{own}"
+
+    @property
+    def own(self) -> bool:
+        """Whether the teacher saw the files at its own size (`teacher_pixels: own`)."""
+        return self.manifest.fingerprint.get("data", {}).get("teacher_pixels") == "own"
 
     def check_data(self, data: Any) -> None:
         """Refuse training data whose views are not those of the store; tell it how many views there are."""
         if data is self._checked:
             return
         images = TrainingImages(data)
-        if found := differences(self.manifest.fingerprint, {"data": images.record()}):
+        if found := differences(self.manifest.fingerprint, {"data": images.record(self.own)}):
             raise ValueError(
                 f"the store {self.name} is of other pixels: {'; '.join(found)}. Set the data as it was when the "
                 f"store was written, or write another: hf-kdtl cache --output <another folder> with these settings."
@@ -170,6 +178,11 @@ class StoredTeacher(SignalSource):
 
     def _of_live(self, pixel_values: Tensor, needs: Needs, batch: Batch | None) -> Capture:
         live = self.live()
+        if self.own:
+            raise ValueError(
+                f"the store {self.name} is of files at the teacher's own size, and only training data has them. Leave "
+                "eval_objectives out."
+            )
         if live is None:
             raise ValueError(
                 f"these images are not those of the store {self.name}, and the teacher "
@@ -182,10 +195,10 @@ class StoredTeacher(SignalSource):
 
     @property
     def answers_without_index(self) -> bool:  # type: ignore[override]
-        """Whether the live teacher is there."""
-        return self.live() is not None
+        """Whether the live teacher is there, and is shown the student's pixels."""
+        return not self.own and self.live() is not None
 
-    def live(self) -> Teacher | None:
+    def live(self) -> Any:
         """The teacher itself, opened by the path or Hub name it had; None where it is not there any more, with a
         note."""
         if self._looked:

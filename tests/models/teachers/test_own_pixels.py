@@ -12,7 +12,11 @@ from transformers import ViTImageProcessor
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.augmentation import Augmentation
-from hf_kdtl.models import Teacher
+from hf_kdtl.data.filling import FillingTeacher
+from hf_kdtl.data.store import Request, StoreWriter
+from hf_kdtl.models import Needs, Teacher
+from hf_kdtl.models.forward.perturbations import Sketch
+from hf_kdtl.models.teachers import OwnPixels, StoredTeacher
 from hf_kdtl.models.teachers.pixels import test_image as photograph
 from tests.support.helpers import config, largest_difference, weights
 from tests.support.tiny import build
@@ -77,6 +81,57 @@ def test_training_shows_the_teacher_its_own_pixels(tmp_path, settings):
     assert all(any(torch.equal(one, other) for other in known) for one in batch) and len(batch) == 4
     shared = trained(tmp_path / "b", images(), objectives, teacher_pixels="shared", **settings)
     assert largest_difference(weights(runner.model), weights(shared.model)) > 1e-6
+
+
+OBJECTIVES = [{"name": "logit_kd"}, {"name": "hidden_states", "layers": [[1, 1]]}]
+
+
+def stored(folder, data, **options):
+    source = OwnPixels(Teacher(build("vit", seed=5, image_size=48), TEACHER))
+    source.match(build("vit"), STUDENT, compare_classes=False)
+    needs = options.pop("needs", Needs(logits=True, hidden_states=frozenset({1})))
+    return StoreWriter(folder, source, data, Request(needs, views=1, teacher_batch=4, **options))
+
+
+def test_a_store_of_its_own_pixels_is_the_live_teacher_bitwise_and_needs_no_second_resize(tmp_path):
+    writer = stored("store", images())
+    writer.begin()
+    writer.write()
+    live = Teacher(build("vit", seed=5, image_size=48), TEACHER, teacher_batch=4)
+    runs = [
+        trained(tmp_path / str(number), data, OBJECTIVES, source, max_steps=6, **settings)
+        for number, (data, source, settings) in enumerate((
+            (images(), live, {}),
+            (images(teacher_processor=None), StoredTeacher("store"), {}),
+            (images(teacher_processor=None), StoredTeacher("store"), {"teacher_pixels": "shared"}),  # as it is stored
+            (images(), filling(), {}),
+        ))
+    ]  # fmt: skip
+    assert [largest_difference(weights(runs[0].model), weights(run.model)) for run in runs] == [0, 0, 0, 0]
+    store = StoredTeacher("store")
+    assert store.own and "saw the files at its own size" in store.summary()
+    store.check_data(images(teacher_processor=None, processor=square(32, image_mean=[0.2] * 3)))  # not what it saw
+    with pytest.raises(ValueError, match=r"only training data has them\. Leave eval_objectives out"):
+        store.capture(torch.zeros(1, 3, 32, 32), Needs(logits=True), {})
+    with pytest.raises(ValueError, match=r"it differentiates by the student's pixels.*shared"):
+        stored("other", images(), needs=Needs(sketches=frozenset({Sketch(4)})))
+    with pytest.raises(ValueError, match="train_dataset has no pixels for the teacher"):
+        stored("other", images(teacher_processor=None))
+    plain = Teacher(build("vit", seed=5, image_size=48), TEACHER)
+    plain.match(build("vit"), STUDENT, compare_classes=False)
+    shared = StoreWriter("shared", plain, images(), Request(Needs(logits=True), views=1, teacher_batch=4))
+    shared.begin()
+    shared.write()
+    with pytest.raises(ValueError, match=r"the store shared is of the student's pixels\. Set teacher_pixels: shared"):
+        trained(tmp_path / "x", images(), KD, StoredTeacher("shared"))
+    with pytest.raises(ValueError, match=r"data\.teacher_pixels is 'own' in the store and not set here"):
+        StoreWriter("store", plain, images(), Request(Needs(logits=True), views=1, teacher_batch=4))
+
+
+def filling():
+    writer = stored("filled", images())
+    writer.begin(filling=True)
+    return FillingTeacher(writer)
 
 
 def test_what_cannot_see_other_pixels_is_refused_by_name(tmp_path):

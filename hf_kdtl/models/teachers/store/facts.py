@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import skip_init
 
+from hf_kdtl.models.teachers.own_pixels import OwnPixels
 from hf_kdtl.models.teachers.store.manifest import Manifest
 from hf_kdtl.models.teachers.teacher import Teacher
 
 CLASSIFIER = "classifier.safetensors"
 
 
-def teacher_record(teacher: Teacher) -> dict[str, Any]:
+def teacher_record(teacher: Teacher | OwnPixels) -> dict[str, Any]:
     """What of a teacher its signals depend on, field by field."""
     processor = teacher.processing_class
     return {
@@ -26,7 +27,7 @@ def teacher_record(teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def save_facts(teacher: Teacher, manifest: Manifest, folder: Path) -> None:
+def save_facts(teacher: Teacher | OwnPixels, manifest: Manifest, folder: Path) -> None:
     """Write config.json, the processor's file and the classifier's weights, where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[Any] = [getattr(teacher.model, "config", None), teacher.processing_class]

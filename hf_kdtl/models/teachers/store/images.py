@@ -31,10 +31,16 @@ class TrainingImages:
         """(n,) the row of the source split that each item is."""
         self._item = dict(zip(self.rows.tolist(), range(len(data)), strict=True))
 
-    def record(self) -> dict[str, Any]:
-        """What the pixels of a view depend on besides the image, field by field; empty where the data does not say."""
+    def record(self, own: bool = False) -> dict[str, Any]:
+        """What the pixels of a view depend on besides the image, field by field; empty where the data does not say.
+
+        Args:
+            own: of the pixels that the teacher's image processor makes: that of the student is not among it then.
+        """
         if not self.viewed:
             return {}
+        if own:
+            return self.data.view_facts() | {"view_seed": self.data.view_seed, "teacher_pixels": "own"}
         processor = json.loads(self.data.image_processor.to_json_string())
         seed = self.data.view_seed  # of sketches too, where nothing is augmented
         return self.data.view_facts() | {"view_seed": seed, "image_processor": processor}
