@@ -30,12 +30,12 @@ class FillingTeacher(StoredTeacher):
         process: the number of this one.
     """
 
+    needs_pixels = True
+
     def __init__(self, writer: StoreWriter, process: int = 0):
         self.rows = PartialReader(writer.folder, process)
         self._read_from(self.rows, str(writer.folder))
         self.writer, self._live, self._looked = writer, writer.teacher, True
-
-    needs_pixels = True
 
     def check_data(self, data: Any) -> None:
         """As `StoredTeacher`; with pixels of its own, the data must render them."""
