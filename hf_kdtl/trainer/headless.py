@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.capture import Needs, capture
@@ -58,8 +59,8 @@ def embedding_notes(source: str, plan: PairingPlan | None, student: Needs, needs
 class ZeroTouch:
     """Gives a gradient of 0 to every trainable parameter that no term reaches, by the graph of the first step.
 
-    DDP waits for every parameter of a container. Nothing is touched where blocks are recomputed by reentrant
-    checkpointing, which hides what lies inside.
+    DDP waits for every parameter of a container; FSDP2 does not, and nothing is touched there. Nor where blocks are
+    recomputed by reentrant checkpointing, which hides what lies inside.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class ZeroTouch:
     def __call__(self, loss: Tensor, model: nn.Module) -> Tensor:
         """The same loss, with all parameters in its graph."""
         if self.unreached is None and loss.requires_grad:
-            self.unreached = _unreached(loss, model)
+            self.unreached = [] if isinstance(model, FSDPModule) else _unreached(loss, model)
         for parameter in (self.unreached or ()) if loss.requires_grad else ():
             loss = loss + 0.0 * parameter.sum().to(loss)
         return loss

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_BACKBONE_MAPPING_NAMES,
@@ -91,7 +92,8 @@ def untrained_pooler(model: nn.Module) -> bool:
     """Whether a pooler has a linear layer whose bias is 0 everywhere, as a new one has and a trained one has not."""
     poolers = [m for name, m in plain_model(model).named_modules() if name.split(".")[-1] == "pooler"]
     linear = [m for pooler in poolers for m in pooler.modules() if isinstance(m, nn.Linear) and m.bias is not None]
-    return any(not m.bias.any() for m in linear)
+    biases = [m.bias.full_tensor() if isinstance(m.bias, DTensor) else m.bias for m in linear]
+    return any(not bias.any() for bias in biases)
 
 
 def patch_tokens(

@@ -9,6 +9,7 @@ from typing import Any
 from hf_kdtl.models.teachers.own_pixels import CHOICES, OwnPixels
 from hf_kdtl.models.teachers.self_teacher import SelfTeacher
 from hf_kdtl.models.teachers.several import SeveralTeachers, check_names
+from hf_kdtl.models.teachers.sharded import sharded_options
 from hf_kdtl.models.teachers.source import SignalSource
 from hf_kdtl.models.teachers.stored import StoredTeacher, open_store
 from hf_kdtl.models.teachers.teacher import OPENERS, Teacher
@@ -20,7 +21,7 @@ OPENERS[:] = [open_store, open_text_head]  # a line for each kind that `Teacher.
 
 def as_source(teacher: Any) -> SignalSource:
     """The source of signals for whatever a user may name: a source, a model, a path (also of a store),
-    "self", or a mapping of names to these.
+    "self", or a mapping of names to these. Under FSDP2 each process reads its own part of what a path holds.
 
     Raises:
         TypeError: for anything else.
@@ -32,7 +33,7 @@ def as_source(teacher: Any) -> SignalSource:
     if isinstance(teacher, str) and teacher == "self":
         return SelfTeacher()
     if isinstance(teacher, str | Path):
-        return Teacher.from_pretrained(teacher)
+        return Teacher.from_pretrained(teacher, **sharded_options(teacher))
     return Teacher(teacher) if not hasattr(teacher, "capture") else teacher
 
 

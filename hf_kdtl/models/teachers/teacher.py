@@ -118,6 +118,7 @@ class Teacher(SignalSource):
         teacher = cls(opened.model, processing_class, pool=pool)
         teacher.new_head = opened.new_head
         teacher.pooler = teacher.pooler and getattr(opened, "pooler", True)
+        teacher._fingerprint = fingerprint(teacher.model, gathered=True) if is_sharded(teacher.model) else ""
         return teacher
 
     def match(self, student: nn.Module, processing_class: Any, compare_classes: bool | Collection[str]) -> None:
