@@ -79,8 +79,8 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         OSError: when nothing is there, or it cannot be read.
         ValueError: when weights of the backbone are not in the file, or those of the head where `keep_head`.
     """
-    opener = AutoModelForImageClassification
-    model, lacking, mismatched = open_with(opener, path, role=role, **_of_a_tower(path, options))
+    options = _of_a_tower(path, options)
+    model, lacking, mismatched = open_with(AutoModelForImageClassification, path, role=role, **options)
     head = _head_names(model, lacking)
     if backbone := [key for key in lacking if key not in head]:
         raise ValueError(
@@ -96,19 +96,15 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
 
 
 def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of from_pretrained that open a vision tower that was saved alone (CLIP's, SigLIP's) as the classifier of
-    its family, whose config is that of both towers; the same where the folder holds something else."""
+    """Options that open a vision tower saved alone (CLIP's, SigLIP's) as its family's classifier; others unchanged."""
     try:
         config = options.get("config") or open_config(path, **options)
     except OSError:  # told where it is opened
         return options
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or (both := classifier_config(config)) is None:
         return options
-    names = {"id2label", "label2id"} & options.keys()
-    for name in names:
-        setattr(both, name, options[name])
-    rest = {name: value for name, value in options.items() if name not in names}
-    return rest | {"config": both, "key_mapping": {r"^(?!vision_model\.)": "vision_model."}}
+    both.update({name: options.pop(name) for name in ("id2label", "label2id") if name in options})
+    return options | {"config": both, "key_mapping": {r"^(?!vision_model\.)": "vision_model."}}
 
 
 def open_with(
