@@ -71,8 +71,9 @@ class Found:
 
     def sentences(self) -> list[str]:
         """For the terminal, and for the head of the file."""
+        each = f"{self.smallest} to {self.largest}" if self.smallest < self.largest else f"{self.smallest}"
         notes = [
-            f"{self.images:,} training images of {self.classes} classes, {self.smallest} to {self.largest} of each.",
+            f"{self.images:,} training images of {self.classes} classes, {each} of each.",
             f"Images of about {self.width} x {self.height} pixels, {'in color' if self.color else 'without color'}.",
         ]
         if self.smallest < FEW:

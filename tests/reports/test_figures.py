@@ -1,5 +1,8 @@
 """What figures show and what they leave out."""
 
+import warnings
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -64,3 +67,27 @@ def test_images_are_spread_over_the_classes():
     rows = spread(labels, 6)
     assert sorted(labels[row] for row in rows) == [0, 0, 1, 1, 2, 2] and rows == spread(labels, 6)
     assert rows != spread(labels, 6, seed=1) and len(set(rows)) == 6
+
+
+def test_a_character_is_drawn_in_the_first_font_that_has_it(tmp_path, monkeypatch):
+    """STIX, which comes with matplotlib, in the place of an installed font of another script."""
+    from matplotlib import font_manager, ft2font
+
+    own, other = (
+        set(ft2font.FT2Font(font_manager.findfont(name)).get_charmap()) for name in ("DejaVu Sans", "STIXGeneral")
+    )
+    character = chr(min(code for code in other - own if chr(code).isprintable()))
+    monkeypatch.setattr(style, "FALLBACK", ("STIXGeneral",))
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
+    for cached in (style.fonts, style._glyphs):
+        cached.cache_clear()
+    try:
+        assert style.figure_label(character) == character
+        figure = style.new_figure(2, 1)
+        figure.subplots().set_title(style.figure_label(character))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib's "Glyph missing"
+            style.save(figure, tmp_path / "x.png", 50)
+    finally:
+        for cached in (style.fonts, style._glyphs):
+            cached.cache_clear()

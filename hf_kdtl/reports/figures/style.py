@@ -50,9 +50,10 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Text takes the families when it is made, so they are set here and not while drawing. Only appended to.
-    families = matplotlib.rcParams["font.sans-serif"]
-    matplotlib.rcParams["font.sans-serif"] = [*families, *(name for name in fonts() if name not in families)]
+    # Text takes the families when it is made, so they are set here and not while drawing. Only appended to. In
+    # font.family, glyph by glyph: of font.sans-serif only the first that is installed is drawn in.
+    families = matplotlib.rcParams["font.family"]
+    matplotlib.rcParams["font.family"] = [*families, *(name for name in fonts() if name not in families)]
     # Not pyplot, which would choose a backend for the program and keep every figure.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
