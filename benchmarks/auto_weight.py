@@ -62,6 +62,7 @@ class Setting:
 
 
 SETTINGS = {"digits": Setting(20, 300, 16, 48), "cifar10": Setting(100, 200, 32, 96)}
+SETTINGS["digits_5"], SETTINGS["digits_20"] = Setting(5, 300, 16, 48), SETTINGS["digits"]
 
 
 def subset(dataset: str, labels: int, folder: Path) -> str:
@@ -102,12 +103,13 @@ class Runs:
         rate = rate or self.rate
         facts = {"set": self.name, "term": term, "weight": weight, "learning_rate": rate, "seed": seed}
         named = f"{self.name} {term} {weight} rate {rate} seed {seed}"
-        return self.log.once(named, facts, lambda: self._train(term, weight, rate, seed))
+        terms = [] if term == "none" else [OBJECTIVES[term] | {"weight": weight}]
+        return self.log.once(named, facts, lambda: self.trained(terms, rate, seed))
 
-    def _train(self, term: str, weight: Any, rate: float, seed: int) -> dict[str, Any]:
+    def trained(self, terms: list[dict[str, Any]], rate: float, seed: int) -> dict[str, Any]:
+        """Train a student on the task and further terms; its accuracies, and the weight of the first if measured."""
         set_seed(seed)
         student = from_config(self.setting.student(), self.names, "the student")
-        terms = [] if term == "none" else [OBJECTIVES[term] | {"weight": weight}]
         with tempfile.TemporaryDirectory() as folder:
             config = DistillationConfig(
                 folder, objectives=[{"name": "task", "weight": 1.0}, *terms], max_steps=self.setting.steps,
@@ -122,7 +124,7 @@ class Runs:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         found = {split: accuracy(trainer.model, *images) for split, images in self.held_out.items()}
-        return found | {"measured": trainer.auto_weights.weights.get(term)}
+        return found | {"measured": trainer.auto_weights.weights.get(terms[0]["name"]) if terms else None}
 
 
 def stacked(images: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +149,7 @@ def best(tried: dict[Any, float]) -> Any:
 def main() -> None:
     """Train what is not in the file yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", required=True, choices=list(SETTINGS))
+    parser.add_argument("--set", required=True, choices=["digits", "cifar10"])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/auto"))

@@ -189,7 +189,14 @@ def never_hurt(lines: Lines) -> str:
     return f"Reference `alone`:\n\n{to_alone}\n\nReference `plain`:\n\n{to_plain}"
 
 
+def jacobian_digits(lines: Lines) -> str:
+    """Table 4a: against `kd`."""
+    runs = arm_runs(lines)
+    return comparison_table(runs, {run.setting: f"{run.setting}/kd" for run in runs})
+
+
 TABLES = {
+    "jacobian_digits": jacobian_digits,
     "few_labels_many_images": few_labels,
     "never_hurt_rules": never_hurt,
     "cut": cut,
