@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                 # both tables, about 6 minutes on 2 cores
     python benchmarks/step_cost.py --tables trainer # the overhead of the trainer alone
+    python benchmarks/step_cost.py --tables trainer profile --cpu # by CPU time, beside other work; and the operations
     python benchmarks/step_cost.py --tables rates --steps 405   # layer rates: 5 to warm up, two cadences of hessian
     python benchmarks/step_cost.py --tables transfer # gradient rules, and what holds the student to its start
     python benchmarks/step_cost.py --steps 50      # rougher
@@ -15,14 +16,17 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
+import re
 import statistics
 import sys
 import tempfile
+import time
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers import default_data_collator as collate
@@ -36,6 +40,7 @@ from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.optim import RateOptions
 
 BATCH, CLASSES, WARM_UP = 32, 10, 5
+HEAVY = "mm$|attention_for_cpu|gelu|layer_norm|convolution|adamw"
 KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 
 
@@ -188,13 +193,42 @@ def show(rows: list[tuple[str, float, float, float]]) -> None:
         print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
 
 
+def operations(loop, steps: int) -> dict[str, int]:
+    """{operation of torch: how often it runs in one of these steps, the first ones left out}."""
+    seen, counter = 0, profile(activities=[ProfilerActivity.CPU])
+
+    def done():
+        nonlocal seen
+        seen += 1
+        if seen == WARM_UP:
+            counter.start()
+        if seen == steps:
+            counter.stop()
+
+    loop(done)
+    found = {event.key: event.count for event in counter.key_averages() if event.key.startswith("aten::")}
+    return {name: round(count / (steps - WARM_UP)) for name, count in found.items()}
+
+
+def show_operations(loops: dict, steps: int) -> None:
+    """Those that take the time must be as many in every loop; the others are small."""
+    found = {name: operations(loop, steps) for name, loop in loops.items()}
+    rows = {name for counts in found.values() for name in counts if re.search(HEAVY, name)}
+    print(f"| operations a step | {' | '.join(found)} |\n| --- |{' ---: |' * len(found)}")
+    for row in sorted(rows):
+        print(f"| {row} | {' | '.join(str(counts.get(row, 0)) for counts in found.values())} |")
+    rest = (sum(n for name, n in counts.items() if name not in rows) for counts in found.values())
+    print(f"| all others | {' | '.join(map(str, rest))} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", nargs="+", default=["trainer", "objectives"])
+    parser.add_argument("--cpu", action="store_true", help="CPU time of the process instead of the time that passes")
     options = parser.parse_args()
-    steps = options.steps
+    steps, clock = options.steps, time.process_time if options.cpu else time.perf_counter
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -205,19 +239,32 @@ def main() -> None:
         arguments = settings(DistillationConfig, steps, objectives=objectives, **more)
         return DistillationTrainer(copy.deepcopy(student), arguments, teacher=given, train_dataset=data)
 
+    def plain():
+        return by_trainer(Trainer(copy.deepcopy(student), settings(TrainingArguments, steps), train_dataset=data))
+
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {steps} steps", flush=True)
     if "trainer" in options.tables:
-        plain = Trainer(copy.deepcopy(student), settings(TrainingArguments, steps), train_dataset=data)
-        times = interleave({"plain": by_trainer(plain), "task": by_trainer(ours([{"name": "task"}]))})
+        times = interleave({"plain": plain(), "task": by_trainer(ours([{"name": "task"}]))}, clock=clock)
         rows = [("task, DistillationTrainer / Trainer", *ratio(times, "task", "plain"))]
         loops = {
             "hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
             "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
             "task": by_trainer(ours([{"name": "task"}])),
         }
-        times = interleave(loops)
+        times = interleave(loops, clock=clock)
         rows.append(("logit_kd, DistillationTrainer / by hand", *ratio(times, "logit_kd", "hand")))
-        show([*rows, ("task / logit_kd", *ratio(times, "task", "logit_kd"))])
+        rows.append(("task / logit_kd", *ratio(times, "task", "logit_kd")))
+        times = interleave({"plain": plain(), "hand": by_hand(copy.deepcopy(student), None, data, steps)}, clock=clock)
+        show([*rows, ("task, Trainer / by hand", *ratio(times, "plain", "hand"))])
+    if "profile" in options.tables:
+        loops = {
+            "by hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
+            "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
+            "task by hand": by_hand(copy.deepcopy(student), None, data, steps),
+            "Trainer": plain(),
+            "task": by_trainer(ours([{"name": "task"}])),
+        }
+        show_operations(loops, steps)
     if "objectives" in options.tables:
         loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
         loops |= {name: by_trainer(ours([*KD, entry], copy.deepcopy(teacher))) for name, entry in BESIDE_KD.items()}

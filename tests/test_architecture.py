@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,13 @@ def _package(path: Path) -> str:
     return ALIASES.get(parts[1], parts[1]) if parts[0] == "hf_kdtl" else parts[0]
 
 
+@cache
+def _nodes(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
 def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -132,7 +138,7 @@ def test_functions_stay_short():
 
 def _functions(path: Path) -> Iterator[tuple[str, int]]:
     text = path.read_text().splitlines()
-    for node in ast.walk(ast.parse("\n".join(text))):
+    for node in _nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body
             lines = text[node.lineno - 1 : body[0].lineno - 1] if body is node.body else []

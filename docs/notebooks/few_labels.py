@@ -37,24 +37,11 @@ names = dict(enumerate(images.label_names))
 def model(layers: int, seed: int) -> ViTForImageClassification:
     """A ViT with random weights."""
     set_seed(seed)
-    shape = {
-        "image_size": 16,
-        "patch_size": 4,
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-    }
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     return ViTForImageClassification(ViTConfig(num_hidden_layers=layers, id2label=names, **shape))
 
 
-settings = {
-    "per_device_train_batch_size": 64,
-    "learning_rate": 2e-3,
-    "warmup_steps": 20,
-    "lr_scheduler_type": "cosine",
-    "save_strategy": "no",
-}
+settings = {"per_device_train_batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20, "save_strategy": "no"}
 settings |= {"report_to": [], "disable_tqdm": True, "logging_strategy": "no"}
 
 # %% [markdown]
@@ -77,7 +64,7 @@ print((some != -100).sum(), "labelled images,", (some == -100).sum(), "without a
 # It is trained on all labels here: in practice it is a model that exists already, or one that somebody else paid for.
 
 # %%
-arguments = TrainingArguments(f"{folder}/teacher", max_steps=400, **settings)
+arguments = TrainingArguments(f"{folder}/teacher", max_steps=200, **settings)
 teacher = model(layers=4, seed=1)
 Trainer(teacher, arguments, train_dataset=ImageDataset(images.train, processor)).train()
 
@@ -88,7 +75,7 @@ Trainer(teacher, arguments, train_dataset=ImageDataset(images.train, processor))
 # %%
 def accuracy(objectives, dataset, **sources) -> float:
     """Test accuracy of a student of two blocks."""
-    config = DistillationConfig(f"{folder}/student", max_steps=300, objectives=objectives, **settings)
+    config = DistillationConfig(f"{folder}/student", max_steps=150, objectives=objectives, **settings)
     trainer = DistillationTrainer(
         model(layers=2, seed=2),
         config,

@@ -48,22 +48,9 @@ print(len(images.train), "training images,", len(images.test), "test images,", l
 processor = ViTImageProcessor(size={"height": 16, "width": 16})
 train, validation, test = (ImageDataset(split, processor) for split in (images.train, images.validation, images.test))
 names = dict(enumerate(images.label_names))
-shape = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_dropout_prob": 0.0,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-}
+shape = {"image_size": 16, "patch_size": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 teacher = ViTForImageClassification(ViTConfig(num_hidden_layers=4, id2label=names, **shape))
-settings = {
-    "max_steps": 200,
-    "per_device_train_batch_size": 64,
-    "learning_rate": 2e-3,
-    "warmup_steps": 20,
-    "lr_scheduler_type": "cosine",
-}
+settings = {"max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 2e-3, "warmup_steps": 20}
 quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
 arguments = TrainingArguments(f"{folder}/teacher", **settings, **quiet)
 trainer = Trainer(teacher, arguments, train_dataset=train, compute_metrics=compute_metrics)

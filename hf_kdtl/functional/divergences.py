@@ -108,8 +108,10 @@ def _form_problem(labels: Tensor, classes: int) -> str:
 
 
 def _index_problem(labels: Tensor, classes: int) -> str:
-    known = labels[labels != -100]
-    low, high = (int(v) for v in known.aminmax()) if known.numel() else (0, 0)
+    low, high = (int(v) for v in labels.aminmax())
+    if low < 0:
+        known = labels[labels != -100]
+        low, high = (int(v) for v in known.aminmax()) if known.numel() else (0, 0)
     if low >= 0 and high < classes:
         return ""
     hint = " If they count from 1, subtract 1." if low >= 1 and high == classes else ""

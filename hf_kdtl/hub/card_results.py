@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.evaluation.records import Data, Evaluation, Results
 from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json, upgrade
 from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores
-from hf_kdtl.hub.provenance import models_section
+from hf_kdtl.hub.provenance import histories, models_section
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.reports.evaluation_values import models_with_role
 from hf_kdtl.utils.redaction import anonymous, is_local, local_paths
@@ -164,12 +163,7 @@ def _from_trainer(trainer: Any) -> JSON:
         "curves": {"run": state.log_history},
         "evaluation": {"models": {ARM: {"runs": {str(args.seed): {"validation": scores}}}}} if scores else {},
     }
-    if (rates := trainer.layer_rates) is not None:
-        results["layer_rates"] = {"run": {"options": asdict(rates.options), "history": rates.history}}
-    if (rule := trainer.gradient_rule) is not None:
-        results["gradient_rule"] = {"run": rule.state_dict()}
-    if (weights := trainer.auto_weights.state_dict()) is not None:
-        results["auto_weights"] = {"run": weights}
+    results |= {section: {"run": history} for section, history in histories(trainer).items()}
     return anonymous(to_json(results), _folders(trainer))
 
 

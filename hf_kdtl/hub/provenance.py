@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,3 +210,13 @@ def _shown_size(processor: Any) -> list[int] | None:
         return [int(size["height"]), int(size["width"])]  # type: ignore[index]
     except (KeyError, TypeError):
         return None
+
+
+def histories(trainer: Any) -> dict[str, Any]:
+    """{section of results.json: what a run records there in addition to its log}, of what the run has."""
+    rates, rule, weights = trainer.layer_rates, trainer.gradient_rule, trainer.auto_weights.state_dict()
+    found: dict[str, Any] = {}
+    if rates is not None:
+        found["layer_rates"] = {"options": asdict(rates.options), "history": rates.history}
+    found |= {"gradient_rule": rule.state_dict()} if rule is not None else {}
+    return found | ({} if weights is None else {"auto_weights": weights})

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_kdtl.functional import attention as fa
-from hf_kdtl.functional.resample import align_tokens
 from hf_kdtl.models.forward.attention_hooks import Attention
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import check_option
-from hf_kdtl.objectives.paired import PairedObjective, check_attention, check_grids, class_columns
+from hf_kdtl.objectives.paired import PairedObjective, aligned, check_attention, check_grids
 from hf_kdtl.utils.options import is_integer
 
 
@@ -100,19 +99,14 @@ class AttentionMap(PairedObjective):
         return student, teacher
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
-        keep_s, keep_t = class_columns(pair)
-        grid_s, grid_t = pair.student.grid, pair.teacher.grid
-        assert grid_s is not None and grid_t is not None
         log_s = self._rows(student.attention[pair.student_layer], pair)
-        log_s = fa.align_columns(log_s, keep_s, len(pair.student.prefix), grid_s, grid_s)
         if self.rows == "cls" and self.heads == "mean":
             log_t = teacher.attention_rows[pair.teacher_layer].detach()[:, None, None]
         else:
             log_t = self._rows(detached(teacher.attention[pair.teacher_layer]), pair)
-        log_t = fa.align_columns(log_t, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
+        log_s, log_t = aligned(pair, log_s, log_t, fa.align_columns)
         if self.rows == "all":
-            log_s = fa.align_rows(log_s, keep_s, len(pair.student.prefix), grid_s, grid_s)
-            log_t = fa.align_rows(log_t, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
+            log_s, log_t = aligned(pair, log_s, log_t, fa.align_rows)
         return fa.row_divergence(log_s, log_t, self.distance)
 
     def _rows(self, attention: Attention, pair: Pair) -> Tensor:
@@ -177,17 +171,12 @@ class Relation(PairedObjective):
         return self.heads or fa.default_relation_heads(pair.student.heads, *widths)
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
-        keep_s, keep_t = class_columns(pair)
-        grid_s, grid_t = pair.student.grid, pair.teacher.grid
-        assert grid_s is not None and grid_t is not None
         mine = student.attention[pair.student_layer]
         its = detached(teacher.attention[pair.teacher_layer])
         values = []
         for x_s, x_t in ((mine.query, its.query), (mine.key, its.key), (mine.value, its.value)):
             assert x_s is not None and x_t is not None
-            x_s = align_tokens(x_s, keep_s, len(pair.student.prefix), grid_s, grid_s)
-            x_t = align_tokens(x_t, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
-            values.append(fa.relation(x_s, x_t, self._common_heads(pair)))
+            values.append(fa.relation(*aligned(pair, x_s, x_t), self._common_heads(pair)))
         return torch.stack(values).mean(0)
 
 

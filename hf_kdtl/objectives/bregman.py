@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hf_kdtl.functional.resample import align_tokens, precise
+from hf_kdtl.functional.resample import precise
 from hf_kdtl.models.bregman.layer import BregmanLayer
 from hf_kdtl.models.bregman.outputs import needs_of, outputs_of
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.pairing import Pair, PairingPlan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives.base import Batch, Objective, check_option
-from hf_kdtl.objectives.paired import as_tokens, check_grids, class_columns
+from hf_kdtl.objectives.paired import aligned, as_tokens, check_grids
 from hf_kdtl.utils.options import is_number
 
 
@@ -122,17 +122,8 @@ class Bregman(Objective):
             c = precise(self.head(student.pooled))
         else:
             pair = self.pair.at(student.geometry, teacher.geometry)
-            c, y = self._tokens(self.head(as_tokens(student.hidden_states[pair.student_layer])), y, pair)
+            c, y = aligned(pair, self.head(as_tokens(student.hidden_states[pair.student_layer])), y)
         value = self.layer.link.divergence(self.layer.before(c), y)
         if self.coefficients:
             value = value + self.coefficients * (c - self.layer.encode(y).to(c)).square().sum(-1)
         return value if value.ndim == 1 else value.mean(1)
-
-    @staticmethod
-    def _tokens(c: Tensor, y: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
-        """(B, N, k) and (B, N, d) of tokens that stand for the same place, on the student's grid."""
-        keep_s, keep_t = class_columns(pair)
-        grid_s, grid_t = pair.student.grid, pair.teacher.grid
-        assert grid_s is not None and grid_t is not None
-        c = align_tokens(c, keep_s, len(pair.student.prefix), grid_s, grid_s)
-        return c, align_tokens(y, keep_t, len(pair.teacher.prefix), grid_t, grid_s)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from hf_kdtl.functional import features as ff
-from hf_kdtl.functional.resample import align_tokens
 from hf_kdtl.models.forward.capture import Capture
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
 from hf_kdtl.objectives.base import check_option
-from hf_kdtl.objectives.paired import PairedObjective, as_tokens, check_grids, class_columns, patches
+from hf_kdtl.objectives.paired import PairedObjective, aligned, as_tokens, check_grids, patches
 
 
 class AttentionTransfer(PairedObjective):
@@ -134,12 +133,6 @@ class HiddenStates(PairedObjective):
             self.projectors.append(orthogonal(linear) if self.projector == "orthogonal" else linear)
 
     def compare(self, index: int, pair: Pair, student: Capture, teacher: Capture) -> Tensor:
-        keep_s, keep_t = class_columns(pair)
-        grid_s, grid_t = pair.student.grid, pair.teacher.grid
-        assert grid_s is not None and grid_t is not None
         mine = as_tokens(student.hidden_states[pair.student_layer])
         its = as_tokens(teacher.hidden_states[pair.teacher_layer].detach())
-        projected = self.projectors[index](mine)
-        projected = align_tokens(projected, keep_s, len(pair.student.prefix), grid_s, grid_s)
-        its = align_tokens(its, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
-        return ff.feature_distance(projected, its, self.normalize, self.distance)
+        return ff.feature_distance(*aligned(pair, self.projectors[index](mine), its), self.normalize, self.distance)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hf_kdtl.functional.resample import align_tokens
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.geometry import LayerGeometry
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan
@@ -72,6 +73,22 @@ def class_columns(pair: Pair) -> tuple[Sequence[int], Sequence[int]]:
     if "class" in pair.student.prefix and "class" in pair.teacher.prefix:
         return (pair.student.prefix.index("class"),), (pair.teacher.prefix.index("class"),)
     return (), ()
+
+
+def aligned(
+    pair: Pair, student: Tensor, teacher: Tensor, align: Callable[..., Tensor] = align_tokens
+) -> tuple[Tensor, Tensor]:
+    """Both on the student's grid: patches by place, the class token with the class token, other prefix tokens dropped.
+
+    Args:
+        student, teacher: tokens (B, N, D) of both blocks; or what `align` takes.
+        align: `align_tokens`, or `align_columns` and `align_rows` of attention.
+    """
+    keep_s, keep_t = class_columns(pair)
+    grid_s, grid_t = pair.student.grid, pair.teacher.grid
+    assert grid_s is not None and grid_t is not None
+    student = align(student, keep_s, len(pair.student.prefix), grid_s, grid_s)
+    return student, align(teacher, keep_t, len(pair.teacher.prefix), grid_t, grid_s)
 
 
 def as_tokens(hidden: Tensor) -> Tensor:

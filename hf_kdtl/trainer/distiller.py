@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, TEACHER_PIXELS, VIEW
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
+from hf_kdtl.models.forward.needs import NOTHING
 from hf_kdtl.models.forward.partial_batch import capture_subset
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan
@@ -193,7 +194,7 @@ class Distiller(nn.Module):
         captures = self._capture_sources(pixels, batch, {rates.options.teacher_name: rates.needs[1]} if rates else {})
         # Evaluation runs without gradients; a derivative by the pixels needs them all the same.
         with torch.enable_grad() if fraction else nullcontext():
-            student = self._capture_student(pixels, further, batch, rates.needs[0] if rates else Needs())
+            student = self._capture_student(pixels, further, batch, rates.needs[0] if rates else NOTHING)
             if self.check_labels.needing:
                 self.check_labels(batch.get("labels"), student.logits.shape[-1])
             self.chance.add(captures, batch.get("labels"))
@@ -227,8 +228,8 @@ class Distiller(nn.Module):
         """One capture of each source that is needed. The start's weights need no forward."""
         found = {}
         for name, source in self.sources.items():
-            needs = self.source_needs[name] | extra.get(name, Needs())
-            forward = replace(needs, weights=False)
+            needs = self.source_needs[name] | extra.get(name, NOTHING)
+            forward = replace(needs, weights=False) if needs.weights else needs
             found[name] = source.capture(pixels, forward, batch) if forward else Capture()
             if needs.weights and self.start is not None:
                 with torch.enable_grad():

@@ -28,6 +28,7 @@ class LabelCheck:
         self.own_loss, self._checked = own_loss, False
         self._check = check_multi_labels if multi_label else check_labels
 
+    @torch.compiler.disable
     def present(self, inputs: dict[str, Any]) -> None:
         """Raises ValueError when the batch has no labels and an objective needs them."""
         if self.needing and inputs.get("labels") is None:

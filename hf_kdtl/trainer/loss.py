@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,9 +64,9 @@ class LossTrainer(EvaluatingTrainer):
         """What a window holds, by the number that `_get_num_items_in_batch` gave for it; or of a batch that the user
         gives a number for, or none."""
         given, counts = self._counted
-        here = micro_batch_counts(inputs)
         if items is not None and items is given:
             return counts
+        here = micro_batch_counts(inputs)
         if items is None:
             return here
         number = torch.as_tensor(items, device=here["images"].device)
@@ -85,11 +86,11 @@ class LossTrainer(EvaluatingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         # Blocks that are recomputed in the backward pass must use the kernel that their forward pass used.
         recomputed = getattr(self.model, f"is_{CHECKPOINTING}", False)
-        math = recomputed and self.distiller.student_needs.order >= 2
+        plain_kernel = recomputed and self.distiller.student_needs.order >= 2
         if self._unwrapped(model) is self.model:  # trainer.model, by a user
             model = self.distiller
         self._computed = False
-        with explain_data_errors(self), math_attention() if math else nullcontext():
+        with explain_data_errors(self), math_attention() if plain_kernel else nullcontext():
             if self._gradients is None:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             else:
@@ -147,6 +148,6 @@ class LossTrainer(EvaluatingTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         # With fp16 the scaler expects infinite gradients, and skips the step.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise non_finite_gradient_error(self.state.global_step, float(norm), self.args.output_dir)
+        if self.accelerator.scaler is None and not math.isfinite(value := float(norm)):
+            raise non_finite_gradient_error(self.state.global_step, value, self.args.output_dir)
         return norm

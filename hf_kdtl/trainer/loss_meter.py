@@ -15,20 +15,22 @@ class TermMeter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, sums: dict[str, Tensor], counted: dict[str, Tensor]) -> None:
         """Add one micro-batch: each term's sum, and the number of images it counted."""
         for key, total in sums.items():
-            pair = torch.stack([total.float(), counted[key].to(total.device).float()])
-            self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+            total, count = total.float(), counted[key].to(total.device)
+            before = self._sums.get(key)
+            self._sums[key] = (total, count) if before is None else (before[0] + total, before[1] + count)
 
     def flush(self, weights: dict[str, float], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """{key: mean, key_share: its fraction of the (absolute, weighted) total}; the sums are then empty."""
         if not self._sums:
             return {}
         keys = list(self._sums)
-        pairs = gather(torch.stack([self._sums[key] for key in keys])[None]).sum(0).tolist()
+        sums = torch.stack([torch.stack([total, count.float()]) for total, count in self._sums.values()])
+        pairs = gather(sums[None]).sum(0).tolist()
         self._sums.clear()
         means = {key: total / max(count, 1.0) for key, (total, count) in zip(keys, pairs, strict=True)}
         weighted = {key: abs(weights[key] * mean) for key, mean in means.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_kdtl.checkpoints.manifest import verify
@@ -14,14 +13,14 @@ from hf_kdtl.checkpoints.rotation import checkpoints
 
 def check_finite(trainer: Any, result: dict[str, Any], pixel_values: Tensor) -> None:
     """Raises FloatingPointError where the loss of a micro-batch, as `Distiller` returns it, is nan or infinite."""
-    if not torch.isfinite(result["loss"]):
+    if not math.isfinite(loss := result["loss"].item()):
         counted, weights = result["counted"], trainer.distiller.weights
         terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
         if unknown := [key for key, weight in weights.items() if math.isnan(weight)]:
             raise ValueError(f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that.")
         step, folder = trainer.state.global_step, trainer.args.output_dir
         broken = int((~pixel_values.flatten(1).isfinite().all(1)).sum())
-        raise non_finite_loss_error(step, result["loss"].item(), terms, folder, broken)
+        raise non_finite_loss_error(step, loss, terms, folder, broken)
 
 
 def non_finite_loss_error(

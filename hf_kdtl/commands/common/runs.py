@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.commands.common import adapters
@@ -22,6 +21,7 @@ from hf_kdtl.commands.common.folders import YES, finished, folder_of, resumes
 from hf_kdtl.evaluation.cost import images_per_second, parameters
 from hf_kdtl.evaluation.metrics import compute_metrics
 from hf_kdtl.evaluation.results import read_results, update_results
+from hf_kdtl.hub.provenance import histories
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.trainer.sample import training_sample
@@ -106,14 +106,7 @@ def train_and_save(trainer: Any, name: str, results: str | Path | None = None) -
         trainer.save_model(str(folder / "model.part"))
     if trainer.is_world_process_zero():
         results = results or folder
-        sections: dict[str, Any] = {"curves": log}
-        if (rates := trainer.layer_rates) is not None:
-            sections["layer_rates"] = {"options": dataclasses.asdict(rates.options), "history": rates.history}
-        if (gradients := trainer.gradient_rule) is not None:
-            sections["gradient_rule"] = gradients.state_dict()
-        if (weights := trainer.auto_weights.state_dict()) is not None:
-            sections["auto_weights"] = weights
-        for section, value in sections.items():
+        for section, value in {"curves": log, **histories(trainer)}.items():
             update_results(results, section, read_results(results).get(section, {}) | {name: value})
         (folder / "model.part" / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -184,3 +177,13 @@ def say(config: DistillationConfig, *lines: str) -> None:
     """Print, on the main process."""
     if config.process_index == 0:
         tqdm.write(cli.printable("\n".join(lines)))
+
+
+def untracked(config: DistillationConfig) -> DistillationConfig:
+    """The settings of a run that logs, saves and shows nothing, and is evaluated only where it is asked for."""
+    settings = copy.copy(config)
+    settings.eval_strategy, settings.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    settings.logging_strategy, settings.report_to = IntervalStrategy.NO, []
+    settings.load_best_model_at_end, settings.resume_from_checkpoint = False, None
+    settings.push_to_hub, settings.disable_tqdm = False, True
+    return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 import time
@@ -15,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.defaults import EVALUATIONS, steps_a_pass
+from hf_kdtl.commands.common.runs import untracked
 
 MEASURED = 4  # steps; the first, which also allocates, is left out
 WORTH_MEASURING = 100  # steps of a run
@@ -71,12 +71,8 @@ def pace(make: Callable[[DistillationConfig], Any], config: DistillationConfig) 
     """
     with tempfile.TemporaryDirectory() as own:
         (folder,) = broadcast_object_list([own])  # the processes check that their settings are the same
-        settings = copy.copy(config)
-        settings.output_dir, settings.max_steps, settings.push_to_hub = folder, MEASURED, False
-        settings.eval_strategy, settings.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
-        settings.logging_strategy, settings.report_to = IntervalStrategy.NO, []
-        settings.load_best_model_at_end, settings.resume_from_checkpoint = False, None
-        settings.disable_tqdm = True
+        settings = untracked(config)
+        settings.output_dir, settings.max_steps = folder, MEASURED
         trainer, clock = make(settings), _Clock()
         trainer.add_callback(clock)
         for printing in (ProgressCallback, PrinterCallback):

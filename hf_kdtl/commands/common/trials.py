@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -15,10 +14,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common.experiment import Experiment
+from hf_kdtl.commands.common.runs import untracked
 from hf_kdtl.evaluation.results import to_json
 
 RUNS = "runs.jsonl"
@@ -142,13 +141,3 @@ def _without_notes() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def untracked(config: DistillationConfig) -> DistillationConfig:
-    """The settings of a run that logs, saves and shows nothing, and is evaluated only where it is asked for."""
-    settings = copy.copy(config)
-    settings.eval_strategy, settings.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
-    settings.logging_strategy, settings.report_to = IntervalStrategy.NO, []
-    settings.load_best_model_at_end, settings.resume_from_checkpoint = False, None
-    settings.push_to_hub, settings.disable_tqdm = False, True
-    return settings

@@ -180,7 +180,7 @@ def run(model: nn.Module, pixel_values: Tensor, inputs: dict[str, Any] | None = 
         if explained := _other_size(error, model, pixel_values) or _other_inputs(error, model, pixel_values, inputs):
             raise ValueError(explained) from error
         raise
-    if is_headless(model):
+    if getattr(outputs, "logits", None) is not None or is_headless(model):
         return outputs
     outputs = class_outputs(outputs)
     if getattr(outputs, "logits", None) is None:

@@ -67,8 +67,8 @@ class Capture:
         block_calls: {layer: the block and what this forward called it with}.
     """
 
-    logits: Any = None
-    pixel_values: Any = None
+    logits: Tensor = None  # type: ignore[assignment]  # to be read where there are any
+    pixel_values: Tensor = None  # type: ignore[assignment]  # None of a source that needs no pixels
     outputs: Any = None
     pooled: Tensor | None = None
     patches: Tensor | None = None
@@ -227,8 +227,8 @@ def _forward(
         after = needs.patches or (needs.pooled and not by_head)
         towers = stack.enter_context(tower_outputs(model)) if after else []
         outputs = run(model, pixel_values, inputs)
-    if needs.logits and not is_headless(model):
-        check_outputs(model, outputs.logits)
+    logits: Any = getattr(outputs, "logits", None)
+    check_outputs(model, logits if needs.logits else None)
     attention = recorder.attention
     if by_weights:
         weights = flat_attentions(outputs)
@@ -239,7 +239,7 @@ def _forward(
     if geometry is not None:
         geometry = at_size(geometry, pixel_values, recorder.hidden_states, attention)
     return Capture(
-        getattr(outputs, "logits", None), pixel_values, outputs, *final, hidden_states=recorder.hidden_states,
+        logits, pixel_values, outputs, *final, hidden_states=recorder.hidden_states,
         attention={i: attention[i] for i in needs.attention}, geometry=geometry, block_calls=calls,
         attention_rows={i: first_row(attention[i]) for i in needs.attention_rows},
     )  # fmt: skip

@@ -48,13 +48,13 @@ HEADLESS = _names()
 
 def plain_model(model: Any) -> Any:
     """The model inside PEFT's wrapper, or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
 def is_headless(model: Any) -> bool:
     """Whether a model of transformers has no head: what AutoModel and AutoBackbone open."""
     base = plain_model(model)
-    return bool(getattr(base, "headless", False)) or (
+    return bool(getattr(type(base), "headless", False)) or (
         isinstance(base, PreTrainedModel) and any(cls.__name__ in HEADLESS for cls in type(base).__mro__)
     )
 

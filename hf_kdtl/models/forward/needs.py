@@ -71,6 +71,8 @@ class Needs:
 
     def plain(self) -> Needs:
         """What one ordinary forward serves."""
+        if not (self.derivative or self.order or self.fraction):
+            return self
         none: frozenset = frozenset()
         return replace(self, input_gradient=False, order=0, directions=none, sketches=none, fraction=0.0)
 

@@ -68,6 +68,7 @@ class ChanceChecks:
     def __init__(self, names: Iterable[str] = ()):
         self.checks = {name: ChanceCheck(who=called(name)) for name in names}
 
+    @torch.compiler.disable
     def add(self, captures: Mapping[str, Capture], labels: Tensor | None) -> None:
         """Take in a batch: what each source gave for it, and its labels."""
         for name, check in self.checks.items():

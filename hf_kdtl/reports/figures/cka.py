@@ -10,8 +10,6 @@ import numpy as np
 
 from hf_kdtl.reports.figures.style import new_figure, save
 
-CKA_PICTURE = "cka.png"
-
 
 def cka_figure(matrix: Sequence[Sequence[float | None]], path: str | Path) -> None:
     """CKA as a heat map: a row a teacher block (the first at the bottom), a column a student block."""
