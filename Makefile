@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## few labels, many images: what distillation gains on 
 	$(BIN)/hf-kdtl distill --config digits
 
 test: $(VENV)/.installed ## the test-suite (offline, CPU, 4 to 7 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.docs ## the slow suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -42,7 +42,7 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.installed ## the test-suite on the oldest versions allowed
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 # Made anew each time: what is newest changes. torch stays the tested one, for its size; `TORCH=torch` for the newest.
 test-newest: TORCH ?= --constraint constraints.txt torch
@@ -51,7 +51,7 @@ test-newest: ## the test-suite on the newest releases
 	$(VENV)-newest/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)-newest/bin/python -m pip install --quiet --editable '.[test]'
 	$(VENV)-newest/bin/python -m pip list
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 # torchvision imports beside its own torch alone, and brings the CUDA build: 5.6 GB. Not part of CI.
 $(VENV)-timm/.installed: pyproject.toml
