@@ -1,6 +1,7 @@
 """A folder of tiny generated images, a tiny teacher for them, and the commands as functions."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
 
+from hf_kdtl.commands.common import scores
+from hf_kdtl.reports.figures.samples import choose_samples
 from tests.support.figures import coarse_figures  # noqa: F401
 from tests.support.tiny import build
 
@@ -20,8 +23,10 @@ QUICK += ["--per_device_eval_batch_size", "4", "--disable_tqdm", "true", "--save
 
 
 @pytest.fixture(autouse=True)
-def _figures(coarse_figures):  # noqa: F811
-    """What figures look like is tested in tests/reports."""
+def _figures(coarse_figures, monkeypatch):  # noqa: F811
+    """What figures look like is tested in tests/reports; drawing them takes half of a run of two steps."""
+    monkeypatch.setattr(scores, "IMAGES", 1)
+    monkeypatch.setattr(scores, "choose_samples", partial(choose_samples, count=2))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_kdtl.evaluation import read_results
-from tests.commands.conftest import CONFIG, ROOT, command, images, teacher  # noqa: F401
+from tests.commands.conftest import CONFIG, ROOT, _figures, coarse_figures, command, images, teacher  # noqa: F401
 from tests.hub.client import hub  # noqa: F401
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "use_cpu": True}

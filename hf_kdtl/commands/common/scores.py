@@ -25,6 +25,8 @@ from hf_kdtl.reports.figures.saliency import ATTENTION_SHEET, GRADIENT_SHEET, sa
 from hf_kdtl.reports.figures.samples import SHEET, choose_samples, sample_figure
 from hf_kdtl.reports.run_report import SPLITS
 
+IMAGES = 6  # on a sheet of where models look
+
 
 def evaluate(study: Any) -> None:
     """Score teacher and students, and write student/, the section `evaluation`, the sheet and an example image."""
@@ -123,13 +125,13 @@ def comparisons(by_arm: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _maps(study: Any, seed: int, student: Any, count: int = 6) -> dict[str, str]:
+def _maps(study: Any, seed: int, student: Any) -> dict[str, str]:
     """Captions of the sheets of where teacher and student look and of what moves them, on test images of
     different classes."""
     before = study.trainer("distilled", seed, study.folder).model
     data = builders.pixels(study.data.test, study.processor)
     of_classes = study.data.test["label"][:]
-    chosen = spread(of_classes, count)
+    chosen = spread(of_classes, IMAGES)
     pixels = torch.stack([row["pixel_values"] for row in data.__getitems__(chosen)])
     labels = torch.tensor([of_classes[row] for row in chosen])
     images = unnormalized(pixels, study.processor)
