@@ -99,6 +99,11 @@ class Pretraining:
     def _images(self) -> tuple[Dataset, Dataset]:
         data = self.data_options
         if self.options.streaming:
+            if self.teacher.needs_index:
+                raise ValueError(
+                    "the teacher is a store, which is looked up by the row of each image, and a stream has none. Name "
+                    "the teacher itself, or leave --streaming out."
+                )
             self.stream = Streamed(self.options.unlabelled, data, self.options.shuffle_buffer, self.notes)
             if any(one.needs_index for one in self.config.build_objectives().values()):
                 self.notes.append("In a stream no image's own entry is left out of the bank of similarity.")
