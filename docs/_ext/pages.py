@@ -13,6 +13,7 @@ ROOT = DOCS.parent
 # page -> the file that it shows
 PAGES = {
     "results": ROOT / "benchmarks" / "RESULTS.md",
+    **{f"results/{file.stem}": file for file in sorted((ROOT / "benchmarks" / "results").glob("*.md"))},
     "papers": ROOT / "PAPERS.md",
     "changelog": ROOT / "CHANGELOG.md",
     "contributing": ROOT / "CONTRIBUTING.md",

@@ -7,7 +7,7 @@
   hf-kdtl cache --info cache/
 
 It takes the settings of hf-kdtl distill, for the student decides which layers pair and which pixels are seen; with
---image_size in place of a student, objectives on class outputs and embeddings can be stored. It stores what the
+--image_size in place of a student, objectives on class outputs can be stored. It stores what the
 objectives need and nothing else. Interrupted, the same command continues. With the --output of an existing store it
 adds what is new: --views 80, more images, --objectives with other needs; what is not typed stays as it was.
 """
