@@ -9,7 +9,9 @@ It takes every setting of hf-kdtl distill, and looks at one batch of training im
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -36,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = preflight(student, experiment.source, config, pixels, experiment.processor)
     say(config, str(report))
     if not report.problems:
-        trainer = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
-        if worth := store_worth(experiment, trainer, argv):
+        with tempfile.TemporaryDirectory() as folder:  # Trainer makes its output_dir
+            trainer = experiment.trainer("distilled", experiment.seeds[0], Path(folder))
+            worth = store_worth(experiment, trainer, argv)
+        if worth:
             say(config, "", worth)
 
 

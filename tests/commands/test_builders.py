@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import ViTImageProcessor
 
 from hf_kdtl.commands.common import builders, candidates
@@ -71,7 +72,7 @@ def test_what_is_evaluated_must_have_a_head():
 def test_repeated_names_keep_their_places_in_an_evaluation():
     """The second crane is not the first."""
     _saved(["crane", "dog", "crane"])
-    data = ImageData(None, None, None, ["crane", "dog", "crane"], [], "x")
+    data = ImageData(Dataset.from_dict({"label": []}), None, None, ["crane", "dog", "crane"], [], "x")
     assert candidates._open("student", "student", "saved", data, []).order == [0, 1, 2]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 import hf_kdtl.checkpoints.state
@@ -381,8 +381,8 @@ def test_a_file_that_was_not_written_stops_the_save(tmp_path, monkeypatch):
         raise NO_SPACE
 
     for owner, name, instead, message in (
-        (checkpointing.Trainer, "_save_rng_state", lambda *args: None, r"\['rng_state.pth'\] of .* were not written"),
-        (checkpointing.Trainer, "_save_scaler", full, "No space left on device"),
+        (Trainer, "_save_rng_state", lambda *args: None, r"\['rng_state.pth'\] of .* were not written"),
+        (Trainer, "_save_scaler", full, "No space left on device"),
         (TrainerState, "save_to_json", lambda *args: None, "trainer_state.json is missing"),
     ):
         with monkeypatch.context() as patched:

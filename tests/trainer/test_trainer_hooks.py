@@ -180,7 +180,7 @@ def test_a_checkpoint_has_every_step_of_trainers():
 def test_inheritance_is_one_line():
     names = [kind.__name__ for kind in DistillationTrainer.__mro__]
     above = ["LossTrainer", "EvaluatingTrainer", "PublishingTrainer", "ShardingTrainer", "CheckpointingTrainer"]
-    assert names == ["DistillationTrainer", *above, "Trainer", "object"]
+    assert names == ["DistillationTrainer", *above, "StreamingTrainer", "Trainer", "object"]
     assert all(len(kind.__bases__) == 1 for kind in DistillationTrainer.__mro__[:-1])
 
 
