@@ -270,13 +270,8 @@ def main() -> None:
         loops |= {name: by_trainer(ours([*KD, entry], copy.deepcopy(teacher))) for name, entry in BESIDE_KD.items()}
         loops["the usual way"] = the_usual_way(copy.deepcopy(student), copy.deepcopy(teacher), data, steps)
         times = interleave(loops)
-        show(
-            [
-                (f"logit_kd + {name} / logit_kd", *ratio(times, name, "logit_kd"))
-                for name in loops
-                if name != "logit_kd"
-            ]
-        )
+        beside = [name for name in loops if name != "logit_kd"]
+        show([(f"logit_kd + {name} / logit_kd", *ratio(times, name, "logit_kd")) for name in beside])
     if "transfer" in options.tables:
         task = [{"name": "task"}]
         loops = {"task": by_trainer(ours(task))}

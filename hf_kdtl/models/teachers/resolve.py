@@ -99,7 +99,7 @@ def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """Options that open a vision tower saved alone (CLIP's, SigLIP's) as its family's classifier; others unchanged."""
     try:
         config = options.get("config") or open_config(path, **options)
-    except OSError:  # told where it is opened
+    except OSError:  # reported where it is opened
         return options
     if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or (both := classifier_config(config)) is None:
         return options

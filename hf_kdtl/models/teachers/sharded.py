@@ -28,7 +28,7 @@ def sharded_options(path: str | Path) -> dict[str, Any]:
         return {}
     try:
         config = open_config(path, role="the teacher")
-    except OSError:  # a store, or it is told where it is opened
+    except OSError:  # a store, or reported where it is opened
         return {}
     if hasattr(config, "text_config") or type(config) not in _auto(config)._model_mapping:
         return {}
