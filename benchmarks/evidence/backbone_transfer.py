@@ -33,7 +33,7 @@ from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.teachers import SeveralTeachers, StoredTeacher
 
-PRETRAINING_STEPS, PRETRAINING_RATE = 2000, 3e-3
+PRETRAINING_STEPS, PRETRAINING_RATE = 1500, 3e-3
 STRENGTHS = (0.01, 0.1, 1.0)  # C of a probe
 TEACHERS = ("vit", "resnet")
 PROBES = ("random_probe", "probe", "teachers_probe")
@@ -44,12 +44,23 @@ PROCESSOR = new_processor(None, 32)  # pixels in [-1, 1], as Views gives them
 
 def features() -> list[dict[str, Any]]:
     """The terms of pre-training: embeddings of both teachers, by coordinates and by what they are like."""
-    terms = {"feature_kd": {"patch_weight": 0}, "similarity": {"local_weight": 0}}
+    terms = {"feature_kd": {"patch_weight": 0}, "similarity": {"local_weight": 0, "bank": 1024}}
     return [
         {"name": name, "key": f"{name}_{one}", "teacher": one, **options}
         for one in TEACHERS
         for name, options in terms.items()
     ]
+
+
+class Rendered(ImageDataset):
+    """Keeps each view of an image in memory, once it was rendered: the runs of all seeds see the same ones."""
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        kept: dict[tuple[int, int], dict[str, Any]] = vars(self).setdefault("kept", {})
+        keys = {(int(i), self.image_view(i)): i for i in indices}
+        new = {key: i for key, i in keys.items() if key not in kept}
+        kept |= zip(new, super().__getitems__([*new.values()]), strict=True) if new else ()
+        return [dict(kept[int(i), self.image_view(i)]) for i in indices]
 
 
 class Transfer:
@@ -63,6 +74,7 @@ class Transfer:
         rows = labelled_rows(np.array(data.train["label"][:]), 1000, 0)  # of the pool
         self.train = data.train.select(rows)
         self.seen: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        self.images: Rendered | None = None
 
     def __call__(self, run: Run) -> dict[str, Any]:
         if run.arm == "pretraining":
@@ -76,18 +88,16 @@ class Transfer:
 
     def pretrain(self, run: Run) -> dict[str, Any]:
         """Both teachers, from their stores, teach the student without a head."""
-        images = ImageDataset(
-            load_images(self.options.unlabelled).train,
-            PROCESSOR,
-            augmentation=Augmentation({"crop": 4, "flip": True}),
-        )
+        if self.images is None:
+            split, augmentation = load_images(self.options.unlabelled).train, Augmentation({"crop": 4, "flip": True})
+            self.images = Rendered(split, PROCESSOR, augmentation=augmentation)
         sources = {name: StoredTeacher(Path(self.options.stores) / name) for name in TEACHERS}
         set_seed(run.seed)
         config = settings(
             run.seed, PRETRAINING_STEPS, run.weight, objectives=features(), logging_steps=PRETRAINING_STEPS // 4
         )
         trainer = DistillationTrainer(
-            BitModel(BitConfig(**SMALL_BIT)), config, train_dataset=images, teacher=SeveralTeachers(sources)
+            BitModel(BitConfig(**SMALL_BIT)), config, train_dataset=self.images, teacher=SeveralTeachers(sources)
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
