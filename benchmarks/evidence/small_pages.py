@@ -81,6 +81,35 @@ def _weights_of(name: str, lines: Lines) -> str:
     return f"{name}, learning rate {rate:g}, test accuracy in %:\n\n{markdown_table(rows)}"
 
 
+def probe_reliability(lines: Lines) -> str:
+    """What each probe foretold beside what full trainings gained, and how well the two agree."""
+    from scipy.stats import spearmanr
+
+    rows = [["setting", "steps of a run", "foretold gain", "gained", "sign"]]
+    told, gained, signs = [], [], []
+    for probe in [line for line in lines if line["arm"] == "probe"]:
+        runs = {(x["arm"], x["seed"]): x["test"] for x in lines if x["setting"] == probe["setting"] and "test" in x}
+        seeds = [s for s in (1, 2, 3) if ("alone", s) in runs and (probe["best"], s) in runs]
+        if len(seeds) < 3:
+            continue
+        a, b = ([runs[arm, s] for s in seeds] for arm in (probe["best"], "alone"))
+        told.append(probe["gain"])
+        gained.append(fmean(a) - fmean(b))
+        signs.append((told[-1] > 0) == (gained[-1] > 0))
+        low, high = (100 * bound for bound in probe["interval"])
+        rows.append(
+            [probe["setting"], str(probe["steps"]), f"{100 * told[-1]:+.1f} ({low:+.1f} to {high:+.1f})",
+             difference(a, b), "right" if signs[-1] else "wrong"]
+        )  # fmt: skip
+    if len(told) < 3:
+        return markdown_table(rows)
+    apart = fmean(abs(100 * (x - y)) for x, y in zip(told, gained, strict=True))
+    return (
+        f"{markdown_table(rows)}\n\nRank correlation (Spearman) {spearmanr(told, gained).statistic:.2f} over "
+        f"{len(told)} settings; sign right in {sum(signs)} of {len(signs)}; mean distance {apart:.1f} points."
+    )
+
+
 TUNING = 10  # seeds above this chose the learning rate and the weight; those below are scored
 
 

@@ -31,7 +31,7 @@ from hf_kdtl.reports.figures.labels import LABELS, labels_figure
 from hf_kdtl.utils.options import check_known
 from hf_kdtl.utils.text import escape_markdown, markdown_table
 
-LEAST = 8  # steps of a run
+LEAST = 20  # steps of a run: fewer say nothing
 
 
 @dataclass
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_known("objective in second", own.second, ["auto", "none", *OBJECTIVES])
     experiment, budget = open_experiment("probe", own, options, data_options, config, typed)
     probe = Probe(experiment, own.second, RunLog(experiment.folder / RUNS), printed)
-    full = begin(experiment, "probe", own, lambda: probe.steps_in(budget), LEAST)
+    full = begin(experiment, "probe", own, lambda: probe.steps_in(budget, LEAST))
     settings = experiment.chosen
     assert settings is not None
     before = read_results(experiment.folder).get("probe", {}) if settings.continued else {}

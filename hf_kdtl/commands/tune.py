@@ -27,7 +27,7 @@ from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.commands.common.search_space import SearchSpace, words
 from hf_kdtl.commands.common.searches import begin, open_experiment, printed, typed_settings
 from hf_kdtl.commands.common.trials import RUNS, RunLog
-from hf_kdtl.commands.common.tuning import HALVING, Tuning, check_optuna
+from hf_kdtl.commands.common.tuning import HALVING, RUNGS, Tuning, check_optuna
 from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.reports.figures.tuning import TUNING, tuning_figure
 from hf_kdtl.utils.options import check_option
@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def fitting() -> int:
         pace = timing.pace(experiment.makers()[0], config)
-        return int((timing.SPARE * budget / FULL_RUNS - HALVING * pace.evaluation) / pace.step)
+        evaluations = FULL_RUNS * len(RUNGS) * pace.evaluation
+        return timing.steps_within(budget, FULL_RUNS * pace.step, evaluations, HALVING**2)
 
-    full = begin(experiment, "tune", own, fitting, HALVING**2)
+    full = begin(experiment, "tune", own, fitting)
     assert experiment.chosen is not None
     shorter = f" (training would be {full:,})" if experiment.chosen.steps < full else ""
     printed(f"A complete trial has {experiment.chosen.steps:,} steps{shorter}; seeds {experiment.seeds}.")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import probing, trials
+from hf_kdtl.commands.common import probing, searches, trials
 from hf_kdtl.commands.common.probing import verdict
 from hf_kdtl.evaluation import read_results
 from tests.commands.conftest import CONFIG
@@ -69,20 +69,23 @@ def test_what_it_answers():
     assert "nothing can be concluded" in answer(None, None, 1)
 
 
-def test_with_unlabelled_images_each_share_keeps_its_part_of_the_batch(command, images, teacher, monkeypatch):
+def test_with_unlabelled_images_each_share_keeps_its_part_of_the_batch(command, images, teacher, capsys, monkeypatch):
     Path("images/red").rename("more")
     Path("images/red").mkdir()
     for number in range(8):
         Path(f"more/{number}.png").rename(f"images/red/{number}.png")
-    seen = {}
+    seen, scored = {}, set()
 
     def run(experiment, arm, seed, config, at, stop=None):
         images = experiment.images
+        scored.add(len(experiment.data.validation))
         seen[arm, len(images.labelled)] = (len(images.unlabelled), round(images.share, 2))
         return {"curve": [[1, 0.5], [2, 0.6], [4, 0.5 + 0.1 * seed]]}
 
     monkeypatch.setattr(probing, "short_run", run)
+    monkeypatch.setattr(searches, "SCORED", 2)
     command("probe").main([*PROBE, "--second", "none", "--unlabelled", "more"])
+    assert scored == {2} and "validation images are scored, seed" in capsys.readouterr().out
     assert {value for value in seen.values()} == {(4, share) for *_, share in seen.values()}
     assert len({labelled for _, labelled in seen}) == 3 and {arm for arm, _ in seen} == {"alone", "distilled"}
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import timing
-from hf_kdtl.commands.common.timing import MEASURED, Pace, expected, fitting_steps, seconds
+from hf_kdtl.commands.common.timing import MEASURED, Pace, expected, fitting_steps, seconds, steps_within
 from hf_kdtl.evaluation import read_results
 from tests.commands.conftest import CONFIG, QUICK, ROOT
 
@@ -31,6 +31,13 @@ def test_a_time(text, value):
 def test_no_time(text):
     with pytest.raises(ValueError, match=r"expected a time such as 20min"):
         seconds(text)
+
+
+def test_the_steps_of_a_search_fit_beside_its_scoring_or_the_budget_that_would_do_is_named():
+    assert steps_within(600, a_step=2.0, evaluations=40, least=20) == 250
+    with pytest.raises(ValueError, match=r"with 3 min for scoring 0 steps .* at least 20. Type --budget 11min") as e:
+        steps_within(180, a_step=2.0, evaluations=170, least=20)
+    assert "--budget is 3 min" in str(e.value) and steps_within(660, 2.0, 170, 20) >= 10 * 20
 
 
 def test_steps_and_evaluations_fit_into_the_budget():

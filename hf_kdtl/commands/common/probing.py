@@ -60,12 +60,12 @@ class Probe:
                 del self.experiment.arms[f"with {name}"]
                 self.say(f"- {name} is left out: {error}")
 
-    def steps_in(self, budget: float) -> int:
+    def steps_in(self, budget: float, least: int) -> int:
         """The steps of a run with which all runs take that many seconds."""
         paces = [timing.pace(make, self.experiment.config) for make in self.experiment.makers()]
         turns = len(self.experiment.seeds) * len(SHARES)
         evaluations = turns * len(PARTS) * sum(pace.evaluation for pace in paces)
-        return int((timing.SPARE * budget - evaluations) / turns / sum(pace.step for pace in paces))
+        return timing.steps_within(budget, turns * sum(pace.step for pace in paces), evaluations, least)
 
     def labels(self) -> list[float]:
         """Labels a class, in the mean, of each share."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
@@ -15,6 +18,7 @@ from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 
 SEEDS = 3
+SCORED = 1000  # validation images, at most: more would take the time of the runs
 # Of these commands alone, or chosen again by distill.
 OWN = ("budget", "max_trials", "candidates", "second", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
        "seed", "seeds", "objectives", "learning_rate", "max_steps", "num_train_epochs", "disable_tqdm")  # fmt: skip
@@ -42,15 +46,25 @@ def open_experiment(
     run = folders.describe_run(recipe, config, own, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     options.seeds = options.seeds or [config.seed + i for i in range(SEEDS)]
-    return Experiment(options, data_options, config, typed), budget
+    experiment = Experiment(options, data_options, config, typed)
+    _score_fewer(experiment)
+    return experiment, budget
 
 
-def begin(experiment: Experiment, recipe: str, own: Any, fitting: Callable[[], int], least: int) -> int:
+def _score_fewer(experiment: Experiment) -> None:
+    """Leave SCORED validation images, the same for every run."""
+    validation, seed = experiment.data.validation, experiment.data_options.split_seed
+    if len(validation) > SCORED:
+        rows = np.sort(np.random.default_rng(seed).permutation(len(validation))[:SCORED])
+        experiment.data = replace(experiment.data, validation=validation.select(rows))
+        experiment.notes.append(f"{SCORED:,} of {len(validation):,} validation images are scored, seed {seed}.")
+
+
+def begin(experiment: Experiment, recipe: str, own: Any, fitting: Callable[[], int]) -> int:
     """Check one batch, claim output_dir, choose the length of a run, and print what is known.
 
     Args:
         fitting: the steps of a run that fit into the budget; asked where no length was typed.
-        least: steps.
 
     Returns:
         the steps of a full training.
@@ -61,7 +75,7 @@ def begin(experiment: Experiment, recipe: str, own: Any, fitting: Callable[[], i
     runs.check_one_batch(first)
     full = settings.steps
     if not settings.continued and not {"max_steps", "num_train_epochs"} & {*settings.typed}:
-        settings.set(min(full, max(least, fitting())))
+        settings.set(min(full, fitting()))
     run = folders.describe_run(recipe, config, own, experiment.options, experiment.data_options)
     data = builders.facts(experiment.data, experiment.data_options)
     sections = {"run": run, "defaults": settings.record(), "data": data, "objectives": config.objectives}

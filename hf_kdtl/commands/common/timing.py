@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -98,6 +99,26 @@ def fitting_steps(budget: float, paces: list[Pace], steps_a_pass: int, evaluates
         if not number or min(EVALUATIONS, steps // steps_a_pass) <= number:
             break
     return max(1, steps)
+
+
+def steps_within(budget: float, a_step: float, evaluations: float, least: int) -> int:
+    """The steps of each of several runs that take `budget` seconds together with their evaluations.
+
+    Args:
+        a_step: seconds of one step of every run.
+        evaluations: seconds of all evaluations.
+
+    Raises:
+        ValueError: where fewer than `least` fit, with the budget that would hold ten times as many.
+    """
+    steps = int((SPARE * budget - evaluations) / a_step)
+    if steps < least:
+        enough = math.ceil((evaluations + 10 * least * a_step) / SPARE / UNITS["min"])
+        raise ValueError(
+            f"--budget is {words(budget)}, and with {words(evaluations)} for scoring {max(0, steps)} steps of each "
+            f"run fit into it; expected at least {least}. Type --budget {enough}min."
+        )
+    return steps
 
 
 def expected(paces: list[Pace], steps: int, evaluations: int) -> float:
