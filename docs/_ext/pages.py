@@ -53,6 +53,8 @@ def read(app, docname: str, content: list[str]) -> None:
         text = source.read_text(encoding="utf-8") if docname in PAGES else content[0]
         if source.suffix == ".py":
             text = jupytext.writes(jupytext.reads(text, "py:percent"), "md").split("---", 2)[2]
+        if docname == "results":  # its pages stand below it
+            text += "\n```{toctree}\n:hidden:\n:glob:\n\nresults/*\n```\n"
         content[0] = rewrite(text, source, page)
 
 

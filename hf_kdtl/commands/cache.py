@@ -163,7 +163,7 @@ def _without_student(
 def _write(writer: StoreWriter, config: DistillationConfig) -> None:
     rank, processes = config.process_index, config.world_size
     images = writer.images_to_write(rank, processes)
-    with tqdm(total=images, unit="image", desc="teacher", disable=rank != 0 or config.disable_tqdm) as bar:
+    with tqdm(total=images, unit="image", desc="teacher", disable=rank != 0 or config.disable_tqdm or None) as bar:
         writer.write(rank, processes, config.dataloader_num_workers, bar.update)
 
 

@@ -2,7 +2,7 @@
 
   hf-kdtl distill --config digits
   hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/student \\
-      --objectives task logit_kd --baseline true --seeds 1 2 3
+      --baseline true --seeds 1 2 3
   accelerate launch --config_file ddp.yaml -m hf_kdtl.commands.distill --config mine.yaml
 
 It leaves in output_dir: student/ (a plain transformers model), report.md, results.json, pictures, and a folder a run.

@@ -166,7 +166,7 @@ def write_rows(
     if (folder / SHOWN).is_file():
         return tqdm.write("the teacher's outputs are there from before.")
     needs, digest, part, done = needs_of(options.of, options.layer), hashlib.blake2b(digest_size=16), None, 0
-    for first in tqdm(range(0, len(images), options.batch_size), desc="Teacher", leave=False):
+    for first in tqdm(range(0, len(images), options.batch_size), desc="Teacher", leave=False, disable=None):
         pixels = _pixels(images, list(range(first, min(first + options.batch_size, len(images)))))
         digest.update(pixels.numpy().data)
         got = outputs_of(teacher.capture(pixels.to(device), needs), options.of, options.layer).float().cpu()
@@ -196,7 +196,7 @@ def fitted(rows: Rows, link: str, options: RepresentationOptions, folder: Path) 
 
     k = options.k if options.k is not None else options.explained
     assert k is not None
-    with tqdm(desc="Fit", unit=" passes", leave=False) as bar:
+    with tqdm(desc="Fit", unit=" passes", leave=False, disable=None) as bar:
         return fit(rows, k, link, tolerance=options.tolerance, passes=options.passes, start=start, callback=kept)
 
 

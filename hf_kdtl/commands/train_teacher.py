@@ -24,7 +24,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen, put_in, restored
 from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.folders import folder_of
-from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
+from hf_kdtl.commands.common.next_command import command, settings_of_init, split_flags, student_flags
 from hf_kdtl.commands.common.runs import TASK, say
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.loading import ImageData
@@ -141,6 +141,8 @@ def summary(config: DistillationConfig, data_options: DataOptions, processor: An
     flags = [split_flags(data_options), student_flags(runs.load(folder), processor), "--baseline true"]
     cpu = "true" if config.use_cpu else None
     student = command("distill", *flags, teacher=folder / "model", output_dir=folder.parent / "student", use_cpu=cpu)
+    if settings := settings_of_init(folder / "model"):
+        student = command("distill", config=settings)
     return [
         f"\n{table(results.evaluation)}\n\n{note(results)}",
         f"\nThe model is in {folder / 'model'}, the report in {folder / 'report.md'}. Next, a student of it:\n",

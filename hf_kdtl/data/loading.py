@@ -60,7 +60,8 @@ class ImageData:
         """Decode every image once. Raises ValueError naming the first that cannot be read."""
         for name in ("train", "validation", "test"):
             split = getattr(self, name)
-            for index, image in enumerate(tqdm(split["image"], desc=f"Reading {name}", leave=False, delay=2)):
+            bar = tqdm(split["image"], desc=f"Reading {name}", leave=False, delay=2, disable=None)
+            for index, image in enumerate(bar):
                 decode_row(image, index, len(split))
 
     def in_order(self, model: Any) -> ImageData:

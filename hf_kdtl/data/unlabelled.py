@@ -81,7 +81,8 @@ def _opened(source: Source, image_column: str | None, on_bad_image: str, notes: 
     if on_bad_image == "skip":
         split = readable(split, "unlabelled", notes)
     else:
-        for index, image in enumerate(tqdm(split["image"], desc="Reading unlabelled", leave=False, delay=2)):
+        bar = tqdm(split["image"], desc="Reading unlabelled", leave=False, delay=2, disable=None)
+        for index, image in enumerate(bar):
             decode_row(image, index, len(split))
     return split
 

@@ -129,7 +129,7 @@ class AttentionMap(PairedObjective):
 
 
 class Relation(PairedObjective):
-    """Self-attention relations (MiniLMv2), per image, in nats, >= 0: how tokens relate, in R common heads.
+    """Self-attention relations (MiniLMv2), per image: how tokens relate, in R common heads; in nats, >= 0.
 
     For X in queries, keys, values: KL between the rows of softmax(X_T X_T' / sqrt d) and softmax(X_S X_S' / sqrt d);
     the mean over rows, heads and the three. Widths and heads may differ; the teacher's tokens are averaged over the

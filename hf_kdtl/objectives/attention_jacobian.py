@@ -23,7 +23,7 @@ from hf_kdtl.utils.options import is_integer
 
 
 class AttentionJacobian(DerivativeObjective):
-    """Jacobian matching of attention-transfer maps, per image and pair of layers, in [0, 4].
+    """Jacobian matching of attention-transfer maps, per image: in [0, 4] for each pair of layers.
 
     Q_n = mean_d h_{n,d}^2 of patch n of a block's output (the teacher's shared out over the student's grid), averaged
     over windows of pool x pool; m is the place of the teacher's largest value. The value is || g_S/||g_S|| -

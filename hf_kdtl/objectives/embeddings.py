@@ -190,7 +190,7 @@ class FeatureKD(Objective):
 
 
 class Similarity(Objective):
-    """What an image is like, per image: KL of soft-maxed similarities to a bank of images, and among its own patches.
+    """What an image is like, per image: KL of its similarities to a bank of images, and of those among its patches.
 
     KL(softmax(<t, b_j> / tau) || softmax(<P s, b_j> / tau)) + local_weight mean_n KL_n, in nats, >= 0. t, P s and the
     bank's b_j have length 1; b_j are the teacher's embeddings of training images, fixed before training. An image's

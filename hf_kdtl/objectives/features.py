@@ -65,7 +65,7 @@ class AttentionTransfer(PairedObjective):
 
 
 class HiddenStates(PairedObjective):
-    """Features, per image: the distance of P h_S from h_T over matched tokens, >= 0.
+    """Features of paired blocks, per image: the distance of P h_S from h_T over matched tokens, >= 0.
 
     P is a projector D_S -> D_T of each pair, trained along (it belongs to the objective, and is not in the student's
     checkpoint). Both sides are layer-normed without affine first, so that a weight means the same at any scale. The

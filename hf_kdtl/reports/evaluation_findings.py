@@ -62,6 +62,8 @@ def _classes(role: str, model: EvaluatedModel, other: EvaluatedModel) -> str:
     change = sorted((mine[name][0] - its[name][0], name) for name in mine)
     (low, worst), (high, best) = change[0], change[-1]
     lost = sum(value < 0 for value, _ in change)
+    if not low and not high:
+        return f"**Classes against the {role}**: the accuracy of none of {len(change)} differs."
     return (
         f"**Classes against the {role}**: {lost} of {len(change)} lose accuracy. From {escape_markdown(worst)}, "
         f"{100 * low:+.1f} points ({percent(its[worst][0])} to {percent(mine[worst][0])}), to "

@@ -47,8 +47,14 @@ def test_chance_is_the_largest_class_and_two_standard_errors():
     ],
 )
 def test_each_warning_when_it_should_and_what_to_type(teacher, student, curves, message):
-    printed = warnings({"distilled-seed1": log(curves, UP)}, teacher, student, guessing=0.3, steps=100)
+    printed = warnings({"distilled-seed1": log(curves, UP)}, teacher, student, 0.3, steps=100, images=500)
     assert [text for text, start in zip(printed, message, strict=True) if not text.startswith(start)] == []
     assert all("--" in text or "hf-kdtl" in text or "Train longer first" in text for text in printed)
     if "The loss still falls" in message:
         assert "--max_steps 200" in printed[0]
+
+
+def test_few_validation_images_show_nothing_of_a_teacher():
+    for number, starts in ((5, "Validation has 5 labelled images: too few"), (30, "The teacher is at chance")):
+        (printed,) = warnings({"distilled-seed1": log(FLAT, UP)}, 0.3, 0.1, 0.838, steps=100, images=number)
+        assert printed.startswith(starts) and ("83.8%" in printed) == (number == 30)

@@ -26,7 +26,9 @@ def test_the_files_run_as_they_are_printed(command, images, capsys):
         assert "  # " in learning_rate
     short = [*QUICK[:8], "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "no"]
     short += ["--load_best_model_at_end", "false"]
+    capsys.readouterr()
     command("train_teacher").main(["--config", "images_teacher.yaml", *short])
+    assert capsys.readouterr().out.split("a student of it:")[1].split("\n")[2].endswith("distill --config images.yaml")
     command("distill").main(["--config", "images.yaml", *short])
     assert Path("runs/images/student/config.json").exists()
 

@@ -40,6 +40,15 @@ def test_from_a_config_to_a_folder_that_transformers_opens(command, images, caps
     assert "teacher: finished before, kept." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_on_a_terminal_and_lines_elsewhere(command, images, capsys, monkeypatch, terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    command("train_teacher").main(arguments("--disable_tqdm", "false"))
+    printed = capsys.readouterr()
+    assert ("teacher: step 2 of 2, loss " in printed.out) == (not terminal)
+    assert ("2/2" in printed.err) == terminal
+
+
 def test_resumed_is_what_was_not_interrupted(command, images):
     train = command("train_teacher").main
     train(arguments())

@@ -321,6 +321,17 @@ def test_what_is_drawn(monkeypatch):
     assert "+18.7 points (+5.4 to +32.0)" in reliability_[0].texts[0].get_text()
 
 
+def test_a_student_that_answers_as_its_teacher(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    models = {"student": ("student", COST, ALL["teacher"][2]), "teacher": ALL["teacher"]}
+    found = Evaluation.of(evaluation(models, degraded=False))
+    (classes,) = (text for text in sentences(found, found.models["student"]) if "Classes against" in text)
+    assert classes == "**Classes against the teacher**: the accuracy of none of 3 differs."
+    classes_figure(found.models["student"], {"teacher": found.models["teacher"]}, "x")
+    assert figures[0].axes[0].get_xlim() == (-1, 1)
+
+
 def test_table_as_text():
     rows = verdict_table(Evaluation.of(evaluation())).splitlines()
     assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + 13

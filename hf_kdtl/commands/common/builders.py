@@ -48,11 +48,9 @@ class DataOptions:
         default=False, metadata={"help": "Several labels an image: cat;dog in a cell, none for no class."}
     )
     train_images: int | None = field(
-        default=None, metadata={"help": "Train on this many images, drawn with split_seed, each class by its share."}
+        default=None, metadata={"help": "Train on so many, each class by its share."}
     )
-    labels_per_class: int | None = field(
-        default=None, metadata={"help": "Train on this many labels of each class, drawn with split_seed."}
-    )
+    labels_per_class: int | None = field(default=None, metadata={"help": "Train on so many labels of each class."})
     augmentation: dict | str | None = field(
         default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}
     )

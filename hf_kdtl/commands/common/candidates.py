@@ -217,7 +217,7 @@ class Evaluation:
         indices = np.split(np.arange(len(images)), range(size, len(images), size))
         batches = (
             torch.stack([row["pixel_values"] for row in images.__getitems__(rows.tolist())])
-            for rows in tqdm(indices, desc="Like the teacher", leave=False, delay=2)
+            for rows in tqdm(indices, desc="Like the teacher", leave=False, delay=2, disable=None)
         )
         teacher = Teacher(taught.model, taught.processor)
         return fidelity(student.model.to(self.config.device), teacher, batches, student.processor)
@@ -238,7 +238,7 @@ class Evaluation:
         """Accuracy of every model under every degradation, into `models`; returns what they have in common."""
         side = max(min(dataset[0]["pixel_values"].shape[-2:]) for dataset in self.datasets.values())
         total = len(self.candidates) * (1 + len(names) * len(severities))
-        hidden = self.config.disable_tqdm or self.config.process_index > 0
+        hidden = self.config.disable_tqdm or self.config.process_index > 0 or None  # None: not without a terminal
         with tqdm(total=total, desc="Degraded images", leave=False, disable=hidden) as bar:
             for one in self.candidates:
 

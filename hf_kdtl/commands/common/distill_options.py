@@ -16,16 +16,19 @@ class DistillOptions(CutOptions, UnlabelledOptions):
 
     teacher: dict | str | None = field(
         default=None,
-        metadata={"help": "A folder, Hub name or store; several: {name: folder}; self: without adapters."},
+        metadata={
+            "help": "A folder, Hub name or store (hf-kdtl cache); several: {name: folder}; self: the student less its "
+            "adapters."
+        },
     )
     teacher_batch: int | None = field(
         default=None, metadata={"help": "Images in each forward of the teacher; by default the batch."}
     )
     cache: str | None = field(
-        default=None, metadata={"help": "auto: store its outputs in output_dir/cache, read what recurs."}
+        default=None, metadata={"help": "auto: keep the teacher's outputs in output_dir/cache, so that it runs once."}
     )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Of a teacher of images and texts (CLIP, SigLIP); by default the data's."}
+        default=None, metadata={"help": "For a teacher of images and texts (CLIP, SigLIP); by default the data's."}
     )
     teacher_pool: str | None = field(
         default=None, metadata={"help": "A teacher's embedding: auto, pooler, class or mean (without labels)."}
@@ -37,7 +40,7 @@ class DistillOptions(CutOptions, UnlabelledOptions):
         default=None, metadata={"help": "Of its from_pretrained, as JSON: device_map, quantization_config."}
     )
     templates: list[str] | None = field(default=None, metadata={"help": 'Its texts, such as "a photo of a {}".'})
-    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, to start from."})
+    student: str | None = field(default=None, metadata={"help": "A folder or Hub name: a pre-trained student."})
     student_config: dict | str | None = field(
         default=None, metadata={"help": 'A student with random weights, as JSON: {"model_type": "vit", ...}.'}
     )
@@ -52,9 +55,9 @@ class DistillOptions(CutOptions, UnlabelledOptions):
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images of a stream of which the next is drawn."})
     baseline: bool = field(
         default=False,
-        metadata={"help": "Also train the student alone, and where some images have no label on the labelled ones."},
+        metadata={"help": "Also train the student without the teacher, and on the labelled images alone."},
     )
-    time_budget: str | None = field(default=None, metadata={"help": "Steps that fit, all runs: 20min."})
+    time_budget: str | None = field(default=None, metadata={"help": "As many steps as fit, of all runs: 20min."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run that output_dir holds."})
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from hf_kdtl.objectives.table import first_sentence
 HELP = ("-h", "--help", "--help-all")
 # Of TrainingArguments, whose own help is a paragraph each.
 MOST_USED = {
-    "output_dir": "Where the run goes.",
+    "output_dir": "A folder for all that the run leaves.",
     "max_steps": "Steps, instead of epochs.",
     "num_train_epochs": "Passes over the training images.",
     "per_device_train_batch_size": "Images a step on each device.",
@@ -41,6 +41,11 @@ RARE = ("student_heads", "student_mlp", "student_importance", "student_width", "
         "teacher_pool", "teacher_batch", "teacher_dtype", "teacher_options", "templates", "view_seed", "license",
         "image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image", "high_bit_depth",
         "multi_label", "eval_objectives", "max_trials", "start", "streaming", "shuffle_buffer")  # fmt: skip
+
+
+# First in their group.
+FIRST = ("teacher", "student_layers", "student_flops", "student", "student_config", "baseline", "seeds", "time_budget",
+         "unlabelled")  # fmt: skip
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -95,7 +100,7 @@ def help_text(parser: argparse.ArgumentParser, types: Sequence[Any], doc: str, e
         if "student_layers" in actions and (everything or "budget" not in actions):  # a search chooses them itself
             parts.append(objective_lines(width))
         if not everything:
-            chosen = "(chosen): by model and images, see hf-kdtl init. " if "time_budget" in actions else ""
+            chosen = "(chosen): by model and images, printed with the reason.\n" if "time_budget" in actions else ""
             parts.append(f"{chosen}--help-all adds rare settings, and all of transformers' TrainingArguments.")
     return "\n\n".join(parts)
 
@@ -112,7 +117,7 @@ def _groups(types: Sequence[Any], everything: bool) -> Iterator[tuple[str, Any]]
         names = [field.name for field in dataclasses.fields(kind) if field.init]
         names = [name for name in names if everything or name not in RARE]
         if not issubclass(kind, TrainingArguments):
-            yield title, names
+            yield title, [*(name for name in FIRST if name in names), *(name for name in names if name not in FIRST)]
             continue
         yield "The loss, and how it is optimized", [name for name in names if name not in trainer]
         if everything:
@@ -126,7 +131,8 @@ def objective_lines(width: int) -> str:
     column = max(map(len, OBJECTIVES)) + 4
     what = {name: first_sentence(kind).split(": ")[0] for name, kind in OBJECTIVES.items()}  # before any formula
     lines = [
-        f"  {name}".ljust(column) + textwrap.shorten(text, width - column, placeholder=" ...")
+        f"  {name}".ljust(column)
+        + textwrap.shorten(text.removesuffix(", per image"), width - column, placeholder=" ...")
         for name, text in what.items()
     ]
-    return "\n".join(["Names for --objectives (options: help() of the class, or the docs):", *lines])
+    return "\n".join(["Names for --objectives (what each is for, and its options: docs/methods):", *lines])

@@ -56,7 +56,7 @@ class Images:
     def accuracy(self, model: Any) -> float:
         """Of a file, on all test images with a label."""
         right = labelled = 0
-        for start in tqdm(range(0, len(self.test), BATCH), desc="test images", leave=False):
+        for start in tqdm(range(0, len(self.test), BATCH), desc="test images", leave=False, disable=None):
             rows = self.test.__getitems__(list(range(start, min(start + BATCH, len(self.test)))))
             labels = torch.tensor([int(row["labels"]) for row in rows])
             predicted = model(pixel_values=torch.stack([row["pixel_values"] for row in rows])).logits.argmax(1)

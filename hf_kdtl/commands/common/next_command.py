@@ -52,6 +52,13 @@ def command(name: str, *flags: str, **settings: Any) -> str:
     return " ".join([program(), name, *flags, *given])
 
 
+def settings_of_init(teacher: Path) -> Path | None:
+    """The settings for a student of this teacher that `hf-kdtl init` wrote into the working directory; else None."""
+    file = Path(teacher.parent.name.removesuffix("_teacher") + ".yaml")
+    line = f"teacher: {json.dumps(typed(teacher), ensure_ascii=False)}"
+    return file if file.is_file() and line in file.read_text(encoding="utf-8").splitlines() else None
+
+
 def split_flags(options: Any) -> str:
     """The flags that cut the same splits out of the same images: the dataset, and what differs from its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import Trainer, default_data_collator
+from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -29,8 +30,11 @@ from hf_kdtl.trainer.sample import training_sample
 TASK: list[dict[str, Any]] = [{"name": "task"}]
 
 
+SHOWN = ("loss", "eval_accuracy", "eval_map", "eval_knn")
+
+
 class Progress(ProgressCallback):
-    """Trainer's bar with the last values at its end, instead of a line of text for each of them."""
+    """Trainer's bar with the last values at its end, instead of a line of text for each of them; for a terminal."""
 
     def __init__(self, title: str = ""):
         super().__init__()
@@ -43,8 +47,7 @@ class Progress(ProgressCallback):
             self.training_bar.set_description(self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = ("loss", "eval_accuracy", "eval_map", "eval_knn")
-        self.shown |= {key: f"{logs[key]:.3f}" for key in names if key in (logs or {})}
+        self.shown |= _shown(logs)
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown, refresh=False)
 
@@ -54,13 +57,29 @@ class Progress(ProgressCallback):
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
 
+class Lines(TrainerCallback):
+    """A line for each value that is logged, where there is no terminal to draw a bar on."""
+
+    def __init__(self, title: str = ""):
+        self.title = title
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and (shown := _shown(logs)):
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.title}: step {state.global_step:,} of {state.max_steps:,}, {values}", flush=True)
+
+
+def _shown(logs: dict[str, Any] | None) -> dict[str, str]:
+    return {name: f"{logs[name]:.3f}" for name in SHOWN if name in (logs or {})}  # type: ignore[index]
+
+
 def make_trainer(model: Any, config: DistillationConfig, processor: Any, title: str = "", **parts: Any) -> Any:
     """A DistillationTrainer as all commands use it."""
     parts = {"compute_metrics": compute_metrics} | parts
     trainer = DistillationTrainer(model, config, processing_class=processor, **parts)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress(title))
+        trainer.add_callback(Progress(title) if sys.stderr.isatty() else Lines(title))
     return trainer
 
 

@@ -31,6 +31,8 @@ def classes_figure(model: EvaluatedModel, others: dict[str, EvaluatedModel], pat
     ):
         order = sorted(change, key=lambda name: change[name])
         _bars(axes, {name: change[name] for name in ends(order, some)}, role)
+    if not any(value for change in changes.values() for value in change.values()):
+        figure.axes[0].set_xlim(-1, 1)  # nothing changed
     save(figure, path, 130)
     if some == len(mine):
         return "All classes that have images."
