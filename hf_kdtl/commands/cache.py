@@ -7,13 +7,14 @@
   hf-kdtl cache --info cache/
 
 It takes the settings of hf-kdtl distill, for the student decides which layers pair and which pixels are seen; with
---image_size in place of a student, objectives on class outputs can be stored. It stores what the
-objectives need and nothing else. Interrupted, the same command continues. With the --output of an existing store it
-adds what is new: --views 80, more images, --objectives with other needs; what is not typed stays as it was.
+--image_size in place of a student, objectives on class outputs can be stored. With --unlabelled alone it is for a run
+without labels. It stores what the objectives need and nothing else. Interrupted, the same command continues. With the
+--output of an existing store it adds what is new: --views 80, more images, --objectives with other needs.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, stored, storing
+from hf_kdtl.commands.common import builders, pretraining, stored, storing
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment
@@ -103,12 +104,16 @@ def planned(
     """
     if options.teacher_paths.keys() != {"teacher"}:
         raise ValueError(f"teacher is {options.teacher!r}; expected one model: --teacher <a folder or Hub name>.")
-    if options.cut_flags or options.student is not None or options.student_config is not None:
+    own = {"dataset": data_options.dataset}
+    if pretraining.asked(options, config, typed):
+        own = {"objectives": json.dumps(config.objectives)}
+        needs, data, processor, teacher, student = _without_labels(options, data_options, config, typed)
+    elif options.cut_flags or options.student is not None or options.student_config is not None:
         needs, data, processor, teacher, student = _with_student(options, data_options, config, typed)
     else:
         needs, data, processor, teacher, student = _without_student(options, data_options, config)
     augmentation = {} if data.augmentation is None else data.augmentation.config
-    settings |= {"augmentation": augmentation, "dataset": data_options.dataset}
+    settings |= {"augmentation": augmentation} | own
     teacher.match(student, processor, compare_classes=False)  # in its own order of classes
     teacher.to(config.device)
     views = data_options.views or storing.VIEWS if augmentation else 1
@@ -128,6 +133,17 @@ def _with_student(
     trainer = experiment.trainer("distilled", experiment.seeds[0], Path(str(options.output)))
     needs = storing.needs_of(trainer)
     return needs, trainer.train_dataset, experiment.processor, experiment.teacher, trainer.model
+
+
+def _without_labels(
+    options: CacheOptions, data_options: DataOptions, config: DistillationConfig, typed: set[str]
+) -> tuple[Needs, Any, Any, Teacher, Any]:
+    """What the objectives of a run without labels need, and what it trains on: not the images it holds out."""
+    if options.teacher_pool not in (None, "auto"):
+        raise ValueError(f"teacher_pool is {options.teacher_pool!r}, and a store keeps what auto gives; leave it out.")
+    study = pretraining.Pretraining(options, data_options, config, typed)
+    trainer = study.trainer(study.seeds[0], Path(str(options.output)))
+    return storing.needs_of(trainer), trainer.train_dataset, study.processor, study.teacher, trainer.model
 
 
 def _without_student(

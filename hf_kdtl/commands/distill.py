@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if free:
         pretraining.main(options, data_options, config, set(typed))
     else:
-        train(Experiment(options, data_options, config, typed), typed, budget, argv)
+        train(Experiment(options, data_options, config, typed, in_parts=True), typed, budget, argv)
     if pushing is not None:
         say(config, push.published(push.push(pushing, config.hub_token), pushing))
 

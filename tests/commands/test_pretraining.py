@@ -1,6 +1,7 @@
 """hf-kdtl distill without labels: a folder of images and a teacher without a head, then a head from few labels."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,29 @@ def test_a_stream_teaches_too(command, backbone, images):
     assert any("of 2 shards; 4 images of the first one are held out" in note for note in found["data"]["notes"])
     assert 0 <= found["embedding"]["models"]["student"]["knn"] <= 1 and found["embedding"]["images"] == 4
     assert AutoModel.from_pretrained("out/student").config.model_type == "vit"
+
+
+def test_a_store_teaches_without_labels_as_its_teacher_does_and_no_stream(command, backbone, capsys):
+    store = ["--augmentation", '{"flip": true}', "--views", "2", "--teacher_batch", "4"]
+    live = ["--augmentation", '{"flip": true}', *QUICK]
+    main = command("distill").main
+    command("cache").main([*FLAGS[:-2], *store, "--use_cpu", "true", "--output", "store"])
+    words = shlex.split(capsys.readouterr().out.split("Train from it:")[1])
+    assert "--dataset" not in words and words[words.index("--unlabelled") + 1] == "more"
+    main([*words[words.index("distill") + 1 : -2], *QUICK, "--output_dir", "stored"])  # as it is printed
+    main([*FLAGS, *live, "--views", "2"])
+    one, two = read_results("out"), read_results("stored")
+    of = "student/model.safetensors"
+    assert Path("stored", of).read_bytes() == Path("out", of).read_bytes()
+    assert two["embedding"] == one["embedding"]
+    assert any("outputs are read from store" in note for note in two["pairing"]["notes"])
+    write_shards("shards", shards=2, rows=24)
+    flags = [*FLAGS, *QUICK, "--teacher", "store"]
+    with pytest.raises(ValueError, match=r"a store, which is looked up by the row.*stream has none. Name the teacher"):
+        main([*flags, "--unlabelled", "shards", "--streaming", "true", "--output_dir", "none"])
+    with pytest.raises(ValueError, match="teacher_pool is 'mean', and a store keeps what auto gives"):
+        main([*flags, "--teacher_pool", "mean", "--output_dir", "none"])
+    assert not Path("none").exists()
 
 
 @pytest.mark.parametrize(

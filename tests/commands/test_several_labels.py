@@ -75,6 +75,15 @@ def _evaluated_and_compared(command, table, scores, capsys):
     assert "map" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["tune", "probe"])
+def test_what_goes_by_accuracy_says_what_to_type(command, table, capsys, name):
+    flags = ["--student_config", json.dumps(CONFIG), "--output_dir", "out", "--teacher", "none", "--use_cpu", "true"]
+    assert cli.run(lambda: command(name).main([*table, *flags])) == 2
+    said = capsys.readouterr().err
+    assert f"hf-kdtl {name} goes by accuracy, and the images have several labels" in said
+    assert "hf-kdtl compare --runs <their folders> --metrics map" in said and not Path("out").exists()
+
+
 def test_one_label_and_several_are_not_confused(command, table, images, capsys):
     new = ["--student_config", json.dumps(CONFIG), "--output_dir", "out", *QUICK, "--objectives", "task"]
     assert cli.run(lambda: command("distill").main([*table, "--labels_per_class", "3", *new])) == 2

@@ -30,10 +30,15 @@ def finished(folder, case, path, per_device):
     return runner, held
 
 
-def facts(runner, held):
+def share(held):
+    """What this process holds of parameters."""
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in held)
+    return local / sum(p.numel() for p in held)
+
+
+def facts(runner, held):
     return {
-        "share": local / sum(p.numel() for p in held),
+        "share": share(held),
         "fingerprint": runner.teacher.fingerprint,
         "loss": [entry["loss"] for entry in runner.state.log_history if "loss" in entry],
     }

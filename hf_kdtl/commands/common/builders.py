@@ -23,6 +23,7 @@ from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels, same_classes, set_class_names
 from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, open_processor, renew_head
+from hf_kdtl.utils.distributed import unsharded_class
 from hf_kdtl.utils.options import check_known
 
 
@@ -47,9 +48,7 @@ class DataOptions:
     multi_label: bool = field(
         default=False, metadata={"help": "Several labels an image: cat;dog in a cell, none for no class."}
     )
-    train_images: int | None = field(
-        default=None, metadata={"help": "Train on so many, each class by its share."}
-    )
+    train_images: int | None = field(default=None, metadata={"help": "Train on so many, each class by its share."})
     labels_per_class: int | None = field(default=None, metadata={"help": "Train on so many labels of each class."})
     augmentation: dict | str | None = field(
         default=None, metadata={"help": 'As JSON, such as {"crop": 4, "flip": true, "mixup": 0.2}.'}
@@ -217,7 +216,7 @@ def new_processor(config: Any, image_size: int | None = None) -> Any:
 
 def summary(model: Any) -> str:
     """A model in a few words."""
-    return f"{type(model).__name__}, {parameters(model):,} parameters"
+    return f"{unsharded_class(model).__name__}, {parameters(model):,} parameters"
 
 
 def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:

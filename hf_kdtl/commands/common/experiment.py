@@ -53,9 +53,14 @@ class Experiment:
         data_options: DataOptions,
         config: DistillationConfig,
         typed: Iterable[str] | None = None,
+        in_parts: bool = False,
     ):
-        """With `typed`, the names that the user gave, all other settings become the defaults of the commands."""
+        """With `typed`, the names that the user gave, all other settings become the defaults of the commands.
+
+        `in_parts`: under FSDP2 no process reads a teacher whole, but where its weights are copied (a cut student) or
+        it does not run on every process alike (--cache)."""
         self.options, self.config = options, config
+        self.in_parts = in_parts and not options.cut_flags and options.cache is None and not options.teacher_options
         self.folder = folder_of(config)
         self.seeds = options.seeds or [config.seed]
         if len(set(self.seeds)) < len(self.seeds):
@@ -67,6 +72,7 @@ class Experiment:
         if not options.teacher_paths and (given := [name for name in names if getattr(options, name) is not None]):
             raise ValueError(f"--{given[0]} is of a saved teacher; add --teacher <folder>, or leave it out.")
         self.teachers, self.stores = stored.opened(options, self._open, self.notes)
+        self.parted = {name for name, teacher in self.teachers.items() if teacher.facts().sharded}
         typed = stored.take_views(self.stores, data_options, config, typed)
         with config.main_process_first(local=False):
             data = builders.open_data(data_options)
@@ -76,6 +82,7 @@ class Experiment:
             adapters.check_self(student, options.student, config)
         # A teacher of other classes (lwf) cannot be scored on these.
         self.scored = {name: one for name, one in self.teachers.items() if scorable(student, one)}
+        self.notes += [f"{called(n)} is spread over the processes: pictures leave it out." for n in self.parted]
         for name, teacher in self.teachers.items():
             if name not in self.scored:
                 headless = teacher.unserved(Needs(logits=True))
@@ -97,7 +104,10 @@ class Experiment:
         compared = {one.source for one in self.config.build_objectives().values() if one.compares_classes}
         options = self.options
         loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
-        return open_teachers(paths, compared, options.class_names, options.templates, **loading) if paths else {}
+        texts = options.class_names, options.templates
+        if self.in_parts:
+            _ = self.config.device  # begins the processes' group
+        return open_teachers(paths, compared, *texts, self.in_parts, **loading) if paths else {}
 
     @property
     def teacher(self) -> Teacher | None:
@@ -190,8 +200,8 @@ class Experiment:
                 self.scored = {}
 
     def _reopen_sharded(self) -> None:
-        """Read the teachers again that a run has left sharded (FSDP2)."""
-        sharded = [name for name, teacher in self.teachers.items() if teacher.facts().sharded]
+        """Read the teachers again that were read whole, and that a run has left sharded (FSDP2)."""
+        sharded = [n for n, one in self.teachers.items() if one.facts().sharded and n not in self.parted]
         self.teachers |= self._open({name: self.options.teacher_paths[name] for name in sharded})
         name_classes(self.teachers, self.data)
         self.scored = {name: self.teachers[name] for name in self.scored}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl import DistillationConfig, make_student
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, folders, runs, timing
+from hf_kdtl.commands.common import builders, folders, pretrained, runs, stored, timing
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.embedding_scores import SPLITS, embeddings, picture, scores
+from hf_kdtl.commands.common.embedding_scores import embeddings
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.streams import COUNTS_AS, Streamed, check_streaming
 from hf_kdtl.commands.common.students import check_one_student
@@ -28,12 +27,10 @@ from hf_kdtl.commands.common.teachers import loading_options
 from hf_kdtl.config import DEFAULT_OBJECTIVES
 from hf_kdtl.data.unlabelled import open_images
 from hf_kdtl.evaluation import embeddings as ee
-from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.fingerprint import fingerprint
+from hf_kdtl.models.teachers import StoredTeacher
 from hf_kdtl.models.teachers.backbone import check_trainable, open_student
-from hf_kdtl.reports.embedding import embedding_lines
-from hf_kdtl.reports.run_report import write_report
+from hf_kdtl.models.teachers.sharded import sharded_options
 from hf_kdtl.utils.options import check_known
 
 FEATURES: list[dict[str, Any]] = [{"name": "feature_kd"}]
@@ -71,7 +68,15 @@ class Neighbours:
 class Pretraining:
     """A run of `distill` for each seed, of a student without a head, on images without labels."""
 
-    def __init__(self, options: Any, data_options: DataOptions, config: DistillationConfig, typed: set[str]):
+    def __init__(
+        self,
+        options: Any,
+        data_options: DataOptions,
+        config: DistillationConfig,
+        typed: set[str],
+        in_parts: bool = False,
+    ):
+        """`in_parts`: under FSDP2 no process reads the teacher whole, but where a student is cut out of it."""
         self.options, self.data_options, self.config, self.typed = options, data_options, config, typed
         self.folder, self.seeds, self.notes = folder_of(config), options.seeds or [config.seed], list[str]()
         _check(options, config)
@@ -81,8 +86,11 @@ class Pretraining:
         if options.streaming:
             check_streaming(options, data_options, config, typed)
         self.stream: Streamed | None = None
-        loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
-        self.teacher = Teacher.from_pretrained(path, pool=options.teacher_pool or "auto", **loading)
+        self.teacher: Any = self._opened(path, in_parts)
+        self.live: Teacher | None = self.teacher
+        if isinstance(self.teacher, StoredTeacher):
+            self.live = self.teacher.live()
+            self.typed = typed = stored.take_views({"teacher": self.teacher}, data_options, config, typed) or typed
         with config.main_process_first(local=False):
             self.train, self.held_out = self._images()
             self.labelled = builders.open_data(data_options) if "dataset" in typed else None
@@ -95,6 +103,20 @@ class Pretraining:
         budgeted, images = options.time_budget is not None, len(self.train) if self.stream is None else COUNTS_AS
         self.chosen = Chosen(student, kind, self.train, images, self.processor, known, config, data_options, budgeted)
         self.student_summary = builders.summary(student)
+
+    def _opened(self, path: str, in_parts: bool) -> Any:
+        options = self.options
+        pool: Any = options.teacher_pool or "auto"
+        loading = loading_options(options.teacher_dtype, cli.mapping("teacher_options", options.teacher_options))
+        if in_parts and not options.cut_flags and not options.teacher_options:  # else copied, or placed otherwise
+            _ = self.config.device  # begins the processes' group
+            loading |= sharded_options(path)
+        teacher = Teacher.from_pretrained(path, pool=pool, **loading)
+        if teacher.facts().sharded:
+            self.notes.append("the teacher is spread over the processes: pictures leave it out.")
+        if isinstance(teacher, StoredTeacher) and pool != "auto":
+            raise ValueError(f"teacher_pool is {pool!r}, and a store keeps what auto gives; leave it out.")
+        return teacher
 
     def _images(self) -> tuple[Dataset, Dataset]:
         data = self.data_options
@@ -137,7 +159,9 @@ class Pretraining:
             return student
         if options.student_layers is None:
             raise ValueError("a student of a run without labels is cut by --student_layers alone.")
-        return make_student(self.teacher, options.student_layers).float()
+        if self.live is None:
+            raise ValueError("the student is cut out of the teacher, which is not where it was when it was stored.")
+        return make_student(self.live, options.student_layers).float()
 
     def _processor(self, student: Any) -> Any:
         if self.options.student is not None:
@@ -191,14 +215,16 @@ def main(options: Any, data_options: DataOptions, config: DistillationConfig, ty
     """Train every seed, keep the best by validation, and write results.json, report.md and pictures."""
     run = folders.describe_run("distill", config, options, data_options)
     budget = timing.check_budget(options.time_budget, typed)
-    study = Pretraining(options, data_options, config, typed)
+    study = Pretraining(options, data_options, config, typed, in_parts=True)
     first = study.trainer(study.seeds[0], study.folder)
     runs.check_one_batch(first)
     maker = [lambda settings: study.trainer(study.seeds[0], folder_of(settings), settings)]
     duration = timing.settle_steps(study.chosen, maker, len(study.seeds), budget)
-    models = {"teacher": builders.summary(study.teacher.modules()[0]), "student": study.student_summary}
+    live = study.teacher.modules()
+    models = {"teacher": builders.summary(live[0]) if live else study.teacher.summary()}
+    models |= {"student": study.student_summary}
     notes = [*study.teacher.notes, *first.distiller.notes]
-    folders.begin(first, _sections(study, run, models, notes, first))
+    folders.begin(first, pretrained.sections(study, run, models, notes, first))
     runs.say(
         config, *(f"{who}: {what}" for who, what in models.items()), *(f"- {note}" for note in [*study.notes, *notes])
     )
@@ -206,61 +232,5 @@ def main(options: Any, data_options: DataOptions, config: DistillationConfig, ty
     for seed in study.seeds:
         trainer = study.trainer(seed, study.folder_of_seed(seed))
         runs.train_and_save(trainer, study.folder_of_seed(seed).name, study.folder)
-    if config.process_index == 0:
-        finish(study)
-
-
-def _sections(study: Pretraining, run: dict, models: dict, notes: list[str], first: Any) -> dict[str, Any]:
-    from hf_kdtl.hub.provenance import models_section
-
-    kinds = {"student": "pretrained", "student_config": "random"}
-    how = next((how for name, how in kinds.items() if getattr(study.options, name) is not None), "cut")
-    sizes = {"held out": len(study.held_out)} | ({} if study.stream else {"train": len(study.train)})
-    labelled = {}
-    if study.labelled is not None:
-        labelled = {f"labelled {name}": len(getattr(study.labelled, name)) for name in SPLITS}
-    data = {"source": str(study.options.unlabelled), "hub": False, "sizes": sizes | labelled, "classes": []}
-    data |= {"notes": study.notes, "augmentation": cli.mapping("augmentation", study.data_options.augmentation)}
-    return {
-        "run": run,
-        "defaults": study.chosen.record(),
-        "data": data,
-        "objectives": study.config.objectives,
-        "models": models_section(first, {"how": how}),
-        "pairing": models | {"notes": notes},
-    }
-
-
-def finish(study: Pretraining) -> None:
-    """Keep the best seed as student/, score it beside the teacher and itself before training, and write the report."""
-    scored = {seed: last_value(study, seed) for seed in study.seeds}
-    better = max if study.config.greater_is_better else min
-    seed = better(scored, key=lambda one: scored[one])
-    shutil.rmtree(study.folder / "student", ignore_errors=True)
-    shutil.copytree(study.folder_of_seed(seed) / "model", study.folder / "student")
-    after = AutoModel.from_pretrained(study.folder / "student").eval()
-    before = study.trainer(seed, study.folder).model.eval()
-    models = {"teacher": study.teacher, "student before": before, "student": after}
-    sides = {name: (model, study.processor) for name, model in models.items()}
-    found = scores(sides, study.held_out, study.labelled, study.config.per_device_eval_batch_size)
-    value = {"seed": seed, "metric": study.config.metric_for_best_model} | found
-    update_results(study.folder, "embedding", value)
-    section = read_results(study.folder)["models"]
-    section["student"]["fingerprint"] = fingerprint(after)
-    update_results(study.folder, "models", section)
-    missing = picture(study.folder, sides, study.held_out)
-    write_report(study.folder)
-    lines = embedding_lines(load_results(study.folder))
-    student = study.folder / "student"
-    head = f"hf-kdtl train-teacher --model {student} --dataset <labelled images> --output_dir runs/classifier"
-    lines += [missing] * bool(missing)
-    runs.say(study.config, *lines, f"The student is in {student}. It takes a head from few labels:", f"  {head}")
-
-
-def last_value(study: Pretraining, seed: int) -> float:
-    """The best value of the metric that a run was judged by."""
-    name = f"eval_{str(study.config.metric_for_best_model).removeprefix('eval_')}"
-    log = read_results(study.folder)["curves"][study.folder_of_seed(seed).name]
-    values = [entry[name] for entry in log if entry.get(name) is not None]
-    best = max if study.config.greater_is_better else min
-    return best(values) if values else 0.0
+    if config.process_index == 0 or study.teacher.facts().sharded:  # of which each process holds a part
+        pretrained.finish(study)

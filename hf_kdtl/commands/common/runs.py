@@ -170,6 +170,7 @@ def predict(model: Any, dataset: Any, config: DistillationConfig) -> tuple[np.nd
 
     settings = run_settings(config, folder_of(config), config.seed, TASK, taught=False)
     settings.eval_strategy, settings.layer_rates = IntervalStrategy.NO, None  # a frozen teacher has no rates
+    settings.save_strategy = SaveStrategy.NO
     trainer = _Predictor(model, settings, data_collator=collate)
     trainer.remove_callback(ProgressCallback)
     output = trainer.predict(dataset)

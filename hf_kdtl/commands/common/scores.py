@@ -136,10 +136,11 @@ def _maps(study: Any, seed: int, student: Any) -> dict[str, str]:
     labels = torch.tensor([of_classes[row] for row in chosen])
     images = unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
+    whole = {name: one for name, one in study.teachers.items() if not one.facts().sharded}  # here runs one process
     try:
         seen = {
             in_words(name): attention_map(one.classifier(), one.pixels(pixels.to(one.classifier().device)))
-            for name, one in study.teachers.items()
+            for name, one in whole.items()
         }
         seen |= {name: attention_map(model, pixels.to(model.device)) for name, model in students.items()}
         about = "Where the last block looks"
@@ -147,7 +148,8 @@ def _maps(study: Any, seed: int, student: Any) -> dict[str, str]:
     except ValueError as error:  # a model without any map; the run must not end for want of a picture
         runs.say(study.config, f"no attention sheet: {error}")
     moved = {}
-    for name, teacher in ({} if study.data.multi_label else study.scored).items():  # in its own order of classes
+    scored = {} if study.data.multi_label else {name: one for name, one in study.scored.items() if name in whole}
+    for name, teacher in scored.items():  # in its own order of classes
         order, _ = match_labels(student.config, teacher.provenance())
         its, model = labels if order is None else torch.tensor(order)[labels], teacher.classifier()
         moved[in_words(name)] = input_saliency(model, pixels.to(model.device), its, teacher.pixels)

@@ -38,7 +38,10 @@ def open_experiment(
     if unused := sorted({"baseline", "time_budget"} & typed):
         raise ValueError(f"found {' and '.join(unused)}, of hf-kdtl distill alone; here --budget is the time.")
     if data_options.multi_label:
-        raise ValueError(f"hf-kdtl {recipe} goes by accuracy, of one label an image; leave multi_label out.")
+        raise ValueError(
+            f"hf-kdtl {recipe} goes by accuracy, and the images have several labels (multi_label). Type hf-kdtl "
+            "distill once for each setting, then hf-kdtl compare --runs <their folders> --metrics map."
+        )
     if config.world_size > 1:
         raise ValueError("the runs are on one process; start this command without accelerate launch or torchrun.")
     folders.check_resumes_all(config)

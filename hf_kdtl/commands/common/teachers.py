@@ -11,6 +11,7 @@ from hf_kdtl.data import ImageData
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import MULTI_LABEL, is_multi_label, match_labels
 from hf_kdtl.models.teachers.resolve import TRUST, open_config
+from hf_kdtl.models.teachers.sharded import sharded_options
 from hf_kdtl.models.teachers.text_head import TextHeadTeacher, has_text_tower
 from hf_kdtl.utils.options import check_known
 
@@ -22,6 +23,7 @@ def open_teachers(
     compared: Collection[str],
     class_names: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
+    in_parts: bool = False,
     **loading: Any,
 ) -> dict[str, Teacher]:
     """{name: teacher}. One of images and texts gets a text head where class names or templates are given, or where its
@@ -30,6 +32,8 @@ def open_teachers(
     Args:
         paths: {name: folder or Hub name}.
         compared: names of those whose class outputs an objective compares.
+        in_parts: whether under FSDP2 each process reads its own part alone, of those without a text head. Every
+            process then runs such a teacher as often as the others.
         loading: options of from_pretrained, of all of them.
 
     Raises:
@@ -46,7 +50,7 @@ def open_teachers(
     return {
         name: TextHeadTeacher.from_pretrained(path, class_names=class_names, templates=templates, **loading)
         if name in chosen
-        else Teacher.from_pretrained(path, **loading)
+        else Teacher.from_pretrained(path, **loading, **(sharded_options(path) if in_parts else {}))
         for name, path in paths.items()
     }
 

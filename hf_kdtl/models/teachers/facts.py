@@ -14,6 +14,7 @@ from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import class_names
 from hf_kdtl.models.teachers.flat_patches import FlatPatches
 from hf_kdtl.models.teachers.source import SourceInfo
+from hf_kdtl.utils.distributed import unsharded_class
 
 
 def source_info(model: Any) -> SourceInfo:
@@ -23,7 +24,7 @@ def source_info(model: Any) -> SourceInfo:
     config = base.config
     size = getattr(vision_config(config), "image_size", None)
     return SourceInfo(
-        architecture=type(base).__name__,
+        architecture=unsharded_class(base).__name__,
         name_or_path=str(getattr(config, "_name_or_path", "") or ""),
         revision=getattr(config, "_commit_hash", None),
         model_type=config.model_type,

@@ -20,7 +20,8 @@ from hf_kdtl.utils.distributed import fsdp_requested
 def sharded_options(path: str | Path) -> dict[str, Any]:
     """Options of from_pretrained by which transformers builds a model without memory, shards every block by FSDP2 and
     reads of each tensor this process's part alone; {} where FSDP2 is not asked for, on one process, and for what is
-    not opened so (stores, two towers, adapters), which every process reads whole and the trainer shards.
+    not opened so (stores, two towers, adapters, before transformers 5.23), which every process reads whole and the
+    trainer shards.
 
     Every process calls it, and opens the model.
     """
@@ -32,11 +33,13 @@ def sharded_options(path: str | Path) -> dict[str, Any]:
         return {}
     if hasattr(config, "text_config") or type(config) not in _auto(config)._model_mapping:
         return {}
+    from transformers.distributed import DistributedConfig
+
+    if "fsdp_plan" not in DistributedConfig.__dataclass_fields__:
+        return {}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         skeleton = _auto(config).from_config(config)
     rules = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in find_blocks(skeleton)}
-    from transformers.distributed import DistributedConfig
-
     plan = dict.fromkeys(sorted(rules), "free_full_weight")
     return {"distributed_config": DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_plan=plan)}
 
