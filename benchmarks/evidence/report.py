@@ -195,17 +195,41 @@ def jacobian_digits(lines: Lines) -> str:
     return comparison_table(runs, {run.setting: f"{run.setting}/kd" for run in runs})
 
 
+def backbone_transfer(lines: Lines) -> str:
+    """Table 9: against `kd_labelled` and `alone` of table 1 with the same seeds, and the probe before and after."""
+    seeds = {line["seed"] for line in lines}
+    first = [json.loads(line) for line in (RESULTS / "few_labels_many_images.jsonl").read_text().splitlines()]
+    shared = [x for x in first if x["setting"] == "cifar10_10" and x["arm"] in ("alone", "kd_labelled")]
+    runs = arm_runs([x for x in shared if x["seed"] in seeds] + [x for x in lines if x["arm"] != "pretraining"])
+    runs, (known,) = [r for r in runs if r.arm != "teachers_probe"], [r for r in runs if r.arm == "teachers_probe"]
+    probes = [run for run in runs if run.arm.endswith("probe")]
+    parts = {"kd_labelled": runs, "alone": [r for r in runs if r.arm != "kd_labelled"], "random_probe": probes}
+    tables = [
+        f"Reference `{arm}`:\n\n{comparison_table(found, {'cifar10_10': f'cifar10_10/{arm}'})}"
+        for arm, found in parts.items()
+    ]
+    mean, sd = mean_and_std(list(known.test.values()))
+    tables.append(
+        f"`teachers_probe`, both teachers' own embeddings, C {known.weight:g}: {mean:.2f} % (sd {sd:.2f}). No "
+        "competitor: they were trained on all labels of these ten classes."
+    )
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "jacobian_digits": jacobian_digits,
     "few_labels_many_images": few_labels,
     "never_hurt_rules": never_hurt,
     "cut": cut,
     "auto_weight": auto_weight,
+    "backbone_transfer": backbone_transfer,
 }
 UNFINISHED = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
 NOTES = {
     "cut": "Three seeds: nothing is claimed. Lines of other steps than 500 are trials, and not shown.",
     "auto_weight": "Differences are paired by seed, with a 95 % t interval.",
+    "backbone_transfer": "Five seeds, as planned. The weight is a learning rate, or the C of a probe; `alone` and "
+    "`kd_labelled` are lines of few_labels_many_images.jsonl.",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoModel
 
@@ -15,11 +15,8 @@ from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.run_report import write_report
 
-if TYPE_CHECKING:
-    from hf_kdtl.commands.common.pretraining import Pretraining
 
-
-def sections(study: Pretraining, run: dict, models: dict, notes: list[str], first: Any) -> dict[str, Any]:
+def sections(study: Any, run: dict, models: dict, notes: list[str], first: Any) -> dict[str, Any]:
     """What is known before training."""
     from hf_kdtl.hub.provenance import models_section
 
@@ -41,7 +38,7 @@ def sections(study: Pretraining, run: dict, models: dict, notes: list[str], firs
     }
 
 
-def finish(study: Pretraining) -> None:
+def finish(study: Any) -> None:
     """Keep the best seed as student/, score it beside the teacher and itself before training, and write the report.
 
     All processes call it where the teacher is spread over them, else the main one alone.
@@ -75,7 +72,7 @@ def finish(study: Pretraining) -> None:
     runs.say(study.config, *lines, f"The student is in {student}. It takes a head from few labels:", f"  {head}")
 
 
-def last_value(study: Pretraining, seed: int) -> float:
+def last_value(study: Any, seed: int) -> float:
     """The best value of the metric that a run was judged by."""
     name = f"eval_{str(study.config.metric_for_best_model).removeprefix('eval_')}"
     log = read_results(study.folder)["curves"][study.folder_of_seed(seed).name]
