@@ -2,11 +2,19 @@
 
 The plan stands in benchmarks/plan.md.
 
-    python -m benchmarks.evidence.backbone_transfer --dataset <cifar10> --unlabelled <tiny_imagenet100> \\
+    python -m benchmarks.evidence.backbone_transfer --dataset <cifar10> --unlabelled <half of tiny_imagenet100> \\
         --vit <headless ViT> --resnet <headless ResNet> --stores <folder of their stores> --work <folder>
 
-The stores are made by `hf-kdtl cache` (the commands are on the results' page). `--work` holds the views of table 1.
-A pre-training is about 2 CPU minutes, a run of fine-tuning one, a probe seconds. Stopped and started again it goes on.
+Before it: the classifiers' backbones, saved by AutoModel.from_pretrained(<classifier>).save_pretrained(<folder>) with
+the image processor (of the ViT with add_pooling_layer=False); every second training image of tiny_imagenet100 in a
+folder of parquet files; and for each teacher, into <folder of their stores>/vit and /resnet,
+
+    hf-kdtl cache --teacher <headless> --dataset <that half> --image_size 32 --views 2 --output <stores>/<name> \\
+        --student_config '{"model_type": "bit", ... as SMALL_BIT}' --augmentation '{"crop": 4, "flip": true}' \\
+        --objectives '[{"name": "feature_kd", "patch_weight": 0}]'
+
+`--work` holds the views of table 1. A pre-training is about 1.5 CPU minutes, a run of fine-tuning one, a probe seconds.
+Stopped and started again it goes on where it was.
 """
 
 from __future__ import annotations
