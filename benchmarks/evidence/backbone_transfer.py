@@ -13,7 +13,7 @@ folder of parquet files; and for each teacher, into <folder of their stores>/vit
         --student_config '{"model_type": "bit", ... as SMALL_BIT}' --augmentation '{"crop": 4, "flip": true}' \\
         --objectives '[{"name": "feature_kd", "patch_weight": 0}]'
 
-`--work` holds the views of table 1. A pre-training is about 1.5 CPU minutes, a run of fine-tuning one, a probe seconds.
+`--work` holds the views of table 1. A pre-training is 1.5 CPU minutes, a run of fine-tuning one, a probe seconds.
 Stopped and started again it goes on where it was.
 """
 
