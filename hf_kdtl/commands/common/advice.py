@@ -72,8 +72,8 @@ def warnings(
             f"The loss still falls at the end ({', '.join(early)}): train longer. Type --max_steps "
             f"{2 * steps} --overwrite_output_dir true."
         )
-    known = images >= FEW and teacher is not None and teacher > guessing
-    if known and student is not None and teacher - student > FAR:
+    far = teacher is not None and student is not None and teacher > guessing and teacher - student > FAR
+    if far and images >= FEW:
         found.append(
             f"The student is far below its teacher: {student:.1%} and {teacher:.1%} on validation. "
             + ("Train longer first." if early else "Type --student_layers with more blocks, --student with "
