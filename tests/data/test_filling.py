@@ -58,9 +58,9 @@ def filling(folder="auto", data=None, process=0, model=None, begin=True, **optio
     return FillingTeacher(writer, process)
 
 
-def trained(source, steps, out="out", resume=None, data=None):
+def trained(source, steps, out="out", resume=None, data=None, save_steps=7):
     torch.manual_seed(0)
-    settings = config(out, OBJECTIVES, max_steps=steps, per_device_train_batch_size=6, save_steps=7, seed=3)
+    settings = config(out, OBJECTIVES, max_steps=steps, per_device_train_batch_size=6, save_steps=save_steps, seed=3)
     settings.save_strategy, settings.lr_scheduler_type = "steps", "constant"
     trainer = DistillationTrainer(build("vit"), settings, teacher=source, train_dataset=data or Viewed(22))
     trainer.train(resume_from_checkpoint=resume)

@@ -23,6 +23,17 @@ def test_stores_that_were_killed_equal_one_that_was_not(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_fills_its_store_is_killed_and_continued(tmp_path):
+    command = [sys.executable, "-m", "tests.data.store_worker", str(tmp_path), "24", "training"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(report)
+    assert report["kills"] >= 16 and report["inside"] >= 4, report
+    assert report["different"] == []  # neither the store nor the student
+
+
+@pytest.mark.slow
 def test_two_processes_write_the_store_of_one(tmp_path):
     from tests.data.store_worker import tree
 
