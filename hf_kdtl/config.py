@@ -58,6 +58,7 @@ class DistillationConfig(TrainingArguments):
             keeps it. It is saved with the run, for resuming.
         view_seed: of the augmentation, as in `hf_kdtl.data.ImageDataset`; `seed` does not change what images show.
         teacher_pixels: "shared", the student's, resized; or "own": the files at its own size, from `ImageDataset`.
+        augment_on_device: colors, erasing and mixing of `ImageDataset` a batch at once, not rounded to 8 bits.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
         quantize: "int8": the student's linear and convolution layers round inputs and weights to 8 bits in training;
             what is saved is the plain model, for an int8 export that loses less.
@@ -83,6 +84,7 @@ class DistillationConfig(TrainingArguments):
     )
     view_seed: int = field(default=0, metadata={"help": "Of the augmentation: runs with other seeds see the same."})
     teacher_pixels: str = field(default="shared", metadata={"help": "shared: the student's; own: at its own size."})
+    augment_on_device: bool = field(default=False, metadata={"help": "Colors, erasing and mixing on the GPU."})
     eval_objectives: bool = field(
         default=False, metadata={"help": "Report every objective as eval_<key> when evaluating."}
     )

@@ -132,6 +132,11 @@ class Augmentation:
         """Whether labels become distributions."""
         return "mixup" in self.config or "cutmix" in self.config
 
+    @property
+    def after_crop(self) -> bool:
+        """Whether anything is done to the pixels of a crop: colors, erasing, mixing."""
+        return self.mixes or "color_jitter" in self.config or "random_erasing" in self.config
+
     def __repr__(self) -> str:
         return f"Augmentation({self.config})"
 

@@ -136,6 +136,21 @@ class ImageDataset(torch.utils.data.Dataset):
                 item[key] = torch.as_tensor(array, dtype=torch.float32)
         return items
 
+    @property
+    def finishes_later(self) -> bool:
+        """Whether the augmentation has colors, erasing or mixing, which a trainer can do for a whole batch."""
+        return self.augmentation is not None and self.augmentation.after_crop
+
+    def unfinished_items(self, indices: list[int]) -> list[dict[str, Any]]:
+        """As `__getitems__`, without colors, erasing and mixing: `finish` does these for a batch."""
+        assert self._augmented is not None
+        return self._augmented.items([int(index) for index in indices], [self.image_view(i) for i in indices], True)
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of unfinished items with these, on the device of its pixels."""
+        assert self._augmented is not None
+        return self._augmented.finish(batch)
+
     def view_facts(self) -> dict[str, Any]:
         """What decides which pixels view v of row i has, in addition to the images and the image processors: plain
         data, equal for data sets that show the same."""

@@ -73,6 +73,10 @@ class FillingTeacher(StoredTeacher):
             captured.logits = captured.logits[:, np.argsort(live.order)]  # in its own order of classes
         self.rows.write(signals.pack(captured, writer.needs, manifest.precision, manifest.top_k), rows, views)
 
+    def keep(self) -> None:
+        """Before each checkpoint, so that a run continued from it lacks nothing of the passes before."""
+        self.flush()
+
     def flush(self) -> None:
         """Put on the disk what was stored last."""
         self.rows.flush()

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from hf_kdtl.data.on_device import CHANGES, PARTNERS
+
 INDEX, VIEW, TEACHER_PIXELS = "image_index", "image_view", "teacher_pixel_values"
 NOT_THE_STUDENTS = (INDEX, VIEW, TEACHER_PIXELS)
 """What a batch holds that is no argument of the student's forward."""
+_ASIDE = (TEACHER_PIXELS, CHANGES, PARTNERS)
+"""Of an item: kept from Trainer's collator, which leaves only what the student's forward takes."""
 
 
 class RowPass(int):
@@ -36,13 +40,13 @@ class RowPass(int):
 
 
 class IndexedItem(NamedTuple):
-    """An item of the data, its row, its view (None where the data does not know it), and the teacher's pixels of it
-    (None where they are the student's)."""
+    """An item of the data, its row, its view (None where the data does not know it), and tensors of it that are no
+    argument of the student's, by the name they have in a batch."""
 
     item: Any
     row: int
     view: int | None
-    teacher_pixels: Tensor | None = None
+    aside: dict[str, Tensor]
 
 
 class IndexedDataset(Dataset):
@@ -51,26 +55,29 @@ class IndexedDataset(Dataset):
     The row is that of the dataset, or what its `source_index(i)` gives: a subset can name the rows of the data that it
     was taken from. The view is what its `image_view(i)` gives, where it has this method.
 
+    Args:
+        unfinished: of an `ImageDataset`: leave colors, erasing and mixing to the trainer.
+
     Raises:
         ValueError: for data that has no index.
     """
 
-    def __init__(self, data: Any):
+    def __init__(self, data: Any, unfinished: bool = False):
         if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(
                 f"the teacher's signals are looked up by the row of each image, and {type(data).__name__} has none. "
                 "Use a train_dataset with a length and an index."
             )
-        self.data = data
+        self.data, self.unfinished = data, unfinished
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, i: int) -> IndexedItem:
-        return self._indexed(self.data[i], i)
+        return self.__getitems__([i])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[IndexedItem]:
-        fetch: Any = getattr(self.data, "__getitems__", None)
+        fetch: Any = self.data.unfinished_items if self.unfinished else getattr(self.data, "__getitems__", None)
         items = fetch(rows) if fetch else [self.data[i] for i in rows]
         return [self._indexed(item, i) for item, i in zip(items, rows, strict=True)]
 
@@ -82,14 +89,13 @@ class IndexedDataset(Dataset):
     def _indexed(self, item: Any, i: int) -> IndexedItem:
         row = self.data.source_index(i) if hasattr(self.data, "source_index") else int(i)
         view = self.data.image_view(i) if hasattr(self.data, "image_view") else None
-        # Apart from the item, of which Trainer's collator keeps only what the student's forward takes.
-        teachers = item.pop(TEACHER_PIXELS, None) if isinstance(item, dict) else None
-        return IndexedItem(item, row, view, teachers)
+        aside = {key: item.pop(key) for key in _ASIDE if key in item} if isinstance(item, dict) else {}
+        return IndexedItem(item, row, view, aside)
 
 
 class IndexCollator:
     """A collator of `IndexedItem`s: the given one's batch, `image_index` (B,) int64 and, where the data has them,
-    `image_view` (B,) int64 and `teacher_pixel_values` (B, C, H, W). Others pass unchanged."""
+    `image_view` (B,) int64, and what is kept aside of the items. Others pass unchanged."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
         self.collate = collate
@@ -100,6 +106,4 @@ class IndexCollator:
         batch = self.collate([one.item for one in items]) | {INDEX: torch.tensor([one.row for one in items])}
         if items[0].view is not None:
             batch[VIEW] = torch.tensor([one.view for one in items])
-        if items[0].teacher_pixels is not None:
-            batch[TEACHER_PIXELS] = torch.stack([one.teacher_pixels for one in items])
-        return batch
+        return batch | {key: torch.stack([one.aside[key] for one in items]) for key in items[0].aside}

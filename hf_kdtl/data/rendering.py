@@ -16,8 +16,8 @@ from hf_kdtl.data.decoding import SIDEWAYS, decode_row, orientation, to_reduced_
 from hf_kdtl.models.teachers.pixels import SIDE, PixelFormat, UnknownSteps, process, test_image
 from hf_kdtl.utils.text import some
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
-_GREY = 128  # close to what normalisation takes to 0
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
+GREY = 128  # close to what normalisation takes to 0
 _SHAPES = (SIDE, SIDE), (SIDE // 2, SIDE), (SIDE, SIDE // 2)
 """Height and width of the images by which steps are measured: no size is rounded in them."""
 _FIT = 0.05
@@ -100,10 +100,10 @@ class Renderer:
         if changes.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if changes.factors is not None:
-            image = _recolored(image, *changes.factors)
+            image = _recolored(image, *changes.factors).convert(image.mode)
         pixels = np.array(image).reshape(*region.size, -1)
         if changes.erased is not None:
-            pixels[inside(changes.erased, region.size)] = _GREY
+            pixels[inside(changes.erased, region.size)] = GREY
         return pixels
 
     def values(self, pixels: np.ndarray, weight: float = 1.0, partner: np.ndarray | None = None) -> Tensor:
@@ -154,8 +154,15 @@ def mix(renderer: Renderer, mixing: Mixing, own: np.ndarray, partner: np.ndarray
         return renderer.values(own, mixing.weight, partner), mixing.weight
     rows, columns = inside(mixing.box, own.shape[:2])
     own[rows, columns] = partner[rows, columns]
-    pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return renderer.values(own), 1 - pasted / (own.shape[0] * own.shape[1])
+    return renderer.values(own), own_weight(mixing, own.shape[:2])
+
+
+def own_weight(mixing: Mixing, size: tuple[int, ...]) -> float:
+    """Of the first image in a mixture of that height and width: by the area where a box is pasted."""
+    if mixing.box is None:
+        return mixing.weight
+    rows, columns = inside(mixing.box, size)
+    return 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (size[0] * size[1])
 
 
 def check_sizes(shapes: Sequence[tuple[int, ...]], processor: Any) -> None:
@@ -167,17 +174,17 @@ def check_sizes(shapes: Sequence[tuple[int, ...]], processor: Any) -> None:
         )
 
 
-def inside(box: Box, size: tuple[int, int]) -> tuple[slice, slice]:
+def inside(box: Box, size: tuple[int, ...]) -> tuple[slice, slice]:
     """The rows and columns of a box."""
-    top, left, bottom, right = (round(share * side) for share, side in zip(box, 2 * size, strict=True))
+    top, left, bottom, right = (round(share * side) for share, side in zip(box, 2 * tuple(size), strict=True))
     return slice(top, bottom), slice(left, right)
 
 
 def _recolored(image: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
     """One affine map of the colors: contrast about the mean grey, saturation about each pixel's grey; then clipped."""
     image = image.convert("RGB") if image.mode == "L" else image
-    mean = brightness * float(_LUMINANCE @ image.reduce(image.size).getpixel((0, 0)))
-    colors = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _LUMINANCE)
+    mean = brightness * float(LUMINANCE @ image.reduce(image.size).getpixel((0, 0)))
+    colors = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * LUMINANCE)
     offset = (1 - contrast) * mean
     return image.convert("RGB", tuple(np.column_stack([colors, 3 * [offset]]).ravel().tolist()))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch
 
 from hf_kdtl.data.augmentation import VIEW_VERSION, Augmentation, Mixing, soft_labels
 from hf_kdtl.data.columns import UNLABELLED, source_rows
-from hf_kdtl.data.rendering import Renderer, check_sizes, mix, render
+from hf_kdtl.data.on_device import CHANGES, PARTNERS, Scale, described, finished
+from hf_kdtl.data.rendering import Renderer, check_sizes, mix, own_weight, render
 from hf_kdtl.data.several import SEVERAL, labels_of
 
 if TYPE_CHECKING:
@@ -49,8 +52,12 @@ class Views:
             # Partners by their row as it was loaded, so that the order of the split does not matter.
             self.candidates = {status: order[self.labelled[order] == status] for status in (False, True)}
 
-    def items(self, indices: Sequence[int], views: Sequence[int]) -> list[dict[str, Any]]:
-        """{key: (C, h, w) float32, "labels": int or (K,) float32} of each image in its view."""
+    def items(self, indices: Sequence[int], views: Sequence[int], unfinished: bool = False) -> list[dict[str, Any]]:
+        """{key: (C, h, w) float32, "labels": int or (K,) float32} of each image in its view.
+
+        Args:
+            unfinished: leave colors, erasing and mixing to `finish`.
+        """
         drawn = [self._draw(index, view) for index, view in zip(indices, views, strict=True)]
         mixing = [changes.mixing for changes in drawn if changes.mixing is not None]
         partners = [self._partner(index, one) for index, one in zip(indices, mixing, strict=False)]
@@ -58,22 +65,43 @@ class Views:
         rows = self.split[[*indices, *partners]]
         cells = zip(rows["image"], [*indices, *partners], drawn + theirs, strict=True)
         renderers = list(self.renderers.values())
-        shown = [render(cell, index, len(self.split), renderers, changes) for cell, index, changes in cells]
+        now = partial(replace, factors=None, erased=None) if unfinished else lambda changes: changes
+        shown = [render(cell, index, len(self.split), renderers, now(changes)) for cell, index, changes in cells]
         labels: Any = labels_of(rows)
         found: list[dict[str, Any]] = [{} for _ in indices]
         for (key, renderer), pixels in zip(self.renderers.items(), zip(*shown, strict=True), strict=True):
             check_sizes([image.shape for image in pixels], renderer.processor)
-            if not mixing:
+            weights: Sequence[float]
+            if not mixing or unfinished:
                 values: Sequence[Any] = [renderer.values(image) for image in pixels]
+                weights = [own_weight(one, pixels[0].shape[:2]) for one in mixing]
             else:
                 both = zip(mixing, pixels[: len(indices)], pixels[len(indices) :], strict=True)
                 values, weights = zip(*(mix(renderer, *one) for one in both), strict=True)
-                if key == next(iter(self.renderers)):  # by the areas of the student's pixels
-                    own, other = torch.tensor(labels).chunk(2)
-                    labels = soft_labels(own, other, torch.tensor(weights), self.num_labels)
-            for item, value in zip(found, values, strict=True):
+            if mixing and key == next(iter(self.renderers)):  # by the areas of the student's pixels
+                own, other = torch.tensor(labels).chunk(2)
+                labels = soft_labels(own, other, torch.tensor(weights), self.num_labels)
+            for item, value in zip(found, values, strict=False):  # those of partners come after
                 item[key] = value
+            if unfinished:
+                self._describe(found, drawn, theirs, values)
         return [item | {"labels": label} for item, label in zip(found, labels, strict=True)]
+
+    def _describe(
+        self, items: list[dict[str, Any]], drawn: list[Any], theirs: list[Any], values: Sequence[Any]
+    ) -> None:
+        size = values[0].shape[-2:]
+        partners: list[Any] = theirs or [None] * len(items)
+        for item, changes, partner in zip(items, drawn, partners, strict=True):
+            item[CHANGES] = described(changes, partner, changes.mixing, size)
+        for item, value in zip(items, values[len(items) :], strict=False):
+            item[PARTNERS] = value
+
+    def finish(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch of unfinished items, with colors, erasing and mixing, on the device of its pixels."""
+        rest = {key: value for key, value in batch.items() if key not in (CHANGES, PARTNERS)}
+        scale = Scale.of(next(iter(self.renderers.values())))
+        return rest | {"pixel_values": finished(batch["pixel_values"], batch[CHANGES], batch.get(PARTNERS), scale)}
 
     def facts(self) -> dict[str, Any]:
         """What decides the pixels of (row, view) in addition to the images and the processors, as plain data."""

@@ -109,6 +109,7 @@ def check_setting(trainer: Trainer) -> None:
             f"view_seed is {args.view_seed} in the config and {its} in train_dataset, where the views are drawn. Give "
             f"both the same: ImageDataset(..., view_seed={args.view_seed})."
         )
+    problems += _on_device_problems(trainer)
     if args.layer_rates is not None and trainer.optimizer is not None:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
@@ -118,6 +119,21 @@ def check_setting(trainer: Trainer) -> None:
         problems += [problem] if problem else []
     if problems:
         raise ValueError(problems[0])
+
+
+def _on_device_problems(trainer: Any) -> list[str]:
+    if not trainer.args.augment_on_device:
+        return []
+    if not hasattr(trainer.train_dataset, "unfinished_items"):
+        found = type(trainer.train_dataset).__name__
+        return [f"augment_on_device is of an ImageDataset, and train_dataset is {found}. Use one, or leave it out."]
+    if trainer.args.teacher_pixels == "own":
+        return ["augment_on_device does not go with teacher_pixels 'own', made where images are read. Leave one out."]
+    if trainer.teacher is not None and trainer.teacher.needs_index and trainer.train_dataset.finishes_later:
+        return [
+            "augment_on_device does not go with a stored teacher, which saw pixels rounded to 8 bits. Leave it out."
+        ]
+    return []
 
 
 def sharding_problems(trainer: Any) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_kdtl.data.on_device import CHANGES
 from hf_kdtl.functional.derivatives import math_attention
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.gradient_rules import GradientAccumulator
@@ -118,6 +119,15 @@ class LossTrainer(EvaluatingTrainer):
         check_finite(self, result, inputs["pixel_values"])
         self._meter.add(result["sums"], result["counted"])
         return (result["loss"], result["outputs"]) if return_outputs else result["loss"]
+
+    def _save_checkpoint(self, model, trial):
+        for source in self.distiller.sources.values():
+            source.keep()
+        super()._save_checkpoint(model, trial)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return self.train_dataset.finish(inputs) if CHANGES in inputs else inputs
 
     def _unwrapped(self, model):
         """The model inside of DDP's and torch.compile's wrappers. accelerate is asked only where there may be one: it

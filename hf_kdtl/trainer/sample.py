@@ -102,9 +102,9 @@ def read_sample(key: str, objective: Objective, source: SignalSource, needs: Nee
 
 
 def carries_rows(trainer: Any) -> bool:
-    """Whether training batches carry the row of each image: where a source needs it, or an objective wants it and the
-    data has an index."""
-    if trainer.teacher is not None and trainer.teacher.needs_index:
+    """Whether training batches carry the row of each image: where a source or the images' augmentation needs it, or an
+    objective wants it and the data has an index."""
+    if trainer.args.augment_on_device or (trainer.teacher is not None and trainer.teacher.needs_index):
         return True
     data = trainer.train_dataset
     listed = hasattr(data, "__len__") and hasattr(data, "__getitem__")

@@ -200,7 +200,8 @@ class DistillationTrainer(LossTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         if is_training and self._indexed:
-            dataset = IndexedDataset(without_unused_columns(self, dataset))
+            later = self.args.augment_on_device and dataset.finishes_later
+            dataset = IndexedDataset(without_unused_columns(self, dataset), later)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, train_dataset=None):

@@ -40,7 +40,8 @@ CHOSEN = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "w
 RARE = ("student_heads", "student_mlp", "student_importance", "student_width", "student_parameters", "split_seed",
         "teacher_pool", "teacher_batch", "teacher_dtype", "teacher_options", "templates", "view_seed", "license",
         "image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image", "high_bit_depth",
-        "multi_label", "eval_objectives", "max_trials", "start", "streaming", "shuffle_buffer")  # fmt: skip
+        "multi_label", "eval_objectives", "max_trials", "start", "streaming", "shuffle_buffer",
+        "augment_on_device")  # fmt: skip
 
 
 # First in their group.

@@ -122,6 +122,10 @@ class SignalSource(Protocol):
         """
         return None
 
+    def keep(self) -> None:
+        """A checkpoint is about to be written: put on the disk what a run that is continued from it will not meet."""
+        return None
+
     def unserved(self, needs: Needs) -> str:
         """Why these needs cannot be served, as a sentence that says what to type; empty where they can. Asked for each
         objective, whose key is put before it, and for layer_rates, before training."""
