@@ -25,7 +25,7 @@ class Scale(NamedTuple):
     @classmethod
     def of(cls, renderer: Renderer) -> Scale:
         """The one that a renderer applies."""
-        return cls(*(torch.from_numpy(v) for v in (renderer.gain, renderer.offset)), renderer.format.flipped)
+        return cls(torch.from_numpy(renderer.gain), torch.from_numpy(renderer.offset), renderer.format.flipped)
 
 
 def described(changes: Changes, partner: Changes | None, mixing: Mixing | None, size: tuple[int, int]) -> Tensor:

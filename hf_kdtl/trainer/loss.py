@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -126,8 +126,8 @@ class LossTrainer(EvaluatingTrainer):
         super()._save_checkpoint(model, trial)
 
     def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        return self.train_dataset.finish(inputs) if CHANGES in inputs else inputs
+        inputs, data = super()._prepare_inputs(inputs), cast(Any, self.train_dataset)
+        return data.finish(inputs) if CHANGES in inputs else inputs
 
     def _unwrapped(self, model):
         """The model inside of DDP's and torch.compile's wrappers. accelerate is asked only where there may be one: it
