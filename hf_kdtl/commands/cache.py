@@ -1,7 +1,7 @@
 """Run the teacher once, over every training image in several views, and store its outputs for training.
 
   hf-kdtl cache --config mine.yaml --views 50 --output cache/
-  hf-kdtl cache --teacher runs/teacher/model --dataset my_images --student_layers 6 --objectives task logit_kd \\
+  hf-kdtl cache --teacher runs/teacher/model --dataset my_images --student_flops 0.5 --objectives task logit_kd \\
       --augmentation '{"crop": 4, "flip": true}' --views 50 --precision float16 --output cache/
   hf-kdtl distill --config mine.yaml --teacher cache/
   hf-kdtl cache --info cache/

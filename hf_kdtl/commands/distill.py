@@ -1,7 +1,7 @@
 """Train a student from a teacher, and compare it with the same student trained alone.
 
   hf-kdtl distill --config digits
-  hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/student \\
+  hf-kdtl distill --teacher runs/teacher/model --dataset my_images --student_flops 0.5 --output_dir runs/student \\
       --baseline true --seeds 1 2 3
   accelerate launch --config_file ddp.yaml -m hf_kdtl.commands.distill --config mine.yaml
 

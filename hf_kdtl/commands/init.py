@@ -31,9 +31,9 @@ from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.models.teachers.resolve import open_classifier
 
-# Pre-trained teachers for photographs: (name, parameters, blocks).
-WITH_GPU = ("google/vit-base-patch16-224", 86_000_000, 12)
-WITHOUT_GPU = ("facebook/deit-small-patch16-224", 22_000_000, 12)
+# Pre-trained teachers for photographs: (name, parameters).
+WITH_GPU = ("google/vit-base-patch16-224", 86_000_000)
+WITHOUT_GPU = ("facebook/deit-small-patch16-224", 22_000_000)
 FEW = 10  # images of a class
 
 Lines = list[tuple[str, Any, str]]  # name, value, reason
@@ -128,8 +128,9 @@ def settings_files(
         student = student_settings(opened.config, builders.processor_of(teacher, opened))
         side = builders.processor_of(teacher, opened).size.get("height", SMALL_IMAGE + 1)
         case = case_of("cut", has_attention(opened), parameters(opened), found, side)
-    cut = "student_layers" in student
-    how = "half of the teacher's blocks, copied" if cut else "random weights, stages half as deep as the teacher's"
+    cut = "student_config" not in student
+    how = "half of the teacher's arithmetic, copied" if "student_flops" in student else "half of its blocks, copied"
+    how = how if cut else "random weights, stages half as deep as the teacher's"
     case = case_of("cut" if cut else "random", case.transformer, case.parameters, found, case.side)
     lines = [*common, ("teacher", teacher, ""), *((key, value, how) for key, value in student.items())]
     lines += [
@@ -154,10 +155,10 @@ def new_teacher(found: Found, data: ImageData) -> tuple[Lines, Case, dict[str, A
     """(its settings, its case, those of its student): pre-trained for photographs, small and new for small images."""
     side = min(found.width, found.height)
     if side > SMALL_IMAGE:
-        name, size, blocks = WITH_GPU if torch.cuda.is_available() else WITHOUT_GPU
+        name, size = WITH_GPU if torch.cuda.is_available() else WITHOUT_GPU
         gpu = "" if torch.cuda.is_available() else ", small because this machine has no GPU"
         why = f"pre-trained on photographs{gpu}; downloaded once"
-        return [("model", name, why)], case_of("pretrained", True, size, found, 224), {"student_layers": blocks // 2}
+        return [("model", name, why)], case_of("pretrained", True, size, found, 224), {"student_flops": 0.5}
     side = 16 if side <= 16 else 32 if side <= 32 else 64
     shape = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 192}
     config = {"model_type": "vit", "image_size": side, "patch_size": side // (4 if side == 16 else 8)} | shape

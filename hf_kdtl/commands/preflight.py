@@ -1,7 +1,7 @@
 """Show which layers pair, what each objective costs and what will not run, for settings of `distill`; train nothing.
 
   hf-kdtl preflight --config digits
-  hf-kdtl preflight --teacher runs/teacher/model --dataset my_images --student_layers 6 --objectives task jacobian
+  hf-kdtl preflight --teacher runs/teacher/model --dataset my_images --student_flops 0.5 --objectives task jacobian
 
 It takes every setting of hf-kdtl distill, and looks at one batch of training images.
 """

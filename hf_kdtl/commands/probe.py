@@ -1,6 +1,6 @@
 """Find out in minutes what distillation would gain on your images, and what that equals in labels.
 
-  hf-kdtl probe --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/probe \\
+  hf-kdtl probe --teacher runs/teacher/model --dataset my_images --student_flops 0.5 --output_dir runs/probe \\
       --budget 5min
 
 It takes the settings of hf-kdtl distill, and reads no test image. The student is trained for short: alone, distilled,

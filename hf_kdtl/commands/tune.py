@@ -1,6 +1,6 @@
 """Search objectives, weights, temperature and learning rate on your images and models, within a time.
 
-  hf-kdtl tune --teacher runs/teacher/model --dataset my_images --student_layers 6 --output_dir runs/tune \\
+  hf-kdtl tune --teacher runs/teacher/model --dataset my_images --student_flops 0.5 --output_dir runs/tune \\
       --budget 30min
 
 It takes the settings of hf-kdtl distill, and scores on validation alone. Of every three trials one goes on from each

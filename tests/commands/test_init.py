@@ -45,7 +45,7 @@ def test_with_a_teacher_there_is_one_file(command, images, teacher):
     command("init").main(["images", "--teacher", "teacher", "--test_fraction", "0.2"])
     assert not Path("images_teacher.yaml").exists()
     found = yaml.safe_load(Path("images.yaml").read_text())
-    assert (found["teacher"], found["student_layers"], found["test_fraction"]) == ("teacher", 1, 0.2)
+    assert (found["teacher"], found["student_flops"], found["test_fraction"]) == ("teacher", 0.5, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_teacher_fits_the_images(images, width, height, expected, monkeypatc
         assert name == "model_config" and value["image_size"] == expected and case.kind == "random"
     else:
         assert name == "model" and value.startswith(expected) and case.kind == "pretrained"
-    assert student == {"student_layers": 3 if isinstance(expected, int) else 6}
+    assert student == {"student_flops": 0.5}
 
 
 def test_what_is_reported_of_unequal_classes():

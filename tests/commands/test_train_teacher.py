@@ -33,7 +33,7 @@ def test_from_a_config_to_a_folder_that_transformers_opens(command, images, caps
     printed = capsys.readouterr().out
     assert "learning_rate: 0.001  " in printed and "random weights, a transformer" in printed
     assert "max_steps" not in {entry["name"] for entry in results["defaults"]}
-    assert "1 process" in printed and "out/model" in printed and "--student_layers 1" in printed
+    assert "1 process" in printed and "out/model" in printed and "--student_flops 0.5" in printed
     assert str(Path.cwd()) not in Path("out/results.json").read_text()
     # Continuing a finished run keeps it.
     train(arguments("--augmentation", '{"flip": true}', "--resume_from_checkpoint", "true"))

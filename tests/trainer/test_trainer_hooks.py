@@ -51,6 +51,7 @@ RELIED_ON = {
             "return loss.detach()",
         ],
     ),
+    "_prepare_inputs": (["self", "inputs"], ["inputs = self._prepare_input(inputs)"]),
     "get_eval_dataloader": (["self", "eval_dataset"], ["isinstance(eval_dataset, str)"]),
     "get_test_dataloader": (["self", "test_dataset"], ["dataset=test_dataset"]),
     "hyperparameter_search": (

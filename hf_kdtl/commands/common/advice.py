@@ -76,7 +76,7 @@ def warnings(
     if far and images >= FEW:
         found.append(
             f"The student is far below its teacher: {student:.1%} and {teacher:.1%} on validation. "
-            + ("Train longer first." if early else "Type --student_layers with more blocks, --student with "
+            + ("Train longer first." if early else "Type --student_flops with a larger share, --student with "
                "pre-trained weights, or more steps (--max_steps).")
         )  # fmt: skip
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_kdtl.models.blocks import stated_depth, vision_config
+from hf_kdtl.models.cutting.families import family_of
 
 # Options that say which images a split holds; the others concern training alone.
 SPLIT_OPTIONS = ("dataset", "image_column", "label_column", "validation_fraction", "test_fraction", "split_seed",
@@ -77,13 +78,18 @@ def student_flags(model: Any, processor: Any) -> str:
 
 
 def student_settings(config: Any, processor: Any) -> dict[str, Any]:
-    """Settings for a student of about half of a model: half of its blocks, or random weights with stages half as deep.
+    """Settings for a student of about half of a model: half of its FLOPs where heads can go one by one, since it then
+    keeps more of what its teacher knows than with half of the blocks (benchmarks/results/cut.md), else half of its
+    blocks, or random weights with stages half as deep.
 
     Args:
         config: of the model.
         processor: of the model; for a student_config that has no size.
     """
     depths, depth = stated_depth(config)
+    family = family_of(config)
+    if depths is None and depth and family is not None and family.heads == "any":
+        return {"student_flops": 0.5}
     if depths is None and depth:
         return {"student_layers": max(1, depth // 2)}
     default = type(config)()
