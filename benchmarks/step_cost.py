@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from interleave import interleave, ratio
+from step_profile import show_profile
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.optim import RateOptions
@@ -258,13 +259,15 @@ def main() -> None:
         show([*rows, ("task, Trainer / by hand", *ratio(times, "plain", "hand"))])
     if "profile" in options.tables:
         loops = {
-            "by hand": by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
-            "logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher))),
-            "task by hand": by_hand(copy.deepcopy(student), None, data, steps),
-            "Trainer": plain(),
-            "task": by_trainer(ours([{"name": "task"}])),
+            "by hand": lambda: by_hand(copy.deepcopy(student), copy.deepcopy(teacher), data, steps),
+            "logit_kd": lambda: by_trainer(ours(KD, copy.deepcopy(teacher))),
+            "task by hand": lambda: by_hand(copy.deepcopy(student), None, data, steps),
+            "Trainer": plain,
+            "task": lambda: by_trainer(ours([{"name": "task"}])),
         }
-        show_operations(loops, steps)
+        show_profile(loops, "logit_kd", "by hand")
+        steps = min(steps, 12)  # the profiler keeps every operation
+        show_operations({name: make() for name, make in loops.items()}, steps)
     if "objectives" in options.tables:
         loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
         loops |= {name: by_trainer(ours([*KD, entry], copy.deepcopy(teacher))) for name, entry in BESIDE_KD.items()}
