@@ -34,9 +34,24 @@ def check_arguments(args: DistillationConfig, model: Any, train_dataset: Any) ->
         )
     if problem := dataset_problem(train_dataset):
         raise (TypeError if "expected" in problem else ValueError)(problem)
+    if args.torch_compile:
+        guard_hooks()
     if getattr(args, "enable_jit_checkpoint", False):  # not in every version
         args.enable_jit_checkpoint = False
         logger.info("enable_jit_checkpoint: DistillationTrainer saves on SIGTERM in any case, after the step.")
+
+
+def guard_hooks() -> None:
+    """Let torch.compile see whether a module has hooks, by which hidden states are read.
+
+    By default torch 2.13 compares the modules and not their hooks: code that was compiled without them would serve a
+    forward with them, of the next trainer or of a step that measures layer rates, and nothing would be read.
+    """
+    import torch._dynamo as dynamo
+
+    if getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()  # what is compiled so far has no such guards
 
 
 def check(trainer: Any, own_compute_loss: bool) -> None:

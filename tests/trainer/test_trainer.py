@@ -138,6 +138,20 @@ def test_torch_compile_gives_the_same_weights(tmp_path):
     assert largest_difference(weights(plain.model), weights(compiled.model)) < 1e-6
 
 
+@pytest.mark.slow
+def test_a_compiled_run_reads_hidden_states_after_one_that_read_none(tmp_path):
+    compiled = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    reading = [{"name": "task"}, {"name": "hidden_states"}]
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default
+        torch._dynamo.reset()
+        trainer(tmp_path / "1", build("vit"), build("vit", seed=5), **compiled).train()
+        second = trainer(tmp_path / "2", build("vit"), build("vit", seed=5), objectives=reading, **compiled)
+        second.train()  # before: "did not run the blocks [0, 1, 2]"
+    plain = trainer(tmp_path / "3", build("vit"), build("vit", seed=5), objectives=reading, max_steps=2)
+    plain.train()
+    assert largest_difference(weights(plain.model), weights(second.model)) < 1e-6
+
+
 def test_a_loss_that_turns_nan_stops_and_keeps_the_checkpoint(tmp_path):
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):

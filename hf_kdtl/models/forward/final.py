@@ -53,7 +53,11 @@ def check_complete(name: str, needs: Any, attention: dict, hidden_states: dict, 
             "there. Use an objective on hidden states instead: attention_transfer or hidden_states."
         )
     if missing := sorted(needs.hidden_states - hidden_states.keys()):
-        raise ValueError(f"{name} did not run the blocks {missing} in this forward (layer drop?); set it to 0.")
+        raise ValueError(
+            f"{name} did not run the blocks {missing} in this forward. If it drops layers, set the rate of that to 0. "
+            "If it is compiled, the code may be of a forward that read none: set "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False and call torch.compiler.reset()."
+        )
     if needs.pooled and final.pooled is None:
         raise ValueError(f"{name} has no linear classifier with one output a class, so its pooled feature is unknown.")
     if needs.patches and final.patches is None:
