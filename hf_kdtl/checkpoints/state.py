@@ -23,7 +23,6 @@ VERSION = 1
 TENSORS = "distillation_state"
 """The name of the part that holds the objectives' tensors."""
 STATE_JSON = "distillation_state.json"
-STATE_TENSORS = f"{TENSORS}.safetensors"
 START = "start"
 """The folder next to a run's checkpoints that holds its starting point, where an objective needs it."""
 

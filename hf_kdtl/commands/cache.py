@@ -32,7 +32,8 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
-from hf_kdtl.commands.common.store_text import described, duration, next_steps
+from hf_kdtl.commands.common.store_text import described, next_steps
+from hf_kdtl.commands.common.timing import words
 from hf_kdtl.data.store import Request, StoreWriter
 from hf_kdtl.hub.license import license_of
 from hf_kdtl.models import Teacher
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(options)
     writer = planned(options, data_options, config, set(settings), settings)
     missing, seconds = writer.bytes_to_write(), writer.seconds_to_write() / config.world_size
-    say(config, f"{described(writer.manifest)}\nTo write: {missing / GB:.2f} GB, about {duration(seconds)}.")
+    say(config, f"{described(writer.manifest)}\nTo write: {missing / GB:.2f} GB, about {words(seconds)}.")
     storing.check_size(writer, missing, options.max_gb)
     storing.barrier()
     if config.process_index == 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,8 @@ from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
 from hf_kdtl.data import ImageDataset
-from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.representation import explained_by, extremes
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 from hf_kdtl.functional.bregman import Representation, fit
@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = builders.open_data(data_options)
     images = _images(options, teacher.to(device), data)
-    width_of(options.of, options.layer, teacher.geometry(_pixels(images, [0]).to(device)))  # or it says why
+    width_of(options.of, options.layer, teacher.geometry(builders.batch_of(images, [0]).to(device)))  # or it says why
     for path in remains:  # after everything that can be refused was checked
         path.unlink()
-    place = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    place = device_name(device)
     update_results(folder, "run", {"recipe": "fit_representation", "settings": settings, "device": place})
     update_results(folder, "data", builders.facts(data, data_options))
     tqdm.write(
@@ -151,10 +151,6 @@ def _images(options: RepresentationOptions, teacher: Teacher, data: Any) -> Imag
     return ImageDataset(chosen, processor)
 
 
-def _pixels(images: ImageDataset, indices: list[int]) -> Tensor:
-    return torch.stack([row["pixel_values"] for row in images.__getitems__(indices)])
-
-
 @torch.no_grad()
 def write_rows(
     teacher: Teacher, images: ImageDataset, options: RepresentationOptions, folder: Path, device: torch.device
@@ -167,7 +163,7 @@ def write_rows(
         return tqdm.write("the teacher's outputs are there from before.")
     needs, digest, part, done = needs_of(options.of, options.layer), hashlib.blake2b(digest_size=16), None, 0
     for first in tqdm(range(0, len(images), options.batch_size), desc="Teacher", leave=False, disable=None):
-        pixels = _pixels(images, list(range(first, min(first + options.batch_size, len(images)))))
+        pixels = builders.batch_of(images, range(first, min(first + options.batch_size, len(images))))
         digest.update(pixels.numpy().data)
         got = outputs_of(teacher.capture(pixels.to(device), needs), options.of, options.layer).float().cpu()
         rows = got.flatten(0, -2).numpy()
@@ -219,8 +215,7 @@ def report(found: Representation, provenance: Provenance, rows: Rows, images: Im
 
 
 def _image(images: ImageDataset, index: int) -> Any:
-    row = images.split[index]["image"]
-    return decode(row["bytes"] or row["path"], f"image {index}")
+    return decode_row(images.split[index]["image"], index, len(images))
 
 
 def summary(found: Representation, options: RepresentationOptions, *flags: str) -> str:

@@ -13,8 +13,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
@@ -32,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     types = (DistillOptions, DataOptions, DistillationConfig)
     options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
     experiment = Experiment(options, data_options, config, cli.typed_names(*types, argv=argv))
-    rows = builders.pixels(experiment.data.train, experiment.processor).__getitems__(list(range(8)))
-    pixels = torch.stack([row["pixel_values"] for row in rows])
+    pixels = builders.batch_of(builders.pixels(experiment.data.train, experiment.processor), range(8))
     student = experiment.new_student()
     report = preflight(student, experiment.source, config, pixels, experiment.processor)
     say(config, str(report))

@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from hf_kdtl.data.several import cell_names, class_names_of, is_list, names_of, with_labels
+from hf_kdtl.data.several import UNLABELLED, cell_names, class_names_of, is_list, names_of, with_labels
 from hf_kdtl.data.tables import LABELS
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.text import some
-
-UNLABELLED = -100
 
 
 def with_two_columns(

@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_kdtl.data.dataset import ImageDataset
-from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.degradations import degradation, degrade_image
 
 
@@ -59,8 +59,7 @@ class _Degraded:
         return rows | {"image": images}
 
     def _file(self, image: dict[str, Any], index: int) -> dict[str, Any]:
-        name = image["path"] or f"Image {index} of the split of {len(self)} images"
-        opened = _at_most(decode(image["bytes"] or image["path"], name), self.side)
+        opened = _at_most(decode_row(image, index, len(self)), self.side)
         degrade_image(opened, self.name, self.severity, index).save(file := io.BytesIO(), "bmp")
         return {"bytes": file.getvalue(), "path": image["path"]}
 

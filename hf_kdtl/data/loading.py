@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -20,9 +20,6 @@ from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.data.sources import Source, open_source, source_name
 from hf_kdtl.models.labels import class_names, label_order, same_classes, set_class_names
 from hf_kdtl.utils.text import some
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch.autograd.profiler import profile
 
 from hf_kdtl.models.measure import Models, flops, latency, measuring, parameters, seconds
 
-__all__ = ["cost", "file_size", "flops", "images_per_second", "latency", "parameters", "peak_memory"]
+__all__ = ["cost", "device_name", "file_size", "flops", "images_per_second", "latency", "parameters", "peak_memory"]
 
 
 def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
@@ -55,7 +55,7 @@ def cost(models: Models, repeats: int = 30) -> dict[str, dict[str, Any]]:
     found = {}
     for name, (model, pixels) in models.items():
         found[name] = {
-            "device": _device(pixels.device),
+            "device": device_name(pixels.device),
             "batch_size": len(pixels),
             "dtype": str(pixels.dtype).removeprefix("torch."),
             "parameters": parameters(model),
@@ -141,7 +141,8 @@ def _silent_profiler() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device for reports: a GPU's name, or the CPU's kind and torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

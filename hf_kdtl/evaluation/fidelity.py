@@ -21,6 +21,7 @@ from hf_kdtl.functional.features import unit
 from hf_kdtl.models.forward.attention_hooks import Attention
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.geometry import LayerGeometry
+from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.pairing import Layers, Pair, PairingPlan, plan
 from hf_kdtl.models.teachers import SignalSource, as_source
@@ -112,13 +113,9 @@ def fidelity(
         ValueError: when there is no image, or the teacher's pixels cannot be matched (`Teacher.match`).
     """
     found = _Fidelity(student, teacher, processing_class, layers)
-    training = student.training
-    student.eval()
-    try:
+    with evaluating(student):
         for pixel_values in batches:
             found.add(pixel_values)
-    finally:
-        student.train(training)
     return found.result()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from hf_kdtl.evaluation import citations
-from hf_kdtl.evaluation.multi_label import MAP, MacroF1, MicroF1
+from hf_kdtl.evaluation.multi_label import MAP, SEVERAL, MacroF1, MicroF1
 from hf_kdtl.evaluation.streaming import StreamingMetric, exact_sum
 
 logger = logging.get_logger(__name__)
@@ -240,7 +240,6 @@ class MetricRecord:
         return None if found is None else found[metric.name]
 
 
-_SEVERAL = {"predictions": "logits", "references": "multi_labels"}
 _OWN = {"predictions": "logits", "references": "labels"}
 _PAIR = {"predictions": "logits", "references": "teacher"}
 _REPLACED = {"predictions": "logits", "labels": "labels", "baseline": "baseline"}
@@ -258,9 +257,9 @@ RECORDS: dict[str, MetricRecord] = {
         AgreementTeacherWrong, _PAIR | {"labels": "labels"}, None, "%", "share of the teacher's errors that are copied"
     ),
     "negative_flip_rate": MetricRecord(NegativeFlipRate, _REPLACED, False, "%", "correct in the baseline, wrong here"),
-    "map": MetricRecord(MAP, _SEVERAL, True, "%", "mean average precision over the classes", 1),
-    "micro_f1": MetricRecord(MicroF1, _SEVERAL, True, "%", "F1 of all answers together, at probability 0.5", 1),
-    "macro_f1": MetricRecord(MacroF1, _SEVERAL, True, "%", "mean over the classes of their F1", 1),
+    "map": MetricRecord(MAP, SEVERAL, True, "%", "mean average precision over the classes", 1),
+    "micro_f1": MetricRecord(MicroF1, SEVERAL, True, "%", "F1 of all answers together, at probability 0.5", 1),
+    "macro_f1": MetricRecord(MacroF1, SEVERAL, True, "%", "mean over the classes of their F1", 1),
 }
 """A new metric is its class and one line here."""
 

@@ -11,7 +11,7 @@ from hf_kdtl.evaluation import citations
 from hf_kdtl.evaluation.streaming import StreamingMetric
 
 logger = logging.get_logger(__name__)
-_SEVERAL = {"predictions": "logits", "references": "multi_labels"}
+SEVERAL = {"predictions": "logits", "references": "multi_labels"}
 
 
 class MAP(StreamingMetric):
@@ -26,7 +26,7 @@ class MAP(StreamingMetric):
     {'map': 1.0}
     """
 
-    inputs: ClassVar = _SEVERAL
+    inputs: ClassVar = SEVERAL
     citation_text = citations.SKLEARN
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -48,42 +48,29 @@ class MicroF1(StreamingMetric):
     0 where there is nothing to find and nothing was found.
     """
 
-    inputs: ClassVar = _SEVERAL
+    inputs: ClassVar = SEVERAL
     citation_text = citations.SKLEARN
 
     def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return _counts(logits, labels)
+        """True positives, and false answers of either kind, by class."""
+        right = labels == 1
+        return {"right": ((logits > 0) & right).sum(0), "wrong": ((labels != -100) & ((logits > 0) != right)).sum(0)}
 
     def value(self, sums: dict[str, Any], count: int) -> float:
         right, wrong = sums["right"].sum(), sums["wrong"].sum()
         return float(2 * right / (2 * right + wrong)) if right + wrong else 0.0
 
 
-class MacroF1(StreamingMetric):
+class MacroF1(MicroF1):
     """Mean over the classes of 2 TP / (2 TP + FP + FN), in [0, 1]; a class is there where p > 0.5.
 
     A class that no image has and that was never answered is left out of the mean, with a warning.
     """
 
-    inputs: ClassVar = _SEVERAL
-    citation_text = citations.SKLEARN
-
-    def sums(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        return _counts(logits, labels)
-
     def value(self, sums: dict[str, Any], count: int) -> float:
         right, wrong = sums["right"], sums["wrong"]
         seen = right + wrong > 0
         return _mean("macro_f1", list(2 * right[seen] / (2 * right[seen] + wrong[seen])), len(right))
-
-
-def _counts(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """True positives, and false answers of either kind, by class."""
-    answered, known = logits > 0, labels != -100
-    return {
-        "right": (answered & (labels == 1)).sum(0),
-        "wrong": (known & (answered != (labels == 1))).sum(0),
-    }
 
 
 def _mean(name: str, found: list[Any], classes: int) -> float:

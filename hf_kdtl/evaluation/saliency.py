@@ -12,6 +12,7 @@ from hf_kdtl.functional.divergences import log_probabilities
 from hf_kdtl.functional.features import energy
 from hf_kdtl.models.forward.capture import Needs, capture
 from hf_kdtl.models.forward.geometry import describe
+from hf_kdtl.models.forward.modes import evaluating
 
 
 @torch.no_grad()
@@ -24,9 +25,7 @@ def attention_map(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, str]:
     Raises:
         ValueError: when no block lies on a grid.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         geometry = describe(model, pixel_values)
         last, layer = len(geometry.layers) - 1, geometry.layers[-1]
         if layer.attention == "full" and layer.prefix[:1] == ("class",) and layer.grid and not geometry.weights_only:
@@ -42,8 +41,6 @@ def attention_map(model: nn.Module, pixel_values: Tensor) -> tuple[Tensor, str]:
             hidden = capture(model, pixel_values, Needs(hidden_states=frozenset({last})), geometry).hidden_states[last]
             tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, len(layer.prefix) :]
             values, what = energy(tokens), "energy of the features"
-    finally:
-        model.train(training)
     assert layer.grid is not None
     return (values / values.sum(-1, keepdim=True)).reshape(-1, *layer.grid), what
 
@@ -57,11 +54,7 @@ def input_saliency(
         classes: (B,) c of each image, in the model's own order.
         shown: what the model is shown for `pixel_values` (a teacher's `pixels`).
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         got = capture(model, pixel_values, Needs(input_gradient=True, order=1, fraction=1.0), shown=shown)
         chosen = log_probabilities(got.logits).gather(1, classes[:, None].to(got.logits.device))
         return got.input_gradient(chosen[:, 0], create_graph=False).norm(dim=1), "input gradient"
-    finally:
-        model.train(training)

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jvp, vmap
-from torch.overrides import TorchFunctionMode
 
-from hf_kdtl.functional.derivatives import transformable
-from hf_kdtl.functional.resample import Grid, redistribute
+from hf_kdtl.functional.derivatives import Replaced, transformable
+from hf_kdtl.functional.resample import Grid, precise, redistribute
 
 Parameters = dict[str, Tensor]
 Block = Callable[..., Tensor]
@@ -75,8 +74,7 @@ def output_energy(hidden: Tensor) -> Tensor:
     >>> output_energy(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]))  # 12.5 + 2
     tensor([14.5000])
     """
-    precise = hidden if hidden.dtype == torch.float64 else hidden.float()
-    return precise.square().mean(-1 if hidden.ndim == 3 else 1).flatten(1).sum(1)
+    return precise(hidden).square().mean(-1 if hidden.ndim == 3 else 1).flatten(1).sum(1)
 
 
 def parameter_gradient_energy(block: Block, parameters: Parameters, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -128,7 +126,7 @@ def parameter_curvature(block: Block, parameters: Parameters, inputs: tuple[Tens
         return output_energy(block(theta, *(x.detach() for x in inputs)))
 
     held = {name: p.detach() for name, p in parameters.items()}
-    with torch.no_grad(), transformable(), _ForwardTwice():
+    with torch.no_grad(), transformable(), Replaced(_TWICE):
         along = jvp(lambda theta: jvp(energy, (theta,), (v,))[1], (held,), (v,))
     return along[1].abs()
 
@@ -179,17 +177,6 @@ def patch_energy(pixels: Tensor, grid: Grid) -> Tensor:
     return redistribute(pixels.detach().double().square().sum(1).flatten(1), size, grid)
 
 
-class _ForwardTwice(TorchFunctionMode):
-    """Inside forward over forward: what torch 2.13 has no rule for there, or a wrong one.
-
-    SiLU's backward has no forward mode. Batch norm in train mode is silently wrong by a third (BiT standardises its
-    weights by it; layers in train mode do not come here, blocks are measured in eval mode).
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _TWICE.get(func, func)(*args, **(kwargs or {}))
-
-
 def _silu(input, inplace=False):
     return input * torch.sigmoid(input)
 
@@ -206,3 +193,8 @@ def _batch_norm(input, mean, variance, weight=None, bias=None, training=False, m
 
 
 _TWICE: dict[Callable, Callable] = {F.silu: _silu, F.batch_norm: _batch_norm}
+"""Inside forward over forward: what torch 2.13 has no rule for there, or a wrong one.
+
+SiLU's backward has no forward mode. Batch norm in train mode is silently wrong by a third (BiT standardises its
+weights by it; layers in train mode do not come here, blocks are measured in eval mode).
+"""

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_kdtl.functional.resample import precise
+
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(z / tau), (B, K) -> (B, K), at least float32.
 
     Log-probabilities, not probabilities, because log(0) of an underflowed softmax is where naive code turns nan.
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return F.log_softmax(precise / temperature, dim=-1)
+    return F.log_softmax(precise(logits) / temperature, dim=-1)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ def standardize(logits: Tensor) -> Tensor:
 
     A constant row has no direction: it becomes 0, with gradient 0.
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    centred = precise - precise.mean(-1, keepdim=True)
+    exact = precise(logits)
+    centred = exact - exact.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
     constant = variance == 0
     return torch.where(constant, 0.0, centred * torch.rsqrt(torch.where(constant, 1.0, variance)))
@@ -57,12 +58,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     """
     if problem := _form_problem(labels, logits.shape[-1]):
         raise ValueError(problem)
-    precise = logits if logits.dtype == torch.float64 else logits.float()
+    exact = precise(logits)
     if labels.ndim == 1:
-        return F.cross_entropy(precise, labels, reduction="none", label_smoothing=label_smoothing)
+        return F.cross_entropy(exact, labels, reduction="none", label_smoothing=label_smoothing)
     known = labelled(labels)
-    targets = torch.where(known[:, None], labels, 0.0).to(precise.dtype)
-    losses = F.cross_entropy(precise, targets, reduction="none", label_smoothing=label_smoothing)
+    targets = torch.where(known[:, None], labels, 0.0).to(exact.dtype)
+    losses = F.cross_entropy(exact, targets, reduction="none", label_smoothing=label_smoothing)
     return torch.where(known, losses, 0.0)
 
 

@@ -58,15 +58,9 @@ def curvature(f: Scalar, x: Tensor, v: Tensor) -> Tensor:
     return (hvp(f, x, v) * v).flatten(1).sum(1)
 
 
-def second_difference(f: Scalar, x: Tensor, v: Tensor, step: float) -> Tensor:
-    """v' H v to O(step^2), (B,): (f(x + step v) + f(x - step v) - 2 f(x)) / step^2.
-
-    Cost: three forwards, by any kernel. In float32 the rounding error is about 2e-7 |f| / step^2. All three must see
-    the same dropout masks.
-    """
-    return second_quotient(f(x + step * v), f(x), f(x - step * v), step)
-
-
 def second_quotient(ahead: Tensor, here: Tensor, behind: Tensor, step: float) -> Tensor:
-    """(ahead + behind - 2 here) / step^2, from values that are there already."""
+    """v' H v to O(step^2), (B,), from f at x + step v, x and x - step v: (ahead + behind - 2 here) / step^2.
+
+    In float32 the rounding error is about 2e-7 |f| / step^2. All three must be of the same dropout masks.
+    """
     return ((ahead - here) + (behind - here)) / step**2

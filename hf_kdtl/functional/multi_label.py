@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_kdtl.functional.resample import precise
+
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """mean over the known classes of -[y log p + (1 - y) log(1 - p)], p = sigmoid(z), (B, K) -> (B,), in [0, inf).
@@ -17,10 +19,10 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     >>> binary_cross_entropy(torch.zeros(2, 3), torch.tensor([[1.0, 0.0, -100.0], [-100.0, -100.0, -100.0]]))
     tensor([0.6931, 0.0000])
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
+    exact = precise(logits)
     known = labels != -100
-    targets = torch.where(known, labels, 0).to(precise.dtype)
-    losses = F.binary_cross_entropy_with_logits(precise, targets, reduction="none")
+    targets = torch.where(known, labels, 0).to(exact.dtype)
+    losses = F.binary_cross_entropy_with_logits(exact, targets, reduction="none")
     return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
 
 
@@ -32,8 +34,8 @@ def bernoulli_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Ten
     >>> bernoulli_log_probabilities(torch.zeros(1, 1)).exp()
     tensor([[[0.5000, 0.5000]]])
     """
-    precise = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    return torch.stack([F.logsigmoid(precise), F.logsigmoid(-precise)], dim=-1)
+    exact = precise(logits) / temperature
+    return torch.stack([F.logsigmoid(exact), F.logsigmoid(-exact)], dim=-1)
 
 
 def check_multi_labels(labels: Tensor, classes: int) -> None:

@@ -59,11 +59,17 @@ class Draws:
         return self._drawn[key]
 
     def _generator(self, purpose: str, position: Any) -> torch.Generator:
-        key = f"{self.seed}/{self.step}/{position}/{purpose}".encode()
-        # torch's CPU generator reads the low 32 bits of a seed and no more, so those must be well mixed: of a checksum
-        # they are not, and an eighth of the images would share a direction.
-        digest = hashlib.blake2b(key, digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return generator_of(f"{self.seed}/{self.step}/{position}/{purpose}")
+
+
+def generator_of(text: str) -> torch.Generator:
+    """A generator that a text seeds.
+
+    torch's CPU generator reads the low 32 bits of a seed and no more, so those must be well mixed: of a checksum they
+    are not, and an eighth of the images would share a direction.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def select_images(draws: Draws, fraction: float, like: Tensor) -> Tensor:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hf_kdtl.functional.random import Draws
+from hf_kdtl.functional.random import Draws, generator_of
 from hf_kdtl.functional.resample import precise
 
 
 @lru_cache(maxsize=4)
 def projection(rows: int, width: int, seed: int) -> Tensor:
     """R, (rows, width) of random signs, fixed by the seed; float32 on the CPU."""
-    digest = hashlib.blake2b(f"{seed}/sketch/{rows}/{width}".encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = generator_of(f"{seed}/sketch/{rows}/{width}")
     return torch.randint(0, 2, (rows, width), generator=generator, dtype=torch.int8).float() * 2 - 1
 
 

@@ -22,7 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.rotation import checkpoints
-from hf_kdtl.checkpoints.state import STATE_JSON, STATE_TENSORS
+from hf_kdtl.checkpoints.state import STATE_JSON, TENSORS
 from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.augmentation import Augmentation
 from tests.checkpoints.writers import wrap_writers
@@ -150,7 +150,7 @@ def outcome(folder, step=STEPS):
     log = [{k: v for k, v in e.items() if not k.endswith(("runtime", "per_second"))} for e in state["log_history"]]
     return {
         "student": safetensors.torch.load_file(last / "model.safetensors"),
-        "projectors": safetensors.torch.load_file(last / STATE_TENSORS),
+        "projectors": safetensors.torch.load_file(last / f"{TENSORS}.safetensors"),
         "optimizer": torch.load(last / "optimizer.pt", weights_only=True),
         "scheduler": torch.load(last / "scheduler.pt", weights_only=True),
         "random": {p.name: torch.load(p, weights_only=False) for p in sorted(last.glob("rng_state*.pth"))},

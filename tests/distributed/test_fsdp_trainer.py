@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_kdtl.checkpoints.manifest import verify
-from hf_kdtl.checkpoints.state import STATE_TENSORS
+from hf_kdtl.checkpoints.state import TENSORS
 from tests.distributed.fsdp_trainer_worker import WAYS, finished
 from tests.support.helpers import Images, largest_difference, launch
 
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
 
 def tensors(checkpoint):
     """Every tensor of a checkpoint: of the student, the objectives and the optimizer."""
-    student = load_file(checkpoint / "model.safetensors") | load_file(checkpoint / STATE_TENSORS)
+    student = load_file(checkpoint / "model.safetensors") | load_file(checkpoint / f"{TENSORS}.safetensors")
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     moments = {f"{i}.{k}": v for i, values in state.items() for k, v in values.items() if v is not None}
     return {"weights": student} | ({"moments": moments} if moments else {})

@@ -24,6 +24,10 @@ def _hessians(net, x):
     return torch.stack(found)
 
 
+def _second_difference(f, x, v, step):
+    return m.second_quotient(f(x + step * v), f(x), f(x - step * v), step)
+
+
 def _signs(x, seed=3):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, x.shape, generator=generator).double() * 2 - 1
@@ -60,7 +64,7 @@ def test_everything_is_exact_on_a_quadratic():
     expected = (product * v).flatten(1).sum(1)
     torch.testing.assert_close(m.curvature(_first(net), x, v), expected, **EXACT)
     for step in (0.1, 1.0, 10.0):
-        torch.testing.assert_close(m.second_difference(_first(net), x, v, step), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(_second_difference(_first(net), x, v, step), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -91,7 +95,7 @@ def test_second_differences_converge_with_the_square_of_the_step():
     v = _signs(x)
     exact = m.curvature(_first(net), x, v)
     steps = [0.1, 0.05, 0.025, 0.0125]
-    errors = [float((m.second_difference(_first(net), x, v, s) - exact).detach().norm()) for s in steps]
+    errors = [float((_second_difference(_first(net), x, v, s) - exact).detach().norm()) for s in steps]
     assert abs(slope(steps, errors) - 2) < 0.1
 
 

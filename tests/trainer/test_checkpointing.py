@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 import hf_kdtl.checkpoints.state
 from hf_kdtl.checkpoints.manifest import FILES, UNLISTED, read_manifest, verify, write_manifest
 from hf_kdtl.checkpoints.rotation import back_up, checkpoints, latest_complete, resolve_checkpoint, to_prune
-from hf_kdtl.checkpoints.state import STATE_JSON, STATE_TENSORS
+from hf_kdtl.checkpoints.state import STATE_JSON, TENSORS
 from hf_kdtl.trainer import checkpointing
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from tests.support.helpers import Images, config, largest_difference, trainer, weights
@@ -61,7 +61,7 @@ def run_folder(finished, tmp_path):
 def test_every_file_is_listed_and_every_damage_to_it_is_found(run_folder):
     folder = run_folder / "checkpoint-6"
     assert verify(folder) == []
-    names = {"model.safetensors", "config.json", STATE_JSON, STATE_TENSORS, "optimizer.pt", "scheduler.pt"}
+    names = {"model.safetensors", "config.json", STATE_JSON, f"{TENSORS}.safetensors", "optimizer.pt", "scheduler.pt"}
     names |= {"rng_state.pth", "training_args.bin", "trainer_state.json"}
     assert set(json.loads((folder / FILES).read_text())["files"]) == names
     for path in [folder / name for name in (*names, FILES)]:
@@ -333,7 +333,14 @@ def test_the_files_of_a_save_are_the_nine_that_fail_above(tmp_path, monkeypatch)
     run = runner(tmp_path)
     begun = failing(monkeypatch, NO_SPACE, 0, lambda: run.state.global_step == 4)
     run.train()
-    first = [STATE_TENSORS, STATE_JSON, "model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt"]
+    first = [
+        f"{TENSORS}.safetensors",
+        STATE_JSON,
+        "model.safetensors",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+    ]
     assert begun == [*first, "rng_state.pth", "trainer_state.json.part", FILES]
 
 
@@ -404,8 +411,8 @@ def test_outside_of_a_checkpoint_an_error_is_not_kept_back(tmp_path, monkeypatch
 def test_the_weights_alone_are_complete_too(tmp_path):
     runner(tmp_path, save_only_model=True).train()
     assert verify(tmp_path / "checkpoint-6") == [] and not (tmp_path / "checkpoint-6" / "optimizer.pt").exists()
-    (tmp_path / "checkpoint-6" / STATE_TENSORS).unlink()
-    assert verify(tmp_path / "checkpoint-6") == [f"{STATE_TENSORS} is missing"]
+    (tmp_path / "checkpoint-6" / f"{TENSORS}.safetensors").unlink()
+    assert verify(tmp_path / "checkpoint-6") == [f"{TENSORS}.safetensors is missing"]
 
 
 # ---- Signals ----

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -96,6 +97,11 @@ def pixels(
     return ImageDataset(
         split, processor, augmentation=augmentation, labelled_share=labelled_share, views=views, **given
     )
+
+
+def batch_of(dataset: Any, rows: Iterable[int]) -> Tensor:
+    """The pixel_values of some items, (n, C, h, w)."""
+    return torch.stack([item["pixel_values"] for item in dataset.__getitems__(list(rows))])
 
 
 def labels_of(names: Sequence[str]) -> dict[str, Any]:

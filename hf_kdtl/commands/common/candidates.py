@@ -16,7 +16,8 @@ from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.speed import speeds
-from hf_kdtl.data.decoding import decode
+from hf_kdtl.commands.common.timing import words
+from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.degradations import DEGRADATIONS
 from hf_kdtl.data.degraded import degraded
 from hf_kdtl.data.loading import ImageData
@@ -148,15 +149,14 @@ class Evaluation:
         once = degraded_pass = 0.0
         for one in self.candidates:
             begun = time.perf_counter()
-            rows = self.datasets[one.name].__getitems__(list(range(size)))
+            pixels = builders.batch_of(self.datasets[one.name], range(size))
             with torch.no_grad():
-                pixels = torch.stack([row["pixel_values"] for row in rows]).to(one.model.device, one.model.dtype)
-                one.model(pixel_values=pixels)
+                one.model(pixel_values=pixels.to(one.model.device, one.model.dtype))
             an_image = (time.perf_counter() - begun) / size / self.config.world_size
             once += an_image * (len(self.split) + 6 * len(self.rows)) + 10
             degraded_pass += 1.5 * an_image * passes * len(self.rows)
-        shorter = f"; with --degradations none about {_minutes(once)}" if passes else ""
-        return f"This takes about {_minutes(once + degraded_pass)}{shorter}."
+        shorter = f"; with --degradations none about {words(once)}" if passes else ""
+        return f"This takes about {words(once + degraded_pass)}{shorter}."
 
     def section(self, degradations: Sequence[str], severities: Sequence[int]) -> dict[str, Any]:
         """The section `evaluation` of results.json."""
@@ -206,8 +206,7 @@ class Evaluation:
         """{name: (model, a batch of its pixels)}."""
         size, device, models = self.config.per_device_eval_batch_size, self.config.device, {}
         for one in self.candidates:
-            rows = self.datasets[one.name].__getitems__([i % len(self.split) for i in range(size)])
-            pixels = torch.stack([row["pixel_values"] for row in rows])
+            pixels = builders.batch_of(self.datasets[one.name], (i % len(self.split) for i in range(size)))
             models[one.name] = one.model.to(device), pixels.to(device, one.model.dtype)
         return models
 
@@ -216,7 +215,7 @@ class Evaluation:
         images = builders.pixels(self.rows, student.processor)
         indices = np.split(np.arange(len(images)), range(size, len(images), size))
         batches = (
-            torch.stack([row["pixel_values"] for row in images.__getitems__(rows.tolist())])
+            builders.batch_of(images, rows.tolist())
             for rows in tqdm(indices, desc="Like the teacher", leave=False, delay=2, disable=None)
         )
         teacher = Teacher(taught.model, taught.processor)
@@ -225,7 +224,7 @@ class Evaluation:
     def _sheet(self, student: str, logits: dict[str, np.ndarray], value: dict[str, Any]) -> str:
         rows = choose_samples(logits["teacher"], logits[student])
         found = self.split[rows]
-        images = [decode(image["bytes"] or image["path"], "an image") for image in found["image"]]
+        images = [decode_row(cell, i, len(self.split)) for cell, i in zip(found["image"], rows, strict=True)]
         its, own = (torch.tensor(logits[name][rows]).float().softmax(-1).numpy() for name in ("teacher", student))
         folder_of(self.config).mkdir(parents=True, exist_ok=True)
         name = figure_name(records.Evaluation.of(value, "evaluation"), student, "disagreement")
@@ -252,10 +251,6 @@ class Evaluation:
                     for name in names
                 }
         return {"images": len(self.rows), "severities": list(severities), "side": side}
-
-
-def _minutes(seconds: float) -> str:
-    return f"{max(10, round(seconds, -1)):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def some_of(split: Any, number: int) -> Any:

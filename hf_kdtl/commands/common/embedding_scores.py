@@ -82,8 +82,7 @@ def picture(folder: Path, sides: Sides, images: Any) -> str:
     seen: dict[str, Any] = {}
     shown: Any = None
     for name, (model, processor) in sides.items():
-        rows = builders.pixels(images, processor).__getitems__([*range(min(SHOWN, len(images)))])
-        pixels = torch.stack([row["pixel_values"] for row in rows])
+        pixels = builders.batch_of(builders.pixels(images, processor), range(min(SHOWN, len(images))))
         shown = unnormalized(pixels, processor) if shown is None else shown
         try:
             captured = _captured(model, pixels.to(next(_model(model).parameters()).device), Needs(patches=True))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 import hf_kdtl
 from hf_kdtl import DistillationConfig
+from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.results import FILE, read_results, update_results
 
 YES = ("true", "yes", "1")
@@ -114,13 +113,12 @@ def describe_run(recipe: str, config: DistillationConfig, *options: Any) -> dict
             f"hf-kdtl {recipe.replace('_', '-')} publishes nothing; leave out push_to_hub. A student: hf-kdtl push."
         )
     settings = {name: value for group in (*options, config) for name, value in changed(group).items()}
-    device = torch.cuda.get_device_name() if config.device.type == "cuda" else f"{platform.machine()} CPU"
     hidden = ("output_dir", "objectives", "hub_token", "push_to_hub_token")  # objectives have their own section
     return {
         "recipe": recipe,
         "settings": {name: value for name, value in settings.items() if name not in hidden},
         "processes": config.world_size,
-        "device": device if config.device.type == "cuda" else f"{device}, {_count(torch.get_num_threads(), 'thread')}",
+        "device": device_name(config.device),
         "versions": {"hf_kdtl": hf_kdtl.__version__, **_versions("torch", "transformers", "accelerate", "datasets")},
     }
 
@@ -144,10 +142,6 @@ def changed(options: Any) -> dict[str, Any]:
     }
 
 
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{plural if number > 1 else ''}"
-
-
 def _versions(*names: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
@@ -165,7 +159,7 @@ def begin(trainer: Any, sections: dict[str, Any]) -> None:
 
 def place(run: dict[str, Any]) -> str:
     """The number of processes and the device, for the terminal."""
-    return f"{_count(run['processes'], 'process', 'es')}, {run['device']}"
+    return f"{run['processes']} process{'es' if run['processes'] > 1 else ''}, {run['device']}"
 
 
 def finished(folder: str | Path) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.json_records import FILE
 from hf_kdtl.evaluation.records import Export
 from hf_kdtl.evaluation.results import read_results, update_results
@@ -46,12 +45,9 @@ class Images:
         data, processor = builders.open_data(options).in_order(student), builders.processor_of(source, student)
         number = len(data.train)
         rows = sorted({i * number // CALIBRATION_IMAGES for i in range(CALIBRATION_IMAGES)})
-        self.calibration = self._pixels(builders.pixels(data.train, processor), rows)
+        self.calibration = builders.batch_of(builders.pixels(data.train, processor), rows)
         self.test = builders.pixels(data.test, processor)
         self.scores: dict[str, float] = {}
-
-    def _pixels(self, dataset: Any, rows: list[int]) -> Tensor:
-        return torch.stack([row["pixel_values"] for row in dataset.__getitems__(rows)])
 
     def accuracy(self, model: Any) -> float:
         """Of a file, on all test images with a label."""
@@ -100,7 +96,6 @@ def report(
     output: Path, images: Images, forms: dict[str, Any], timing: dict[str, Any], max_drop: float, source: str
 ) -> None:
     """Print what int8 costs, and write it to the student's run where there is one: results, report and card."""
-    threads = torch.get_num_threads()
     section = {
         "accuracy": images.scores,
         "file_bytes": {"onnx": output.stat().st_size, "int8": path_of(output).stat().st_size},
@@ -108,7 +103,7 @@ def report(
         "calibration_images": len(images.calibration),
         "max_drop": max_drop,
         "speed": timing,
-        "device": f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}",
+        "device": device_name(torch.device("cpu")),
     }
     record = Export.of(section)
     tqdm.write(f"\n{export_table(record)}\n\n{export_sentence(record)}")

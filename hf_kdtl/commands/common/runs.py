@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
-from hf_kdtl.commands.common import adapters
+from hf_kdtl.commands.common import adapters, builders
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.folders import YES, finished, folder_of, resumes
 from hf_kdtl.evaluation.cost import images_per_second, parameters
@@ -184,8 +184,8 @@ def measure(models: dict[str, tuple[Any, Any]], config: DistillationConfig) -> d
     size, device = config.per_device_eval_batch_size, config.device
     batches = {}
     for name, (model, dataset) in models.items():
-        rows = dataset.__getitems__([i % len(dataset) for i in range(size)])
-        batches[name] = model.to(device), default_data_collator(rows)["pixel_values"].to(device, model.dtype)
+        pixels = builders.batch_of(dataset, (i % len(dataset) for i in range(size)))
+        batches[name] = model.to(device), pixels.to(device, model.dtype)
     speeds = images_per_second(batches)
     return {
         name: {"parameters": parameters(model), "images_per_second": speeds[name]}

@@ -13,7 +13,7 @@ import torch
 
 from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.commands.common.experiment import in_words
-from hf_kdtl.data.decoding import decode
+from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.evaluation.predictions import save_predictions
 from hf_kdtl.evaluation.records import headline
@@ -132,7 +132,7 @@ def _maps(study: Any, seed: int, student: Any) -> dict[str, str]:
     data = builders.pixels(study.data.test, study.processor)
     of_classes = study.data.test["label"][:]
     chosen = spread(of_classes, IMAGES)
-    pixels = torch.stack([row["pixel_values"] for row in data.__getitems__(chosen)])
+    pixels = builders.batch_of(data, chosen)
     labels = torch.tensor([of_classes[row] for row in chosen])
     images = unnormalized(pixels, study.processor)
     students, captions = {"student before": before, "student after": student}, {}
@@ -175,7 +175,7 @@ def spread(labels: Sequence[int], count: int, seed: int = 0) -> list[int]:
 def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
     rows = choose_samples(teacher, student)
     test = study.data.test[rows]
-    images = [decode(image["bytes"] or image["path"], "a test image") for image in test["image"]]
+    images = [decode_row(cell, i, len(study.data.test)) for cell, i in zip(test["image"], rows, strict=True)]
     _example(study, rows[-1])
     its, own = (torch.tensor(logits[rows]).float().softmax(-1).numpy() for logits in (teacher, student))
     return sample_figure(study.folder / SHEET, images, test["label"], study.data.label_names, its, own)
@@ -183,5 +183,5 @@ def _sheet(study: Any, teacher: np.ndarray, student: np.ndarray) -> str:
 
 def _example(study: Any, row: int) -> None:
     """An image for the command that is printed at the end."""
-    image = study.data.test[row]["image"]
-    decode(image["bytes"] or image["path"], "a test image").save(study.folder / "example.png")
+    test = study.data.test
+    decode_row(test[row]["image"], row, len(test)).save(study.folder / "example.png")

@@ -54,17 +54,6 @@ def too_large(manifest: Manifest, missing: float, most: float) -> str:
     return " or ".join(found) or "store fewer images with --train_images"
 
 
-def duration(seconds: float) -> str:
-    """A time for a sentence.
-
-    >>> [duration(s) for s in (3, 100, 10000)]
-    ['3 s', '2 min', '2.8 h']
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 OF_STORES = ("teacher", "teacher_pixels", "precision", "top_k", "views", "teacher_batch", "augmentation", "view_seed")
 """Settings that a run takes from the store."""
 

@@ -50,7 +50,6 @@ def arms_figure(
     seeds = len(next(iter(arms.values())))
     scale = f" (the axis begins at {left:.0f})" if left else ""
     axes.set_xlabel(f"{split} {word} in %{scale}\nmean of {seeds} seeds, its 95 % interval; a ring is one seed")
-    axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
     save(figure, path, 150)

@@ -27,8 +27,6 @@ def reliability_figure(models: dict[str, EvaluatedModel], path: str | Path) -> N
         total = sum(one.images for one in bins)
         below.bar(places, [one.images / total for one in bins], width=width, color=colour)
         below.set_xlabel("confidence")
-        for axes in (above, below):
-            axes.spines[["top", "right"]].set_visible(False)
     rows[0][0].set_ylabel("accuracy\n(dashed: equal to confidence)")
     rows[1][0].set_ylabel("share of\nimages")
     save(figure, path, 130)

@@ -56,4 +56,3 @@ def _bars(axes: Axes, change: dict[str, float], role: str) -> None:
     axes.set_ylim(len(change) - 0.4, -0.6)
     axes.margins(x=0.18)
     axes.set_xlabel(f"student minus {role},\npoints of the class's accuracy")
-    axes.spines[["top", "right"]].set_visible(False)

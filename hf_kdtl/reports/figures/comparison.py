@@ -35,5 +35,4 @@ def comparison_figure(arms: Sequence[Arm], split: str, metrics: Sequence[str], p
         axes.set_xlabel(
             f"{metric}, difference from\n{figure_label(first.name, 40)}{' (points)' if scale == 100 else ''}"
         )
-        axes.spines[["top", "right"]].set_visible(False)
     save(figure, path, 130)

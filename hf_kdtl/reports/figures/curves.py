@@ -47,7 +47,6 @@ def curves_figure(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> 
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     save(figure, path, 110)

@@ -34,7 +34,6 @@ def degradations_figure(models: dict[str, EvaluatedModel], severities: Sequence[
         axes.set_title(panel.replace("_", " "), fontsize=9, fontweight="bold" if panel not in names else "normal")
         axes.set(xticks=[0, *severities], ylim=(0, 100))
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.supxlabel("severity (0: the image as it is)", fontsize=10)

@@ -34,6 +34,5 @@ def labels_figure(
     axes.set_xlabel("labels a class")
     axes.set_ylabel(f"accuracy in %{about and f' ({about})'}")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     save(figure, path, 130)

@@ -66,7 +66,6 @@ def _curves(axes: Any, fit: Representation, shares: Sequence[float]) -> None:
     for one in axes:
         one.grid(alpha=0.25)
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
-        one.spines[["top", "right"]].set_visible(False)
 
 
 def _loadings(axes: Sequence[Axes], fit: Representation, names: Sequence[str]) -> None:

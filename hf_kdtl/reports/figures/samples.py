@@ -105,4 +105,3 @@ def _bars(axes: Axes, names: Sequence[str], teacher: np.ndarray, student: np.nda
     axes.set_ylim(len(top) - 0.5, -0.5)
     axes.set_xlim(0, 1.25)
     axes.set_xticks([0, 0.5, 1], ["0", "", "1"], fontsize=8.5)
-    axes.spines[["top", "right"]].set_visible(False)

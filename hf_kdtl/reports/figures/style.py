@@ -61,9 +61,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: str | Path, dpi: int) -> None:
-    """Write a figure; where a character could not be drawn, it says why."""
+    """Write a figure, plots without a line above and to the right; where a character could not be drawn, say why."""
     from matplotlib.text import Text
 
+    for axes in figure.axes:
+        if not axes.images:
+            axes.spines[["top", "right"]].set_visible(False)
     texts = [found.get_text() for found in figure.findobj(Text) if isinstance(found, Text)]
     ticks = [label.get_text() for axes in figure.axes for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
     if any(MISSING in one for one in (*texts, *ticks)):

@@ -33,6 +33,5 @@ def tuning_figure(curves: Mapping[int, Points], finished: set[int], best: int, p
     axes.set_xlabel("optimizer step (grey: stopped early)")
     axes.set_ylabel("validation accuracy in %")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     save(figure, path, 130)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from hf_kdtl.models.teachers.store.manifest import FILE, ROWS, Manifest, Shard, disk_error, read_manifest
+from hf_kdtl.models.teachers.store.manifest import ROWS, Manifest, Shard, disk_error, read_manifest
 
 
 def header(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -180,10 +180,3 @@ class Reader:
             # The map's memory as a plain array: numpy's class for it costs 10 times an access.
             found = self._maps[shard] = np.load(self.folder / shard.path, mmap_mode="r").view(np.ndarray)
         return found
-
-
-def store_files(folder: Path) -> list[Path]:
-    """Every file of a store, for publishing."""
-    manifest = read_manifest(folder)
-    small = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.endswith(".part")]
-    return [folder / FILE, *(p for p in small if p.name != FILE), *(folder / s.path for s in manifest.shards())]
