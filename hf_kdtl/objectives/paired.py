@@ -124,3 +124,8 @@ def check_attention(pair: Pair) -> None:
             raise ValueError(
                 f"{pair}: the {who}'s block {given}; full attention is needed. Name other layers, or compare features."
             )
+
+
+def over_pairs(value: Tensor) -> Tensor:
+    """The mean over pairs of layers, where there are any."""
+    return value.mean(1) if value.ndim == 2 else value

@@ -24,7 +24,7 @@ from hf_kdtl.models.teachers.source import Batch, SignalSource, called
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective, prepare_objective
-from hf_kdtl.objectives.paired import PairedObjective
+from hf_kdtl.objectives.paired import PairedObjective, over_pairs
 from hf_kdtl.optim.layer_rates import LayerRates
 from hf_kdtl.trainer.batch import Counts, by_view, full_outputs, given, micro_batch_counts, of_student_alone
 from hf_kdtl.trainer.headless import ZeroTouch, check_class_outputs, embedding_notes
@@ -107,7 +107,7 @@ class Distiller(nn.Module):
         assert found is None or isinstance(found, StartingPoint)
         return found
 
-    # Each model is compiled as a graph of its own under torch_compile; what happens around them is bookkeeping.
+    # Under torch_compile each model is compiled. What is around them is not: a step's needs would be those of another.
     @torch.compiler.disable(recursive=False)
     def forward(
         self,
@@ -142,7 +142,7 @@ class Distiller(nn.Module):
         terms: dict[str, Tensor | list[Tensor]] = {}
         loss = inputs["pixel_values"].new_zeros((), dtype=torch.float32)
         for key, (value, pairs) in values.items():
-            total = self._total(key, _over_pairs(value), student, inputs, counts, here)
+            total = self._total(key, over_pairs(value), student, inputs, counts, here)
             own = self.own_loss.gives(key)
             counting = self.own_loss.counted(inputs) if own else self.objective(key).counts
             divisor = counts[counting].clamp(min=1)
@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         need labels are left out where the data has none.
         """
         student, values = self._values(inputs, draws)
-        terms = {key: _over_pairs(value) for key, (value, _) in values.items()}
+        terms = {key: over_pairs(value) for key, (value, _) in values.items()}
         if "task" in terms and self.own_loss.gives("task"):
             terms["task"] = self.own_loss(student, inputs, micro_batch_counts(inputs))
         return student, terms
@@ -224,6 +224,7 @@ class Distiller(nn.Module):
         return Batch(draws=draws, differentiated_rows=rows, **known)
 
     @torch.no_grad()
+    @torch.compiler.disable(recursive=False)
     def _capture_sources(self, pixels: Tensor, batch: Batch, extra: dict[str, Needs]) -> dict[str, Capture]:
         """One capture of each source that is needed. The start's weights need no forward."""
         found = {}
@@ -236,6 +237,7 @@ class Distiller(nn.Module):
                     found[name].weights = self.start.weights(self.student)
         return found
 
+    @torch.compiler.disable(recursive=False)
     def _capture_student(self, pixels: Tensor, further: dict[str, Any], batch: Batch, extra: Needs) -> Capture:
         geometry = next((plan.student for plan in self.plans.values()), None)
         run = partial(capture, self.student, geometry=geometry)
@@ -293,8 +295,3 @@ class Distiller(nn.Module):
         found = self.objectives[key]
         assert isinstance(found, Objective)
         return found
-
-
-def _over_pairs(value: Tensor) -> Tensor:
-    """The mean over pairs of layers, where there are any."""
-    return value.mean(1) if value.ndim == 2 else value

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.models.forward.capture import Needs, capture
 from tests.support.helpers import KD, Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
 
@@ -139,17 +140,31 @@ def test_torch_compile_gives_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_reads_hidden_states_after_one_that_read_none(tmp_path):
-    compiled = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
-    reading = [{"name": "task"}, {"name": "hidden_states"}]
+def test_code_compiled_without_hooks_serves_no_forward_that_has_some(tmp_path):
+    student, pixels, reading = build("vit"), torch.randn(2, 3, 32, 32), Needs(hidden_states=frozenset({0}))
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default
         torch._dynamo.reset()
-        trainer(tmp_path / "1", build("vit"), build("vit", seed=5), **compiled).train()
-        second = trainer(tmp_path / "2", build("vit"), build("vit", seed=5), objectives=reading, **compiled)
-        second.train()  # before: "did not run the blocks [0, 1, 2]"
-    plain = trainer(tmp_path / "3", build("vit"), build("vit", seed=5), objectives=reading, max_steps=2)
-    plain.train()
-    assert largest_difference(weights(plain.model), weights(second.model)) < 1e-6
+        student.compile(backend="eager")
+        capture(student, pixels, Needs())
+        with pytest.raises(ValueError, match=r"did not run the blocks \[0\].*If it is compiled"):
+            capture(student, pixels, reading)
+        trainer(tmp_path, build("vit"), build("vit", seed=5), torch_compile=True, torch_compile_backend="aot_eager")
+        capture(student, pixels, Needs())
+        assert capture(student, pixels, reading).hidden_states.keys() == {0}
+
+
+@pytest.mark.slow
+def test_layer_rates_are_measured_again_in_a_compiled_run(tmp_path):
+    rates = {"mode": "discrepancy", "source": "attention", "every": 2}  # the steps in between read no blocks
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    found = []
+    for settings in ({}, compiled):
+        student, teacher = build("vit"), build("vit", seed=5)
+        run = trainer(tmp_path / str(len(found)), student, teacher, max_steps=5, layer_rates=rates, **settings)
+        run.train()
+        found.append((run.layer_rates.rates.ratios, weights(student)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert largest_difference(found[0][1], found[1][1]) < 1e-5
 
 
 def test_a_loss_that_turns_nan_stops_and_keeps_the_checkpoint(tmp_path):
