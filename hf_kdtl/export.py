@@ -100,7 +100,6 @@ def quantize_onnx(source: str | Path, pixel_values: Tensor, path: str | Path) ->
     if not len(pixel_values):
         raise ValueError("an int8 file is calibrated on training images, and there are none; type --dataset.")
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
@@ -112,7 +111,7 @@ def quantize_onnx(source: str | Path, pixel_values: Tensor, path: str | Path) ->
 
     with TemporaryDirectory() as folder:
         ready = Path(folder, "ready.onnx")
-        quant_pre_process(str(source), str(ready))
+        _prepare(str(source), str(ready))
         quantize_static(
             str(ready),
             str(path),
@@ -123,6 +122,16 @@ def quantize_onnx(source: str | Path, pixel_values: Tensor, path: str | Path) ->
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
+
+
+def _prepare(source: str, path: str) -> None:
+    """Fold constants and fuse what runs as one; shapes by onnx alone where onnxruntime's symbols cannot say them."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    try:
+        quant_pre_process(source, path)
+    except Exception:  # of any type, from its inference: SwiftFormer's reshapes end in a TypeError
+        quant_pre_process(source, path, skip_symbolic_shape=True)
 
 
 def largest_difference(model: nn.Module, exported: nn.Module, pixel_values: Tensor) -> float:

@@ -115,10 +115,13 @@ def test_what_a_store_saves_is_said_with_the_commands_to_type(command, images, t
     assert f"they pay back after 24 passes: type\n  {program()} cache {typed} --output cache/" in text
     assert "in 15 passes no view recurs" in replace(found, passes=15).sentence([])
     monkeypatch.setattr(store_worth, "WORTH_SAYING", 0)
+    modes, timed = set(), store_worth.timed
+    monkeypatch.setattr(store_worth, "timed", lambda d, x: modes.add(d.student.training) or timed(d, x))
     flags = [*STUDENT, *OBJECTIVES, *QUICK, "--views", "2", "--output_dir", "out"]
     command("preflight").main([*flags, "--max_steps", "70"])
     printed = capsys.readouterr().out
     assert "% of the step; 2 views cost" in printed
+    assert modes == {True}  # LeViT keeps a graph of what it computes in eval mode
     assert shlex.join([*flags, "--max_steps", "70", "--cache", "auto"]) in printed
     lines = [line.strip() for line in printed.splitlines() if line.startswith("  ") and " cache " in line]
     words = shlex.split(lines[-1])

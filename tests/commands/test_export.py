@@ -219,3 +219,20 @@ def test_a_model_that_torch_cannot_export_is_reported(monkeypatch, tmp_path):
     ):
         export_onnx(model, torch.zeros(1, 3, 32, 32), tmp_path / "model.onnx")
     assert model.training and model.config._attn_implementation == "sdpa"
+
+
+def test_shapes_that_onnxruntimes_symbols_cannot_say_are_left_out(monkeypatch):
+    from onnxruntime.quantization import shape_inference
+
+    from hf_kdtl import export
+
+    asked = []
+
+    def inferred(source, path, skip_symbolic_shape=False):
+        asked.append(skip_symbolic_shape)
+        if not skip_symbolic_shape:
+            raise TypeError("object of type 'NoneType' has no len()")
+
+    monkeypatch.setattr(shape_inference, "quant_pre_process", inferred)
+    export._prepare("a.onnx", "b.onnx")
+    assert asked == [False, True]

@@ -90,7 +90,7 @@ def measured(experiment: Experiment, trainer: Any) -> Worth | None:
     batch = training_sample(trainer, trainer.args.per_device_train_batch_size)
     assert batch is not None  # the commands' data has an index
     inputs, teacher = next(iter(batch)), trainer.teacher
-    trainer.distiller.to(trainer.args.device)
+    trainer.distiller.to(trainer.args.device).train()  # as in training: LeViT keeps what it computes in eval mode
     pixels, steps, forwards = inputs["pixel_values"], [], []
     data, count = trainer.train_dataset, len(inputs["pixel_values"])
     began = time.perf_counter()
