@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.evidence.runs import RESULTS
-from benchmarks.evidence.small_pages import auto_weight, cut
+from benchmarks.evidence.small_pages import auto_weight, cut, probe_reliability
 from hf_kdtl.evaluation.statistics import holm, mean_and_std, mean_interval, paired_difference
 from hf_kdtl.reports.figures.style import new_figure, save
 from hf_kdtl.utils.text import markdown_table
@@ -223,11 +223,13 @@ TABLES = {
     "cut": cut,
     "auto_weight": auto_weight,
     "backbone_transfer": backbone_transfer,
+    "probe_reliability": probe_reliability,
 }
 UNFINISHED = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
 NOTES = {
     "cut": "Three seeds: nothing is claimed. Lines of other steps than 500 are trials, and not shown.",
     "auto_weight": "Differences are paired by seed, with a 95 % t interval.",
+    "probe_reliability": "Three seeds, 95 % intervals; the foretold one is for the best of the distilled arms.",
     "backbone_transfer": "Five seeds, as planned. The weight is a learning rate, or the C of a probe; `alone` and "
     "`kd_labelled` are lines of few_labels_many_images.jsonl.",
 }
