@@ -6,13 +6,14 @@
 """
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.teachers.resolve import open_processor
 
 
 def logits_of(model, split, batch_size=32):
@@ -31,7 +32,7 @@ def main(dataset="digits", student="runs/student", teacher="runs/teacher"):
     images = load_images(dataset).in_order(model)
 
     # Each model sees the images through its own image processor.
-    processor = AutoImageProcessor.from_pretrained(student)
+    processor = open_processor(student)
     test = ImageDataset(images.test, processor)
     logits, labels = logits_of(model, test)
     its, _ = logits_of(teacher.classifier(), ImageDataset(images.test, teacher.processing_class))

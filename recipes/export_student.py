@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl.export import TOLERANCE, OnnxModel, export_onnx, largest_difference
+from hf_kdtl.models.teachers.resolve import open_processor
 
 
 def main(student="runs/student", output="student.onnx"):
     """Write the file, print and return the largest difference of a logit, relative to its size where above 1."""
     model = AutoModelForImageClassification.from_pretrained(student).eval()
-    processor = AutoImageProcessor.from_pretrained(student)
+    processor = open_processor(student)
     pixels = processor([Image.new("RGB", (64, 64))] * 8, return_tensors="pt")["pixel_values"]
     pixels = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,8 @@ def precise(x: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in at least float32. Autocast would otherwise round both to half precision."""
-    a, b = precise(a), precise(b)
+    dtype = torch.promote_types(precise(a).dtype, precise(b).dtype)
+    a, b = a.to(dtype), b.to(dtype)
     if not torch.is_autocast_enabled(a.device.type):
         return a @ b
     with torch.autocast(a.device.type, enabled=False):

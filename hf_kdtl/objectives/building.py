@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+import torch
+
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.objectives import OBJECTIVES
@@ -18,8 +20,9 @@ def prepare_objective(objective: Objective, context: RunContext) -> list[str]:
     return objective.prepare(context)
 
 
-def build_objective(objective: Objective, plan: PairingPlan | None) -> None:
-    """Give an objective its widths; where this pair of models cannot serve it, say what can.
+def build_objective(objective: Objective, plan: PairingPlan | None, dtype: torch.dtype = torch.float32) -> None:
+    """Give an objective its widths; where this pair of models cannot serve it, say what can. `dtype` is the student's:
+    projectors are float64 for float64, and float32 else.
 
     Raises:
         ValueError: with the objectives that work for this pair.
@@ -32,6 +35,8 @@ def build_objective(objective: Objective, plan: PairingPlan | None) -> None:
         serving = [name for name, kind in alike.items() if _serves(kind, plan)]
         others = ", ".join(serving) or "none that pairs layers"
         raise ValueError(f"{error} For this pair these work: {others}.") from error
+    if dtype == torch.float64:
+        objective.double()
 
 
 def pairs_layers(kind: type[Objective]) -> bool:

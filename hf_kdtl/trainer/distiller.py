@@ -277,7 +277,7 @@ class Distiller(nn.Module):
             raise ValueError(f"it takes its signals from {name!r}; expected one of {teachers}: set its 'teacher'.")
         source, plan = self.sources.get(name), self.plans.get(name)
         notes = prepare_objective(objective, context.of_source(name, source))
-        build_objective(objective, plan)
+        build_objective(objective, plan, next(self.student.parameters()).dtype)
         student, needs = objective.needs(plan)
         check_class_outputs(objective, self.student, student)
         self.student_needs |= student

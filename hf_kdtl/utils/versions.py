@@ -10,6 +10,8 @@ from transformers.utils.versions import require_version
 
 # What recomputes the blocks in the backward pass: the name of the setting, of its `_kwargs` and of the model's `is_`.
 CHECKPOINTING = "activation_checkpointing" if Version(__version__) >= Version("5.23") else "gradient_checkpointing"
+# Whether DINOv2's code reads a head_dim; without it a head is as wide as width // heads.
+DINOV2_HEAD_DIM = Version(__version__) >= Version("5.18")
 
 
 def check(package: str = "hf_kdtl") -> None:

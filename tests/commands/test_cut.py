@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_kdtl import make_student
 from hf_kdtl.commands.common import arguments as cli

@@ -179,7 +179,7 @@ def test_bf16_autocast_stays_near_float32(arch, name, options):
         value = terms(student, teacher, name, **options)
         value.sum().backward()
     off = (value - exact).abs().max() / exact.abs().max()
-    assert off < (1e-3 if shifted and options.get("estimator") != "split" else 0.05), off
+    assert off < (1e-3 if shifted and options.get("estimator") != "split" else 0.1), off
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 

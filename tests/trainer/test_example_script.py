@@ -5,7 +5,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
+
+# Under its usual name it asks for torchvision before transformers 5.18, also where Pillow does the work.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kdtl import DistillationConfig, DistillationTrainer

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from hf_kdtl.models.blocks import find_blocks, stated_depth, vision_config
+from hf_kdtl.utils.versions import DINOV2_HEAD_DIM
 
-ATTENTION_HEADS = "ViT, DeiT, DINOv2, BEiT, ViT-MSN and I-JEPA"
+ATTENTION_HEADS = "ViT, DeiT, BEiT, ViT-MSN, I-JEPA and, with transformers 5.18 and later, DINOv2"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Family:
 
 
 _VIT = Family("any", "intermediate_size", width=True)
-_DINOV2 = Family("any", "mlp_ratio", whole_ratio=True, width=True)
+_DINOV2 = Family("any" if DINOV2_HEAD_DIM else "width", "mlp_ratio", whole_ratio=True, width=True)
 _TOWER = Family("width", "intermediate_size", width=True)
 _SWIN = Family(mlp="mlp_ratio", alternate=True)
 

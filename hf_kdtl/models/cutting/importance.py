@@ -130,5 +130,5 @@ def _watching(model: nn.Module) -> Iterator[dict[tuple[str, int], tuple[Tensor, 
 
 
 # The linear layers whose inputs are the heads' outputs and the neurons.
-ATTENTION_OUT = ("o_proj", "out_proj")
-MLP_OUT = ("fc2", "down_proj", "output.dense")
+ATTENTION_OUT = ("o_proj", "out_proj", "attention.output.dense")
+MLP_OUT = ("fc2", "down_proj", "output.dense", "weights_out")

@@ -12,8 +12,8 @@ from hf_kdtl.models.blocks import find_blocks, uniform_layers, vision_config
 from hf_kdtl.models.cutting.families import Sizes, head_width
 from hf_kdtl.models.cutting.importance import ATTENTION_OUT, MLP_OUT, Scores
 
-_QKV = ("q_proj", "k_proj", "v_proj", "in_proj_weight", "in_proj_bias")
-_MLP_IN = ("fc1", "gate_proj", "up_proj", "intermediate.dense")
+_QKV = ("q_proj", "k_proj", "v_proj", "in_proj_weight", "in_proj_bias", "query", "key", "value")
+_MLP_IN = ("fc1", "gate_proj", "up_proj", "intermediate.dense", "weights_in")
 
 
 def copy_weights(
@@ -84,7 +84,9 @@ class _Slicer:
             return self._heads(found, size, self.head_width, block)
         inward, outward = module.endswith(_MLP_IN), module.endswith(MLP_OUT)
         if (inward and dimension == 0) or (outward and dimension == 1):
-            return _best(found, size, self.scores.neurons.get(block) if self.scores else None)
+            parts = 2 if module.endswith("weights_in") else 1  # the gates, and what goes through them
+            scores = self.scores.neurons.get(block) if self.scores else None
+            return _repeated(_best(found // parts, size // parts, scores), found // parts, parts)
         width = self.full.width
         if not width or found % width or size % (found // width):
             return None

@@ -83,6 +83,12 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
     model, lacking, mismatched = open_with(AutoModelForImageClassification, path, role=role, **options)
     head = _head_names(model, lacking)
     if backbone := [key for key in lacking if key not in head]:
+        saved_alone = [type(model.base_model).__name__] == model.config.architectures
+        if saved_alone and "key_mapping" not in options:  # before 5.20 transformers does not know these names here
+            options["key_mapping"] = {rf"^(?!{model.base_model_prefix}\.)": f"{model.base_model_prefix}."}
+            opened = open_classifier(path, role=role, keep_head=keep_head, **options)
+            vars(opened.model).pop("_weight_conversions", None)  # it is saved under the classifier's names
+            return opened
         raise ValueError(
             f"{role} {str(path)!r} lacks {len(backbone)} weights of {type(model).__name__}'s backbone, which would be "
             f"random: {describe_missing(backbone, mismatched)}. Expected a file with all of them: save the model "
@@ -90,9 +96,8 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         )
     if head and keep_head:
         raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
-    few = describe_missing(head, mismatched)
-    note = f"{role} {str(path)!r} has no trained head in its file: {few} start from random values."
-    return Opened(model, head, [note] if head else [])
+    random = f"{describe_missing(head, mismatched)} start from random values."
+    return Opened(model, head, [f"{role} {str(path)!r} has no trained head in its file: {random}"] if head else [])
 
 
 def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +133,7 @@ def open_with(
         said = str(error).replace(" For details look at the above report!", "")
         raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
     mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
-    lacking = sorted({*info["missing_keys"], *mismatched})
-    lacking = [key for key in lacking if not key.endswith("num_batches_tracked")]
+    lacking = sorted(k for k in {*info["missing_keys"], *mismatched} if not k.endswith("num_batches_tracked"))
     _check_names(lacking, sorted(info["unexpected_keys"]), model, f"{role} {str(path)!r}")
     return model, lacking, mismatched
 
@@ -209,9 +213,10 @@ def open_processor(path: str | Path, *, role: str = "the model", **options: Any)
         files = [name for name in PROCESSOR_FILES if _exists(source, name, where)]
         if not files and not isinstance(error, ImportError):
             return None
+        said = str(error).strip().partition("\n")[0][:300]
         raise OSError(
             f"the image processor of {role} {str(path)!r} could not be read from {' or '.join(files) or 'its config'} "
-            f"({type(error).__name__}: {_first_line(error)}). {_processor_cure(error)}"
+            f"({type(error).__name__}: {said}). {_processor_cure(error)}"
         ) from error
 
 
@@ -293,7 +298,3 @@ def describe_missing(names: Sequence[str], mismatched: dict[str, Any], most: int
         for name in names[:most]
     ]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

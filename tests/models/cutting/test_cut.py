@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification, DINOv3ViTCo
 from hf_kdtl.models import make_student
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.student import Cut, plan_cut
+from hf_kdtl.utils.versions import DINOV2_HEAD_DIM
 from tests.support.helpers import and_slow
 from tests.support.tiny import build
 
@@ -22,6 +23,8 @@ VARIANTS = {
     "beit_shared_bias": ("beit", SHARED_BIAS),
     "dinov2_gated": ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 4}),
 }
+WHOLE_HEADS = [] if DINOV2_HEAD_DIM else ["dinov2", "dinov2_with_registers", "dinov2_gated"]
+LOSE_HEADS = [family for family in (*HEADS, *VARIANTS) if family not in WHOLE_HEADS]
 
 
 def teacher_of(family, **more):
@@ -75,7 +78,7 @@ def masked(teacher, heads=None, neurons=None, head_width=8):
             if heads is not None and last in ("o_proj", "out_proj"):
                 columns = [h * head_width + c for h in heads[i] for c in range(head_width)]
                 module.register_forward_pre_hook(keep(columns))
-            if neurons is not None and (last in ("fc2", "down_proj") or name == "output.dense"):
+            if neurons is not None and (last in ("fc2", "down_proj", "weights_out") or name == "output.dense"):
                 module.register_forward_pre_hook(keep(neurons[i]))
     if neurons is not None and hasattr(getattr(model, "vision_model", None), "head"):  # SigLIP's pooling has an MLP
         model.vision_model.head.mlp.fc2.register_forward_pre_hook(keep(neurons["head"]))
@@ -87,7 +90,7 @@ def close(student, expected):
     assert (mine - its).abs().max() <= 1e-6 * max(1, its.abs().max())
 
 
-@pytest.mark.parametrize("family", [*HEADS, *VARIANTS])
+@pytest.mark.parametrize("family", LOSE_HEADS)
 def test_heads_and_neurons_removed_is_the_teacher_with_them_masked(family):
     teacher = teacher_of(family, layers=3, num_attention_heads=4)
     student = make_student(teacher, heads=3, mlp=0.5)
@@ -99,11 +102,12 @@ def test_heads_and_neurons_removed_is_the_teacher_with_them_masked(family):
     close(student, expected)
 
 
-@pytest.mark.parametrize("family", [*TOWERS, "dinov3"])
+@pytest.mark.parametrize("family", [*TOWERS, "dinov3", *WHOLE_HEADS])
 def test_neurons_removed_is_the_teacher_with_them_masked(family):
     teacher = teacher_of(family, layers=3)
-    student = make_student(teacher, mlp=24)
-    neurons = {i: evenly(24, 64) for i in (0, 1, 2, "head")}
+    student = make_student(teacher, mlp=0.5 if family in WHOLE_HEADS else 24)
+    left, of = (24, 64) if family not in WHOLE_HEADS else (48, 88) if family == "dinov2_gated" else (64, 128)
+    neurons = {i: evenly(left, of) for i in (0, 1, 2, "head")}
     assert (answers(student) - answers(teacher)).abs().max() > 1e-3
     close(student, masked(teacher, neurons=neurons))
 
@@ -116,7 +120,7 @@ def test_full_size_gives_the_teachers_own_output_and_config(family):
         share |= {"mlp": 1.0}
     if family in (*HEADS, *VARIANTS, *TOWERS, "dinov3"):
         share |= {"width": 1.0}
-    if family in (*HEADS, *VARIANTS):
+    if family in LOSE_HEADS:
         share |= {"heads": 1.0}
     student = make_student(teacher, **share)
     assert torch.equal(answers(student), answers(teacher))
@@ -125,7 +129,7 @@ def test_full_size_gives_the_teachers_own_output_and_config(family):
 
 @pytest.mark.parametrize("family", and_slow(["vit", "dinov2", "beit_shared_bias", "siglip"], SAVED_TOO))
 def test_saved_and_opened_by_plain_transformers(family, tmp_path):
-    fixed = family in TOWERS
+    fixed = family in (*TOWERS, *WHOLE_HEADS)
     width = {"width": 16} if fixed else {"width": 24, "heads": 1}
     student = make_student(teacher_of(family, layers=4), layers=2, mlp=0.5, **width)
     student.save_pretrained(tmp_path)
@@ -149,7 +153,9 @@ def test_channels_are_the_same_everywhere(family):
     channels = evenly(16, 32)
     for name, tensor in student.state_dict().items():
         original = teacher.state_dict()[name]
-        if original.shape == (32,) and not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+        if original.shape == (32,) and not any(
+            part in name for part in ("q_proj", "k_proj", "v_proj", "query", "key", "value")
+        ):
             assert torch.equal(tensor, original[channels]), name
     assert torch.isfinite(answers(student)).all()
     if family == "dinov2":  # its classifier reads the class token and the mean of the patches, side by side
@@ -162,10 +168,26 @@ def test_a_teacher_without_a_head(name, tmp_path):
     teacher = getattr(build(name), {"vit": "vit"}.get(name, name))
     if name == "vit":
         teacher = ViTModel(build("vit").config).eval()  # with a pooler
-    student = make_student(teacher, layers=1, heads=1, mlp=0.5, width=20)
+    width = {"width": 16} if name in WHOLE_HEADS else {"width": 20, "heads": 1}
+    student = make_student(teacher, layers=1, mlp=0.5, **width)
     student.save_pretrained(tmp_path)
     assert torch.equal(answers(AutoModel.from_pretrained(tmp_path).eval()), answers(student))
-    assert answers(student).shape[-1] == 20
+    assert answers(student).shape[-1] == width["width"]
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+def test_heads_that_go_with_the_width_alone(name):
+    teacher = teacher_of(name, layers=3, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"heads of Dinov2.*are width // heads wide.*transformers 5\.18 and later"):
+        make_student(teacher, heads=2)
+    student = make_student(teacher, width=16, mlp=0.5)
+    assert student.config.num_attention_heads == 2 and torch.isfinite(answers(student)).all()
+    rows = [head * 8 + c for head in evenly(2, 4) for c in range(8)]
+    mine, its = (model.state_dict() for model in (student, teacher))
+    key = next(key for key in mine if key.endswith("0.attention.attention.query.weight"))
+    assert torch.equal(mine[key], its[key][rows][:, evenly(16, 32)])
+    out = next(key for key in mine if key.endswith("0.attention.output.dense.weight"))
+    assert torch.equal(mine[out], its[out][evenly(16, 32)][:, rows])
 
 
 @pytest.mark.parametrize("name", ["swin", "swinv2", "convnext", "convnextv2"])

@@ -51,9 +51,10 @@ def test_scores_are_the_slope_of_the_loss(family):
     for i, (_, block) in enumerate(find_blocks(model)):
         assert float(found.blocks[i]) == pytest.approx(slope(model, data, whole(block)), rel=1e-4, abs=1e-8)
         assert len(found.heads[i]) == 2
-        out = block.mlp.down_proj if family == "dinov2_gated" else block.mlp.fc2
+        out = next(m for n, m in block.mlp.named_modules() if n in ("fc2", "down_proj", "weights_out"))
         for head in range(2):
-            expected = slope(model, data, columns(block.attention.o_proj, slice(16 * head, 16 * head + 16)))
+            end = block.attention.output.dense if hasattr(block.attention, "output") else block.attention.o_proj
+            expected = slope(model, data, columns(end, slice(16 * head, 16 * head + 16)))
             assert float(found.heads[i][head]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
         for neuron in (0, 5):
             expected = slope(model, data, columns(out, neuron))
