@@ -22,8 +22,8 @@ STEPS, MARKS = 1000, (50, 100, 200, 400, 700, 1000)
 RATE = 3e-3
 HINT = {"name": "hidden_states", "layers": "last"}
 REPRESENTED = {  # arm -> what is represented, and by how many directions
-    "kd_bregman_4": ("probabilities", 4), "kd_bregman_16": ("probabilities", 16), "kd_bregman_32": ("probabilities", 32),
-    "kd_bregman_pooled_16": ("pooled", 16),
+    "kd_bregman_4": ("probabilities", 4), "kd_bregman_16": ("probabilities", 16),
+    "kd_bregman_32": ("probabilities", 32), "kd_bregman_pooled_16": ("pooled", 16),
 }  # fmt: skip
 WEIGHTS = {"kd": (0.9, 3.0)} | dict.fromkeys(("kd_hint", *REPRESENTED), (0.3, 3.0))
 

@@ -59,6 +59,7 @@ class Rated:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        assert trainer.layer_rates is not None
         last = [round(value, 3) for value in trainer.layer_rates.rates.multipliers]
         return {name: accuracy(trainer.model, *split) for name, split in held_out.items()} | {"multipliers": last}
 
