@@ -12,93 +12,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.evidence.comparison import ArmRuns, Lines, against, arm_runs, comparison_table, curve_table
 from benchmarks.evidence.runs import RESULTS
 from benchmarks.evidence.small_pages import auto_weight, cut, probe_reliability
-from hf_kdtl.evaluation.statistics import holm, mean_and_std, mean_interval, paired_difference
+from hf_kdtl.evaluation.statistics import mean_and_std, mean_interval
 from hf_kdtl.reports.figures.style import new_figure, save
 from hf_kdtl.utils.text import markdown_table
 
 FIGURES = Path(__file__).parents[2] / "docs"
-Lines = list[dict[str, Any]]
 SEEDS = 10  # of the plan; arms with fewer are unfinished
-
-
-class ArmRuns(NamedTuple):
-    """The runs of an arm at its chosen weight."""
-
-    setting: str
-    arm: str
-    weight: float
-    test: dict[int, float]  # seed -> per cent
-
-
-def arm_runs(lines: Lines) -> list[ArmRuns]:
-    """The runs of every arm in every setting, at the weight with the best mean validation of its first two seeds."""
-    found: dict[tuple[str, str], Lines] = {}
-    for line in lines:
-        found.setdefault((line["setting"], line["arm"]), []).append(line)
-    return [_at_chosen(setting, arm, runs) for (setting, arm), runs in found.items()]
-
-
-def _at_chosen(setting: str, arm: str, runs: Lines) -> ArmRuns:
-    first = sorted({run["seed"] for run in runs})[:2]
-    weights = sorted({run["weight"] for run in runs})
-
-    def validation(weight: float) -> float:
-        return fmean(r["validation"] for r in runs if r["weight"] == weight and r["seed"] in first)
-
-    chosen = max(weights, key=validation)
-    return ArmRuns(setting, arm, chosen, {r["seed"]: 100 * r["test"] for r in runs if r["weight"] == chosen})
-
-
-def comparison_table(runs: Sequence[ArmRuns], references: dict[str, str]) -> str:
-    """Markdown: each arm's mean, spread and paired difference to the reference arm of its setting, Holm over all.
-
-    Args:
-        references: {setting: "setting/arm"} that the setting's other arms are compared with.
-    """
-    by_name = {f"{run.setting}/{run.arm}": run for run in runs}
-    rows: list[list[str]] = []
-    differences = {name: _difference(run, by_name.get(references[run.setting])) for name, run in by_name.items()}
-    tested = {name: found["p_value"] for name, found in differences.items() if found and found["p_value"] is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True)) if tested else {}
-    for name, run in by_name.items():
-        mean, sd = mean_and_std(list(run.test.values()))
-        cells = [run.setting, run.arm, f"{run.weight:g}", str(len(run.test)), f"{mean:.2f}"]
-        cells.append("" if sd is None else f"{sd:.2f}")
-        is_reference = name == references[run.setting]
-        rows.append(cells + _difference_cells(differences[name], corrected.get(name), is_reference))
-    head = [
-        "setting",
-        "arm",
-        "weight",
-        "seeds",
-        "test accuracy, %",
-        "sd",
-        "minus reference, 95 % interval",
-        "p (Holm)",
-    ]
-    return markdown_table([head, *rows])
-
-
-def _difference(run: ArmRuns, reference: ArmRuns | None) -> dict[str, Any] | None:
-    if reference is None or reference is run:
-        return None
-    seeds = sorted(run.test.keys() & reference.test.keys())
-    return paired_difference([run.test[s] for s in seeds], [reference.test[s] for s in seeds]) if seeds else None
-
-
-def _difference_cells(found: dict[str, Any] | None, p_value: float | None, is_reference: bool) -> list[str]:
-    if found is None:
-        return ["reference" if is_reference else "", ""]
-    if found["interval"] is None:
-        return [f"{found['mean']:+.2f} ({found['note']})", ""]
-    low, high = found["interval"]
-    return [f"{found['mean']:+.2f} ({low:+.2f} to {high:+.2f})", "" if p_value is None else f"{p_value:.2g}"]
 
 
 def labels_worth(accuracy: float, labels: Sequence[int], alone: Sequence[float]) -> str:
@@ -191,8 +116,7 @@ def never_hurt(lines: Lines) -> str:
 
 def jacobian_digits(lines: Lines) -> str:
     """Table 4a: against `kd`."""
-    runs = arm_runs(lines)
-    return comparison_table(runs, {run.setting: f"{run.setting}/kd" for run in runs})
+    return against(arm_runs(lines), "kd")
 
 
 def backbone_transfer(lines: Lines) -> str:
@@ -216,6 +140,21 @@ def backbone_transfer(lines: Lines) -> str:
     return "\n\n".join(tables)
 
 
+def conv_guides_vit(lines: Lines) -> str:
+    """Table 2: against soft labels, and against labels."""
+    return f"{against(arm_runs(lines), 'logit_kd', 'alone')}\n\n{curve_table(lines)}"
+
+
+def rates_of_layers(lines: Lines) -> str:
+    """Table 6: against equal rates, and against the same rates in another order."""
+    return against(arm_runs(lines), "uniform", "permuted")
+
+
+def bregman_hint(lines: Lines) -> str:
+    """Table 7: against the hint, and against soft labels alone."""
+    return f"{against(arm_runs(lines), 'kd_hint', 'kd')}\n\n{curve_table(lines)}"
+
+
 TABLES = {
     "jacobian_digits": jacobian_digits,
     "few_labels_many_images": few_labels,
@@ -224,6 +163,9 @@ TABLES = {
     "auto_weight": auto_weight,
     "backbone_transfer": backbone_transfer,
     "probe_reliability": probe_reliability,
+    "conv_guides_vit": conv_guides_vit,
+    "rates_of_layers": rates_of_layers,
+    "bregman_hint": bregman_hint,
 }
 UNFINISHED = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is claimed from them."
 NOTES = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.evidence import report, small_pages
+from benchmarks.evidence import comparison, report, small_pages
 from benchmarks.evidence.few_labels_many_images import shuffled
 from benchmarks.evidence.runs import RESULTS, Run, Table
 from benchmarks.evidence.views import Views
@@ -42,14 +42,14 @@ def test_a_run_is_done_once_and_kept(tmp_path):
 def test_the_weight_is_chosen_on_validation_by_the_first_two_seeds_alone():
     lines = [line("a", 1.0, 1, 0.6, 0.1), line("a", 1.0, 2, 0.6, 0.2), line("a", 1.0, 3, 0.0, 0.3)]
     lines += [line("a", 2.0, 1, 0.7, 0.9), line("a", 2.0, 2, 0.4, 0.9)]
-    (runs,) = report.arm_runs(lines)
+    (runs,) = comparison.arm_runs(lines)
     assert (runs.weight, runs.test) == (1.0, {1: 10.0, 2: 20.0, 3: 30.0})
 
 
 def test_differences_are_paired_by_seed():
-    runs = report.arm_runs([line("a", 1.0, s, 0.5, 0.5 + s / 100) for s in (1, 2, 3)])
-    runs += report.arm_runs([line("b", 1.0, s, 0.5, 0.4 + s / 100 + s / 1000) for s in (3, 2, 1)])
-    table = report.comparison_table(runs, {"s_4": "s_4/a"})
+    runs = comparison.arm_runs([line("a", 1.0, s, 0.5, 0.5 + s / 100) for s in (1, 2, 3)])
+    runs += comparison.arm_runs([line("b", 1.0, s, 0.5, 0.4 + s / 100 + s / 1000) for s in (3, 2, 1)])
+    table = comparison.comparison_table(runs, {"s_4": "s_4/a"})
     # d = -10 + 0.1 s: mean -9.8, sd 0.1, t(2) 4.303 / sqrt(3)
     assert "-9.80 (-10.05 to -9.55)" in table
 
