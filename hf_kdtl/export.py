@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from hf_kdtl.models.forward.embedding import is_headless, last_hidden_state
 from hf_kdtl.models.forward.final import read_final
 from hf_kdtl.models.forward.geometry import describe
+from hf_kdtl.models.forward.modes import evaluating
 
 TOLERANCE = 1e-4  # of the outputs, or of the largest of them where that is above 1
 BATCHES = (1, 5)  # at which a file is compared: an exporter that fixes the batch size is caught
@@ -50,21 +51,22 @@ def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
         ValueError: where torch cannot export the model, or a package for it is not installed.
     """
     check_installed()
-    mode, attention = model.training, model.config._attn_implementation
+    attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     two = pixel_values[:1].expand(2, -1, -1, -1).contiguous()  # a batch of 1 would be taken for a constant
     try:
-        torch.onnx.export(
-            _Tensors(model, named := _named(model, two)).eval(),
-            (two,),
-            str(path),
-            dynamo=True,
-            input_names=["pixel_values"],
-            output_names=[*named(two)],
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
+        with evaluating(model):
+            torch.onnx.export(
+                _Tensors(model, named := _named(model, two)).eval(),
+                (two,),
+                str(path),
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=[*named(two)],
+                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+                external_data=False,
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(
             f"torch {torch.__version__} cannot export {type(model).__name__} for any batch size; export another "
@@ -72,7 +74,6 @@ def export_onnx(model: Any, pixel_values: Tensor, path: str | Path) -> None:
         ) from error
     finally:
         model.set_attn_implementation(attention)
-        model.train(mode)
 
 
 CALIBRATION_IMAGES = 256

@@ -90,6 +90,13 @@ def test_splits_are_disjoint_and_seeded(tmp_path):
     assert [len(part) for part in first] == [140, 30, 30]
 
 
+def test_a_seed_means_the_same_split_in_every_version(tmp_path):
+    """A teacher that was trained before an upgrade saw what is cut into test after it, if this changes."""
+    data = load_images(saved(tmp_path, train=table([0, 1] * 20)))
+    rows = [[int(Path(image["path"]).stem) for image in split["image"]] for split in (data.validation, data.test)]
+    assert rows == [[8, 19, 24, 25, 32, 35], [1, 3, 12, 20, 23, 28]]
+
+
 def test_folder_of_classes(tmp_path):
     source = folder(tmp_path / "images", {"cat": 20, "dog": 20})
     (source / "dog" / "notes.txt").write_text("not an image")

@@ -11,6 +11,7 @@ from transformers import Trainer
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.modes import evaluating
 from hf_kdtl.optim.groups import group_table, layer_groups
+from tests.support.state import Broken, broken, mixed, state_of
 from tests.support.tiny import EVERY, build
 
 LARGER = {"mobilevitv2": 64}
@@ -189,6 +190,18 @@ def test_looking_changes_nothing():
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert modes == [m.training for m in model.modules()]
+
+
+def test_looking_leaves_nothing_behind_also_where_the_model_fails(monkeypatch):
+    model = mixed(build("vit"))
+    before = state_of(model)
+    layer_groups(model)
+    assert state_of(model) == before
+    broken(model, monkeypatch)
+    before = state_of(model)
+    with pytest.raises(Broken):
+        layer_groups(model)
+    assert state_of(model) == before
 
 
 class Blocky(nn.Module):

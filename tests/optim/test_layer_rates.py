@@ -14,6 +14,7 @@ from hf_kdtl.models.teachers.pixels import PixelAdapter, PixelFormat
 from hf_kdtl.optim import LayerRates, layer_groups
 from hf_kdtl.optim.layerwise import layerwise
 from tests.reference import discrepancy as slow
+from tests.support.state import Broken, broken, mixed, state_of
 from tests.support.tiny import build
 
 SOURCES = [
@@ -119,6 +120,19 @@ def test_measuring_changes_nothing(options, key):
     assert modes == [m.training for m in student.modules()] and all(p.requires_grad for p in student.parameters())
     assert not any(p.requires_grad for p in teacher.model.parameters()) and x.grad is None
     assert torch.equal(random, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("fails", ["student", "teacher"])
+@pytest.mark.parametrize("options", SOURCES, ids=name)
+def test_a_measurement_that_fails_leaves_nothing_behind(options, fails, monkeypatch):
+    x = pixels(2)
+    student, teacher = mixed(build("vit")), Teacher(build("vit", seed=5))
+    found = rates(options, student, teacher, x)
+    broken(student if fails == "student" else teacher.model, monkeypatch)
+    before = state_of(student, teacher.model)
+    with pytest.raises(Broken):
+        found.measure(student, teacher, [x])
+    assert state_of(student, teacher.model) == before
 
 
 # ---- References ----

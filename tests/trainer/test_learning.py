@@ -10,6 +10,7 @@ from hf_kdtl import DistillationTrainer
 from hf_kdtl.trainer import learning
 from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import KD, Images, config, largest_difference, trainer, weights
+from tests.support.state import broken, mixed, state_of
 from tests.support.tiny import build
 
 RUN = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
@@ -148,6 +149,17 @@ def test_gradients_and_the_problem_type_are_put_back(tmp_path):
     assert made.model.classifier.bias.grad.tolist() == [1, 1, 1]
     assert made.model.vit.embeddings.cls_token.grad is None and made.model.config.problem_type is None
     assert made.distiller.rates is None and not made.model.training
+
+
+@pytest.mark.parametrize("objective", ["logit_kd", "jacobian", "attention_map", "hidden_states"])
+def test_a_look_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, objective):
+    """The first step meets the error too, where it is explained."""
+    made = trainer(tmp_path, mixed(build("vit")), build("vit", seed=5), objectives=[{"name": objective}], **RUN)
+    container = made.distiller
+    broken(made.model, monkeypatch)
+    before = state_of(container, made.teacher.model)
+    learning.check_learning(made)
+    assert state_of(container, made.teacher.model) == before
 
 
 def test_an_optimizer_of_other_tensors_is_refused_and_one_of_a_part_is_noted(tmp_path, caplog):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_kdtl.models.blocks import find_blocks, vision_config
-from hf_kdtl.models.cutting.families import head_width
+from hf_kdtl.models.cutting.families import head_width, sizes_of
 from hf_kdtl.models.forward.modes import evaluating
 
 SAMPLE = 256  # images, at most
@@ -49,8 +49,9 @@ def first_order(model: Any, data: Any) -> Scores:
     Cost: one forward and one backward of these images.
 
     Raises:
-        ValueError: without data, without labels, or for a model without logits.
+        ValueError: without data, without labels, or for a model without logits or of which nothing can be left out.
     """
+    sizes_of(model)  # refuses what cannot be cut
     if data is None or not len(data):
         raise ValueError(
             "importance='first_order' needs data: rows with pixel_values and labels, such as "

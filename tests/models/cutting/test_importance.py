@@ -93,6 +93,11 @@ def test_one_bias_table_for_all_blocks_means_the_same_heads():
         assert torch.equal(mine.attention.v_proj.weight, its.attention.v_proj.weight[8 * head : 8 * head + 8])
 
 
+def test_a_family_that_cannot_be_cut_is_refused_before_it_is_scored():
+    with pytest.raises(ValueError, match="ResNetForImageClassification is built in stages"):
+        make_student(build("resnet"), layers=0.5, importance="first_order", data=rows(4))
+
+
 def test_what_it_needs():
     vit = build("vit")
     for data in (None, []):

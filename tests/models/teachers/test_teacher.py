@@ -1,5 +1,7 @@
 """The teacher sees its own pixels, answers in the student's classes, and is never trained."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,24 @@ def test_labels_in_another_order_are_reordered_and_reported():
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher.capture(pixels, LOGITS).logits, model(pixels).logits[:, [1, 2, 0]])
     assert any("another order" in note for note in teacher.notes)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_the_classifier_of_its_geometry_answers_in_the_students_order(name):
+    """Objectives begin with it: lwf's head would learn the answers of other classes."""
+    student = _named(build(name), ["cat", "dog", "ship"])
+    teacher = Teacher(_named(build(name, seed=5), ["ship", "cat", "dog"]))
+    pixels, own = torch.randn(2, 3, 32, 32), copy.deepcopy(teacher.model.state_dict())
+    teacher.match(student, None, compare_classes=True)
+    with torch.no_grad():
+        found = teacher.capture(pixels, Needs(logits=True, pooled=True))
+        answers = teacher.geometry(pixels).classifier(found.pooled)
+    torch.testing.assert_close(answers, found.logits)
+    assert largest_difference(own, teacher.model.state_dict()) == 0  # the model's own stays as it is
+    teacher.match(student, None, compare_classes=False)  # then its own order is asked for
+    with torch.no_grad():
+        answers = teacher.geometry(pixels).classifier(found.pooled)
+    torch.testing.assert_close(answers, teacher.capture(pixels, LOGITS).logits)
 
 
 @pytest.mark.parametrize(
