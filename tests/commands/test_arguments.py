@@ -1,5 +1,6 @@
 """Settings from YAML and flags: who wins, and the error when one is wrong."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,13 +156,14 @@ def test_mapping():
         cli.mapping("augmentation", "[1]")
 
 
+def failing(error):
+    def program():
+        raise error
+
+    return program
+
+
 def test_exit_codes(capsys, monkeypatch):
-    def failing(error):
-        def program():
-            raise error
-
-        return program
-
     assert cli.run(lambda: None) == 0
     assert cli.run(failing(ValueError("found a\n  expected b."))) == 2
     assert cli.run(failing(FileNotFoundError(2, "No such file", "x"))) == 2
@@ -178,3 +180,11 @@ def test_exit_codes(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert cli.run(failing(ValueError("found"))) == 2
     assert capsys.readouterr().err.startswith("[process 1] error: found")
+
+
+def test_an_output_that_is_no_longer_read_ends_the_command_without_a_word(monkeypatch, tmp_path, capfd):
+    with (tmp_path / "pipe").open("w") as pipe:  # stands for the closed pipe of `hf-kdtl ... | head`
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.run(failing(BrokenPipeError(32, "Broken pipe"))) == 141
+        print("more", file=pipe, flush=True)
+    assert capfd.readouterr().err == "" and (tmp_path / "pipe").read_text() == ""

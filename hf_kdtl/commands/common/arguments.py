@@ -127,8 +127,8 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def run(program: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code: 0, 2 after an error that is reported in a sentence, 130 after Ctrl-C; of
-    evaluate --max_drop, 1 where a student fails.
+    """Run a command and return its exit code: 0, 2 after an error that is reported in a sentence, 130 after Ctrl-C,
+    141 where the output is no longer read; of evaluate --max_drop, 1 where a student fails.
 
     Set HF_KDTL_TRACEBACK=1 to see where such an error was raised.
     """
@@ -136,6 +136,9 @@ def run(program: Callable[[], int | None]) -> int:
         return program() or 0
     except KeyboardInterrupt as stop:
         return _report(str(stop) or "stopped; the same command with --resume_from_checkpoint true continues.", 130)
+    except BrokenPipeError:  # `| head` has read enough: end as other programs do, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except EXPECTED_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
