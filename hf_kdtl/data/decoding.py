@@ -16,6 +16,10 @@ from hf_kdtl.utils.text import one_line
 _ORIENTATION = 0x0112  # EXIF
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap width and height."""
+HEIF_MISSING = 'HEIC files, which need pillow-heif (pip install "hf_kdtl[heif]")'
+AVIF_MISSING = "AVIF files, which this Pillow cannot read (pip install -U pillow)"
+_AVIF = (b"avif", b"avis")
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -56,6 +60,20 @@ def register_heif() -> bool:
         return False
     register_heif_opener()
     return True
+
+
+def missing_reader(source: bytes | str | Path) -> str:
+    """Which kind of file that no reader here opens this is, by its first bytes; empty where it is of no such kind."""
+    if not isinstance(source, bytes):
+        try:
+            with open(source, "rb") as file:
+                source = file.read(12)
+        except OSError:
+            return ""
+    brand = source[8:12] if source[4:8] == b"ftyp" else b""
+    if brand in _HEIF and not register_heif():
+        return HEIF_MISSING
+    return AVIF_MISSING if brand in _AVIF and "AVIF" not in Image.OPEN else ""
 
 
 def orientation(image: Image.Image) -> int:
@@ -99,6 +117,11 @@ def decode(source: bytes | str | Path | Image.Image, name: str, read: Callable[[
             "if you trust the file."
         ) from error
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, struct.error, ... for what is not an image
+        if not isinstance(source, Image.Image) and (kind := missing_reader(source)):
+            raise ValueError(
+                f"{name} could not be read, like all {kind}. Install that, convert these files, or load with "
+                'on_bad_image="skip" (--on_bad_image skip).'
+            ) from error
         raise ValueError(
             f"{name} could not be read as an image ({type(error).__name__}: {error}). Expected a complete image file "
             'that PIL opens; repair or remove it, or load with on_bad_image="skip" (--on_bad_image skip).'

@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 from datasets import ClassLabel, Dataset
 
-from hf_kdtl.data.scan import AVIF_MISSING, HEIF_MISSING, Folder, scan
+from hf_kdtl.data.decoding import AVIF_MISSING, HEIF_MISSING
+from hf_kdtl.data.scan import Folder, scan
 from hf_kdtl.data.tables import METADATA, metadata_split
 from hf_kdtl.utils.text import some
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_kdtl.data.bit_depth import CHOICES, check_bit_depths
 from hf_kdtl.data.columns import UNLABELLED, refuse_unseen, with_two_columns
-from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.decoding import decode_row, missing_reader
 from hf_kdtl.data.duplicates import check_duplicates, check_paths
 from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.data.sources import Source, open_source, source_name
@@ -175,22 +175,27 @@ def load_images(
 def readable(split: Dataset, name: str, notes: list[str]) -> Dataset:
     """The images of a split that can be decoded; the others are named in `notes`."""
     bad: list[str] = []
+    kinds = Counter[str]()
 
     def reads(image: dict[str, Any], index: int) -> bool:
         try:
             decode_row(image, index, len(split))
         except ValueError:
             bad.append(image["path"] or f"image {index}")
+            kinds[missing_reader(image["bytes"] or image["path"])] += 1
             return False
         return True
 
     # In memory, past the cache: it would remember which images are left out, but not their names.
     options = {"input_columns": ["image"], "with_indices": True, "keep_in_memory": True}
     kept = split.filter(reads, **options, desc=f"reading the images of {name}")
+    why = "".join(f" {count} are {kind}." for kind, count in kinds.items() if kind)
     if not len(kept):
-        raise ValueError(f"None of the {len(split)} images of {name} could be read ({some(bad)}), expected images.")
+        found = f"None of the {len(split)} images of {name} could be read ({some(bad)}), expected images.{why}"
+        raise ValueError(found)
     if bad:
-        notes.append(f"{len(bad)} of {len(split)} images of {name} could not be read and were left out: {some(bad)}.")
+        left = f"{len(bad)} of {len(split)} images of {name} could not be read and were left out: {some(bad)}.{why}"
+        notes.append(left)
     return kept
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_kdtl.data.decoding import open_image, register_heif
+from hf_kdtl.data.decoding import AVIF_MISSING, HEIF_MISSING, missing_reader, open_image, register_heif
 
 _HEIF = {".heic", ".heif", ".hif"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z", ".bz2", ".xz")
 _IGNORED = {"__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN"}
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow opens these, and reads no pixels
 
-HEIF_MISSING = 'HEIC files, which need pillow-heif (pip install "hf_kdtl[heif]")'
-AVIF_MISSING = "AVIF files, which this Pillow cannot read (pip install -U pillow)"
 ARCHIVE = "archives, which are not read (unpack them)"
 DEAD_LINK = "links to files that do not exist"
 HIDDEN = "hidden image files"
@@ -100,6 +98,8 @@ def _add_file(found: Folder, entry: os.DirEntry[str]) -> None:
         found.tables[path.name] = path
     elif _is_image(path):
         found.images.append(path)
+    elif kind := missing_reader(path):
+        found.left_out[kind] += 1
     elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
         found.left_out[NO_IMAGE] += 1
 

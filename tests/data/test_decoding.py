@@ -155,3 +155,20 @@ def test_a_bomb_is_refused_by_its_header_alone(monkeypatch):
     small[16:24] = struct.pack(">II", 60000, 60000)
     with pytest.raises(ValueError, match="bomb"):
         decode(bytes(small), "bomb.png")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0"
+
+
+def test_a_file_that_needs_another_reader_says_which(tmp_path, monkeypatch):
+    """Also under another name: phones call HEIC files .jpg."""
+    monkeypatch.setattr("hf_kdtl.data.decoding.register_heif", lambda: False)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    (tmp_path / "a.jpg").write_bytes(HEIC)
+    for source in (HEIC, tmp_path / "a.jpg"):
+        with pytest.raises(ValueError, match=r'a.jpg could not be read, like all HEIC.*pip install "hf_kdtl\[heif\]"'):
+            decode(source, "a.jpg")
+    with pytest.raises(ValueError, match="like all AVIF files, which this Pillow cannot read"):
+        decode(HEIC.replace(b"heic", b"avif"), "a.avif")
+    with pytest.raises(ValueError, match="Expected a complete image file"):
+        decode(b"\0\0\0\x18ftypmp42", "a.mp4")

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
+from transformers import ViTImageProcessor
+from transformers.image_utils import load_image
 
-from hf_kdtl.data import ImageData, load_images, scan
+from hf_kdtl.data import ImageData, ImageDataset, load_images, scan
 from hf_kdtl.data.folders import split_name
 
 
@@ -281,13 +283,38 @@ def test_identical_images_in_two_splits_are_counted(tmp_path):
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    """Colors, grey, transparency and orientation as a pipeline shows them to a model."""
     heif = pytest.importorskip("pillow_heif")
     root = folder(tmp_path, TWO)
     heif.register_heif_opener()
-    Image.new("RGB", (64, 64), (200, 10, 10)).save(root / "cats" / "a.heic")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise = Image.effect_noise((64, 40), 80)
+    for mode in ("RGB", "L", "RGBA", "LA"):
+        noise.convert(mode).save(root / "cats" / f"{mode}.heic")
+    noise.save(root / "cats" / "turned.HIF", format="HEIF", exif=turned.tobytes())
+    noise.save(root / "cats" / "from_a_phone.jpg", format="HEIF")
     data = load_images(str(root))
-    assert total(data) == TWO | {"cats": 21}
-    data.check_readable()
+    assert total(data) == TWO | {"cats": 26}
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    seen = set()
+    for split in (data.train, data.validation, data.test):
+        for cell, row in zip(split["image"], ImageDataset(split, processor), strict=True):
+            served = processor(load_image(Image.open(cell["path"])), return_tensors="pt")["pixel_values"][0]
+            assert (row["pixel_values"] == served).all(), cell["path"]
+            seen.add(Path(cell["path"]).name)
+    assert {"RGB.heic", "L.heic", "RGBA.heic", "LA.heic", "turned.HIF", "from_a_phone.jpg"} <= seen
+
+
+def test_heic_without_its_reader_is_named_also_without_an_ending(tmp_path, monkeypatch):
+    for where in ("decoding", "scan"):
+        monkeypatch.setattr(f"hf_kdtl.data.{where}.register_heif", lambda: False)
+    root = folder(tmp_path, TWO)
+    for name in ("noext", "a.jpg"):
+        (root / "cats" / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    data = load_images(str(root), on_bad_image="skip")
+    assert noted(data, "Not read in train, HEIC files", "pillow-heif", "cats 1 (1 in all)")
+    assert noted(data, "1 of 41 images of train could not be read", "1 are HEIC files, which need pillow-heif")
 
 
 def test_the_search_for_identical_images_is_bounded(tmp_path, monkeypatch):
