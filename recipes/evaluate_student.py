@@ -13,7 +13,7 @@ from hf_kdtl.evaluation.fidelity import fidelity
 from hf_kdtl.evaluation.metrics import paired_scores
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.labels import match_labels
-from hf_kdtl.models.teachers.resolve import open_processor
+from hf_kdtl.models.teachers.processor_files import open_processor
 
 
 def logits_of(model, split, batch_size=32):

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_kdtl.export import TOLERANCE, OnnxModel, export_onnx, largest_difference
-from hf_kdtl.models.teachers.resolve import open_processor
+from hf_kdtl.models.teachers.processor_files import open_processor
 
 
 def main(student="runs/student", output="student.onnx"):

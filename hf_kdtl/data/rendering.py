@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_kdtl.data.augmentation import Box, Changes, Mixing
 from hf_kdtl.data.decoding import SIDEWAYS, decode_row, orientation, to_reduced_rgb
-from hf_kdtl.models.teachers.pixels import SIDE, PixelFormat, UnknownSteps, process, test_image
+from hf_kdtl.models.teachers.pixels import SIDE, PixelFormat, UnknownSteps, process, resampling, test_image
 from hf_kdtl.utils.text import some
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow converts to grey
@@ -45,9 +45,8 @@ class Renderer:
 
     def __init__(self, processor: Any):
         self.processor = processor
-        resample = getattr(processor, "resample", None)
-        self.resample = Image.Resampling(2 if resample is None else int(resample))
         try:
+            self.resample = resampling(processor)
             self.format = PixelFormat.of(processor)
             self.way = _way(self.format)
             std, mean = (np.array(v, np.float64)[:, None, None] for v in (self.format.std, self.format.mean))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_kdtl.checkpoints.manifest import verify
 from hf_kdtl.checkpoints.rotation import checkpoints
+from hf_kdtl.models.teachers.source import called
 
 
 def check_finite(trainer: Any, result: dict[str, Any], pixel_values: Tensor) -> None:
@@ -20,20 +22,42 @@ def check_finite(trainer: Any, result: dict[str, Any], pixel_values: Tensor) -> 
             raise ValueError(f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that.")
         step, folder = trainer.state.global_step, trainer.args.output_dir
         broken = int((~pixel_values.flatten(1).isfinite().all(1)).sum())
-        raise non_finite_loss_error(step, loss, terms, folder, broken)
+        cure = f"{broken} images of the batch have pixel_values that are nan or infinite: check what makes them."
+        cure = cure if broken else _broken_model(trainer, pixel_values)
+        cure = cure or "Lower the learning rate or that term's weight, or check the data."
+        raise non_finite_loss_error(step, loss, terms, folder, cure)
+
+
+@torch.no_grad()
+def _broken_model(trainer: Any, pixel_values: Tensor) -> str:
+    """Which model has weights or class outputs that are not finite, and what to do; empty where none has."""
+    if trainer.sharded:  # the other processes would have to look, too
+        return ""
+    sources = {called(name): source for name, source in trainer.distiller.sources.items()}
+    modules = {who: source.modules() for who, source in sources.items()}
+    if trainer.state.global_step == 0:  # later it is what training made of them
+        modules["the student"] = [trainer.model]
+    for who, held in modules.items():
+        named = (pair for module in held for pair in module.named_parameters())
+        if bad := next((name for name, value in named if not value.isfinite().all()), None):
+            return f"The weights of {who} are nan or infinite, such as {bad}: open another file of it."
+    for who, source in sources.items():
+        if (model := source.classifier()) is not None:
+            with source.eval_context():
+                logits = getattr(model(pixel_values=source.pixels(pixel_values)), "logits", None)
+            if logits is not None and not logits.isfinite().all():
+                dtype = str(logits.dtype).removeprefix("torch.")
+                return f"The class outputs of {who} are nan or infinite ({dtype}): open it with dtype=torch.float32."
+    return ""
 
 
 def non_finite_loss_error(
-    step: int, loss: float, terms: dict[str, float], output_dir: str | None, images: int = 0
+    step: int, loss: float, terms: dict[str, float], output_dir: str | None, cure: str
 ) -> FloatingPointError:
-    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch; of so many of its
-    images the pixels are not finite."""
+    """The error for a loss that is nan or infinite. `terms` are weighted means over the micro-batch."""
     broken = [key for key, value in terms.items() if not math.isfinite(value)]
     largest = max(terms, key=lambda key: math.inf if math.isnan(terms[key]) else abs(terms[key]))
     shown = ", ".join(f"{key} {value:.4g}" for key, value in terms.items())
-    cure = "Lower the learning rate or that term's weight, or check the data."
-    if images:
-        cure = f"{images} images of the batch have pixel_values that are nan or infinite: check what makes them."
     return FloatingPointError(
         f"the loss is {loss} at step {step}: {', '.join(broken) or 'the sum of the terms'} is not finite. Weighted "
         f"terms: {shown}; the largest is {largest}. {_last_good(output_dir)} {cure}"

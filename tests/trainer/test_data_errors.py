@@ -147,6 +147,23 @@ def test_pixels_that_are_not_finite_are_named(tmp_path):
         trainer(tmp_path, build("vit"), data=data, max_steps=1, per_device_train_batch_size=4).train()
 
 
+@pytest.mark.parametrize(
+    ("who", "value", "message"),
+    [
+        ("teacher", torch.nan, r"The weights of the teacher are nan or infinite, such as vit\.layernorm\.bias"),
+        ("student", torch.inf, r"The weights of the student are nan or infinite, such as vit\.layernorm\.bias"),
+        ("teacher", 1e38, r"The class outputs of the teacher are nan or infinite \(float32\)"),
+    ],
+)
+def test_a_model_that_is_not_finite_is_named(tmp_path, who, value, message):
+    models = {"student": build("vit"), "teacher": build("vit", seed=5)}
+    with torch.no_grad():
+        models[who].vit.layernorm.bias.fill_(value)
+        models[who].classifier.weight.mul_(100)
+    with pytest.raises(FloatingPointError, match=message):
+        trainer(tmp_path, models["student"], models["teacher"], max_steps=1, per_device_train_batch_size=4).train()
+
+
 def test_a_model_with_an_answer_for_each_place_is_refused(tmp_path):
     small = {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [1], "hidden_sizes": [8], "patch_sizes": [3]}
     small |= {"strides": [2], "num_attention_heads": [1], "mlp_ratios": [1], "decoder_hidden_size": 8}

@@ -23,7 +23,8 @@ from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels, same_classes, set_class_names
-from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, open_processor, renew_head
+from hf_kdtl.models.teachers.processor_files import open_processor
+from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, renew_head
 from hf_kdtl.utils.distributed import unsharded_class
 from hf_kdtl.utils.options import check_known
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_kdtl.models.blocks import vision_config
 
-# PIL's numbers for resampling filters, which image processors use. The others have no counterpart in torch.
-_MODES = {2: "bilinear", 3: "bicubic"}
+# torch's names of PIL's resampling filters. The others have none: for them bicubic, and the distance is noted.
+_MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 SIDE = 256  # of the images that are shown to a processor, in pixels
 _NEAR = 0.005  # shares of an image that are closer than this are the same: ramps are measured to about 0.001
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL converts to grey
@@ -63,7 +63,7 @@ class PixelFormat:
         mean, std, flipped = _colors(processor)
         size, box = _view(processor, SIDE, SIDE)
         kept = size == (SIDE, SIDE) and _view(processor, SIDE * 3 // 4, SIDE * 3 // 4)[0] != size
-        mode = _MODES.get(int(getattr(processor, "resample", 2) or 2), "bicubic")
+        mode = _MODES.get(resampling(processor), "bicubic")
         return cls(1 / 255, mean, std, None if kept else size, mode, flipped, box, processor)
 
     def view(self, height: int, width: int) -> tuple[tuple[int, int], tuple[float, float]]:
@@ -80,7 +80,7 @@ class PixelAdapter:
     """x of the student's format -> x of the teacher's: re-normalized (affine, per channel), resized, and cropped.
 
     All steps are differentiable any number of times, so a teacher's derivative is one with respect to the student's
-    pixels. Resizing is antialiased, by the teacher's own filter where torch has it (bilinear, bicubic).
+    pixels. Resizing is antialiased, by the teacher's own filter where torch has it (bilinear, bicubic, nearest).
     """
 
     def __init__(self, source: PixelFormat, target: PixelFormat):
@@ -107,9 +107,8 @@ class PixelAdapter:
             pixel_values = pixel_values.flip(1)
         size, resized = self._sizes(pixel_values)
         if resized != tuple(pixel_values.shape[-2:]):
-            pixel_values = F.interpolate(
-                pixel_values, size=resized, mode=self.target.mode, antialias=True, align_corners=False
-            )
+            smooth = {} if self.target.mode == _MODES[0] else {"antialias": True, "align_corners": False}
+            pixel_values = F.interpolate(pixel_values, size=resized, mode=self.target.mode, **smooth)
         if size == resized:
             return pixel_values
         top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
@@ -128,6 +127,21 @@ class PixelAdapter:
             part = [its / mine if its < mine - _NEAR else 1.0 for its, mine in zip(box, self.source.box, strict=True)]
             self._views[shape] = size, (round(size[0] / part[0]), round(size[1] / part[1]))
         return self._views[shape]
+
+
+def resampling(processor: Any) -> Image.Resampling:
+    """The filter by which an image processor resizes; bilinear where it names none.
+
+    Raises:
+        UnknownSteps: for what names no filter.
+    """
+    found = getattr(processor, "resample", None)
+    try:
+        return Image.Resampling(2 if found is None else int(found))
+    except (TypeError, ValueError) as error:
+        raise _refuse(
+            processor, f"has resample {found!r}, and filters are numbers from 0 to 5 (2: bilinear)"
+        ) from error
 
 
 def match_pixels(student: Any, teacher: Any) -> tuple[PixelAdapter | None, str]:

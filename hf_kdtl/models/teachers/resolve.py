@@ -1,9 +1,8 @@
-"""Opening saved image classifiers, with every weight accounted for, and their image processors."""
+"""Opening saved image classifiers, with every weight accounted for."""
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,22 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification, __version__
-
-# transformers' own name asks for torchvision before 5.18, also where Pillow does the work.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-from transformers.utils import has_file
 
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.forward.embedding import classifier_config
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
 TRUST = "trust_remote_code"
-_WHERE = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
-_WHERE |= {TRUST, "code_revision"}
+WHERE = {"subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"}
+WHERE |= {TRUST, "code_revision"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +48,11 @@ def locate(path: str | Path, role: str = "the model") -> str:
     """A model's folder or Hub name, `~` expanded.
 
     Raises:
-        FileNotFoundError: when it looks like a path and nothing is there.
+        FileNotFoundError: when it looks like a path and nothing is there, or is a file.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise FileNotFoundError(f"{role} {str(path)!r} is a file; expected the folder that it is in: {folder.parent}.")
     if folder.exists():
         return str(folder)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
@@ -130,7 +126,7 @@ def open_with(
     except (TypeError, AttributeError, KeyError):  # of the options, or of code in the model's folder
         raise
     except Exception as error:  # a broken file raises whatever its content leads to
-        said = str(error).replace(" For details look at the above report!", "")
+        said = str(error).replace(" For details look at the above report!", "").partition("\n")[0]
         raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
     mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
     lacking = sorted(k for k in {*info["missing_keys"], *mismatched} if not k.endswith("num_batches_tracked"))
@@ -170,7 +166,7 @@ def open_config(path: str | Path, *, role: str = "the model", **options: Any) ->
         OSError: when nothing is there, or it cannot be read.
     """
     source = locate(path, role)
-    where = untrusted({key: value for key, value in options.items() if key in _WHERE})
+    where = untrusted({key: value for key, value in options.items() if key in WHERE})
     _refuse_adapter(source, where, f"{role} {str(path)!r}")
     try:
         return AutoConfig.from_pretrained(source, **where)
@@ -196,53 +192,6 @@ def renew_head(model: Any) -> None:
         old.load_state_dict(new.state_dict())
 
 
-def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
-    """The image processor saved with a model, or None where none was saved.
-
-    Args:
-        options: those of the model; the ones that locate its files or allow the code in its folder are used.
-
-    Raises:
-        OSError: when a processor is there and cannot be read or is not trusted, with what to type.
-    """
-    source = locate(path, role)
-    where = untrusted({key: value for key, value in options.items() if key in _WHERE})
-    try:
-        return AutoImageProcessor.from_pretrained(source, **where)
-    except Exception as error:  # a broken file raises whatever its content leads to
-        files = [name for name in PROCESSOR_FILES if _exists(source, name, where)]
-        if not files and not isinstance(error, ImportError):
-            return None
-        said = str(error).strip().partition("\n")[0][:300]
-        raise OSError(
-            f"the image processor of {role} {str(path)!r} could not be read from {' or '.join(files) or 'its config'} "
-            f"({type(error).__name__}: {said}). {_processor_cure(error)}"
-        ) from error
-
-
-def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
-    subfolder = where.get("subfolder") or ""
-    if Path(source).is_dir():
-        return os.path.lexists(Path(source, subfolder, name))  # also a link to a file that is gone
-    keys = ("revision", "proxies", "token", "local_files_only", "cache_dir")
-    try:
-        return has_file(source, f"{subfolder}/{name}".lstrip("/"), **{k: where[k] for k in keys if k in where})
-    except OSError:
-        return True  # it cannot be looked up, so nobody knows that it is absent
-
-
-def _processor_cure(error: Exception) -> str:
-    by_hand = "or pass the processor: Teacher(model, processing_class=<its image processor>)"
-    if TRUST in str(error):
-        return f"Its class is code in the model's folder: pass {TRUST}=True if you trust it, {by_hand}."
-    if isinstance(error, ImportError):
-        return f"Install what it asks for, {by_hand}."
-    return (
-        f"Expected JSON as written by processor.save_pretrained(folder), of a class that transformers {__version__} "
-        f"has. Save it again, remove the file (then the pixels are taken as they are), {by_hand}."
-    )
-
-
 def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     inner = [name for name in ("model", "student") if Path(source, name, "config.json").is_file()]
     if inner:
@@ -250,8 +199,15 @@ def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     if TRUST in str(error):
         return f"Its architecture is code in the model's folder: pass {TRUST}=True if you trust it."
     if "ignore_mismatched_sizes" in str(error):
-        asked = {key: options[key] for key in ("num_labels", "id2label", "image_size") if key in options}
-        return f"The sizes asked for ({asked or options}) are not the file's: leave them out."
+        asked = {key: options[key] for key in ("num_labels", "id2label", "image_size", "config") if key in options}
+        if not asked:
+            return "Its config.json says other sizes than the file has: save it again with model.save_pretrained."
+        return f"The sizes asked for ({asked}) are not the file's: leave them out."
+    if "weights_only" in str(error):
+        return (
+            "Its file holds more than tensors, such as a model pickled whole, and no code of a pickle is run: where "
+            "it was made, save it with model.save_pretrained(folder)."
+        )
     if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
         return "Its file of weights is cut off, or a pointer of git-lfs (git lfs pull): download it again."
     return "Expected a saved image classifier."

@@ -18,7 +18,8 @@ from hf_kdtl.models.forward.capture import Needs, WeightPair
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.teachers.backbone import open_backbone
-from hf_kdtl.models.teachers.resolve import open_classifier, open_processor
+from hf_kdtl.models.teachers.processor_files import open_processor
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.teacher import Teacher
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,7 @@ from hf_kdtl.models.forward.geometry import ModelGeometry
 from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.facts import in_order
 from hf_kdtl.models.teachers.own_pixels import OwnPixels
-from hf_kdtl.models.teachers.resolve import open_processor
+from hf_kdtl.models.teachers.processor_files import open_processor
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.facts import load_classifier, teacher_record

@@ -23,7 +23,8 @@ from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, 
 from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
-from hf_kdtl.models.teachers.resolve import Opened, missing_head, open_processor
+from hf_kdtl.models.teachers.processor_files import open_processor
+from hf_kdtl.models.teachers.resolve import Opened, missing_head
 from hf_kdtl.models.teachers.sketches import sketched
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
 from hf_kdtl.utils.options import check_option, is_integer
@@ -84,9 +85,8 @@ class Teacher(SignalSource):
         """Take a model as it is; subclasses whose model trains elsewhere do not freeze it."""
         self.model: Any = model
         self.processing_class = processing_class
-        self.notes = []
+        self.notes, self.order = [], None
         self._pixels: PixelAdapter | None = None
-        self.order = None
         self._geometry: dict[tuple[int, ...], ModelGeometry] = {}
         self._fingerprint = ""
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_kdtl.models.labels import class_names
-from hf_kdtl.models.teachers.resolve import locate, open_config, open_processor, untrusted
+from hf_kdtl.models.teachers.processor_files import open_processor
+from hf_kdtl.models.teachers.resolve import locate, open_config, untrusted
 from hf_kdtl.models.teachers.source import SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.models.text_classifier import TOWERS, TextHeadClassifier, checked_templates, text_embeddings

@@ -208,3 +208,16 @@ def test_a_student_of_8_bit_integers_gives_the_teacher_its_own_pixels():
     seen, own, _ = _seen(plain, ViTImageProcessor(size=SQUARE), _image())
     assert _given(plain, _image()).dtype == torch.uint8
     torch.testing.assert_close(seen, own.float(), rtol=1e-5, atol=2e-5)
+
+
+def test_a_filter_by_the_nearest_pixel_is_the_teachers_too():
+    """Number 0, which is not "none named"."""
+    student, teacher = ViTImageProcessor(size=SQUARE), ViTImageProcessor(size={"height": 16, "width": 16}, resample=0)
+    seen, own, _ = _seen(student, teacher, _image().resize((32, 32)))
+    torch.testing.assert_close(seen, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("resample", ["bilinear", 17])
+def test_what_names_no_filter_is_refused(resample):
+    with pytest.raises(ValueError, match=rf"resample {resample!r}, and filters are numbers|fails on a test image"):
+        _seen(ViTImageProcessor(size=SQUARE), ViTImageProcessor(size=SQUARE, resample=resample), _image())

@@ -5,11 +5,12 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, ViTImageProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
 
 from hf_kdtl import make_student
 from hf_kdtl.models import Needs, Teacher
-from hf_kdtl.models.teachers.resolve import open_classifier, open_processor
+from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.start import StartingPoint
 from tests.support.helpers import and_slow, largest_difference, trainer, weights
 from tests.support.tiny import TINY, build
@@ -155,67 +156,7 @@ def test_a_complete_model_opens_without_a_warning(tmp_path):
         assert largest_difference(weights(opened.model), weights(model)) == 0
 
 
-# ---- Image processors: absent, unreadable, not trusted ----
-
-OWN = {"size": {"height": 32, "width": 32}, "image_mean": [0.485, 0.456, 0.406]}
-FILE = "preprocessor_config.json"
-REMOTE = json.dumps({"auto_map": {"AutoImageProcessor": "mine.Mine"}, "image_processor_type": "Mine"})
-
-
-def test_an_absent_processor_is_none(tmp_path):
-    build("vit").save_pretrained(tmp_path)
-    assert open_processor(tmp_path) is None
-    teacher = Teacher.from_pretrained(tmp_path)
-    teacher.match(build("vit"), None, compare_classes=False)
-    assert "no image processor" in teacher.notes[-1]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"image_mean": [0.485', r"could not be read from preprocessor_config\.json.*Save it again"),
-        ("", r"could not be read from preprocessor_config\.json"),
-        ("[1, 2]", r"could not be read from preprocessor_config\.json"),
-        ('{"image_processor_type": "MyProcessor"}', r"Unrecognized image processor.*of a class that transformers"),
-        (REMOTE, r"code in the model's folder: pass trust_remote_code=True if you trust it"),
-        ('{"image_processor_type": "ViTImageProcessor", "size": "big"}', r"could not be read"),
-    ],
-)
-@pytest.mark.parametrize("who", ["teacher", "start"])
-def test_an_unreadable_processor_is_an_error_and_nobody_is_asked(tmp_path, monkeypatch, who, content, message):
-    build("vit").save_pretrained(tmp_path)
-    (tmp_path / FILE).write_text(content)
-    (tmp_path / "mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
-    with pytest.raises(OSError, match=message):
-        _openers(tmp_path)[who]()
-    assert not (tmp_path / "ran").exists()
-
-
-def test_an_unreadable_file_of_the_newer_name_is_an_error(tmp_path):
-    (tmp_path / "processor_config.json").write_text('{"image_processor": {')
-    with pytest.raises(OSError, match=r"could not be read from processor_config\.json"):
-        open_processor(tmp_path)
-
-
-def test_the_processor_is_read_where_the_model_is(tmp_path):
-    build("vit").save_pretrained(tmp_path / "inner")
-    ViTImageProcessor(**OWN).save_pretrained(tmp_path / "inner")
-    teacher = Teacher.from_pretrained(tmp_path, subfolder="inner")
-    assert list(teacher.processing_class.image_mean) == OWN["image_mean"]
-    (tmp_path / "inner" / FILE).write_text("{")
-    with pytest.raises(OSError, match="could not be read"):
-        Teacher.from_pretrained(tmp_path, subfolder="inner")
-
-
-def test_the_options_of_the_model_reach_the_processor(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "hf_kdtl.models.teachers.resolve.AutoImageProcessor.from_pretrained",
-        lambda path, **options: seen.update(options),
-    )
-    open_processor("me/model", revision="v2", trust_remote_code=True, cache_dir="c", num_labels=3, dtype="auto")
-    assert seen == {"revision": "v2", "trust_remote_code": True, "cache_dir": "c"}
+# ---- What cannot be opened ----
 
 
 def test_code_of_a_model_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
@@ -252,8 +193,20 @@ def test_an_adapter_without_its_model_is_refused(tmp_path):
             pytest.fail(f"{who}: {open_it()}")
 
 
-def test_a_link_to_a_processor_that_is_gone_is_not_absence(tmp_path):
-    build("vit").save_pretrained(tmp_path)
-    (tmp_path / FILE).symlink_to(tmp_path / "gone.json")
-    with pytest.raises(OSError, match=r"could not be read from preprocessor_config\.json"):
-        Teacher.from_pretrained(tmp_path)
+def test_what_is_no_saved_model_is_explained(tmp_path):
+    model = build("vit")
+    model.save_pretrained(tmp_path / "wrong")
+    file = tmp_path / "wrong" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["classifier.weight"] = tensors["classifier.weight"][:2].clone()
+    save_file(tensors, file, {"format": "pt"})
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model, tmp_path / "pickled" / "pytorch_model.bin")
+    for folder, message in [
+        ("wrong", r"config\.json says other sizes than the file has"),
+        ("pickled", r"more than tensors, such as a model pickled whole.*save_pretrained"),
+        ("wrong/config.json", r"is a file; expected the folder that it is in: .*wrong\."),
+    ]:
+        with pytest.raises(OSError, match=message) as error:
+            Teacher.from_pretrained(tmp_path / folder)
+        assert "\n" not in str(error.value)
