@@ -214,11 +214,12 @@ def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) 
         try:
             rest, cut = train_test_split(rest, test_size=size, stratify=strata, random_state=seed)
         except ValueError as error:
+            why = str(error).partition(". ")[0]  # it would list every class
             rarest = min(counts, key=lambda index: counts[index], default=0)
             raise ValueError(
                 f"{size} images for {name} cannot be cut from the {sum(counts.values())} labelled images of train so "
                 f"that each of {len(counts)} classes keeps its share: the rarest, {names[rarest]!r}, has "
-                f"{counts[rarest]} images ({error}). Add images, raise {name}_fraction, or bring a {name} split."
+                f"{counts[rarest]} images ({why}). Add images, raise {name}_fraction, or bring a {name} split."
             ) from error
         splits[name] = train.select(np.sort(cut))
         notes.append(

@@ -33,6 +33,8 @@ def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[s
     column = _path_column(table, image_column, file)
     paths = [None if p is None else _existing(file.absolute().parent, str(p)) for p in table[column].to_pylist()]
     missing = [str(path) for path in paths if path is None or not os.path.exists(path)]
+    if not paths:
+        raise ValueError(f"{file.name} has no rows, expected one for each image.")
     if len(missing) == len(paths):
         raise ValueError(
             f"None of the {len(paths)} files that column {column!r} of {file.name} names exists (the first is "
@@ -115,8 +117,15 @@ def _read(file: Path) -> pa.Table:
         ) from error
     if odd := [name for name, c in zip(table.column_names, table.columns, strict=True) if pa.types.is_binary(c.type)]:
         raise ValueError(f"Column {odd[0]!r} of {str(file)!r} is not UTF-8. Save the file as UTF-8.")
-    empty = [pc.if_else(pc.equal(c, ""), None, c) if pa.types.is_string(c.type) else c for c in table.columns]
-    return pa.table(dict(zip(table.column_names, empty, strict=True)))
+    return pa.table({name.strip(): _trimmed(c) for name, c in zip(table.column_names, table.columns, strict=True)})
+
+
+def _trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text without the blanks that stand around commas; nothing where it is empty."""
+    if not pa.types.is_string(column.type):
+        return column
+    trimmed = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
 
 
 def _path_column(table: pa.Table, named: str | None, file: Path) -> str:

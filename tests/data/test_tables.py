@@ -45,6 +45,7 @@ EXPECTED = {f"{i}.png": "ab"[i % 2] for i in range(40)}
         ("l.tsv", lines("image\tclass", 40, lambda i: f"{i}.png\t{'ab'[i % 2]}")),
         ("l.csv", lines("File_Name,Label", 40, lambda i: f"{i}.png,{'ab'[i % 2]}")),
         ("l.csv", lines("path,label", 40, lambda i: f"x\\..\\{i}.png,{'ab'[i % 2]}")),  # as Windows writes it
+        ("l.csv", lines("file_name, label", 40, lambda i: f"{i}.png , {'ab'[i % 2]}")),  # as people write it
         ("l.jsonl", lines("", 40, lambda i: json.dumps({"path": f"{i}.png", "what": "ab"[i % 2]})).strip()),
     ],
 )
@@ -246,3 +247,9 @@ def test_a_file_with_two_labels_is_noted(tmp_path):
 def test_labels_that_look_alike_are_noted(tmp_path, names):
     (images(tmp_path) / "l.csv").write_text(lines("path,label", 40, lambda i: f"{i}.png,{names[i % 2]}"))
     assert noted(load_images(str(tmp_path / "l.csv")), "differ in case, spaces or the form of accents alone")
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    (tmp_path / "l.csv").write_text("file_name,label\n")
+    with pytest.raises(ValueError, match=r"l\.csv has no rows"):
+        load_images(str(tmp_path / "l.csv"))
