@@ -121,11 +121,13 @@ def _read(file: Path) -> pa.Table:
 
 
 def _trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text without the blanks that stand around commas; nothing where it is empty."""
+    """Text without the blanks that stand around commas, unless two values would become one; nothing where it is
+    empty."""
     if not pa.types.is_string(column.type):
         return column
     trimmed = pc.utf8_trim_whitespace(column)
-    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+    column = trimmed if len(trimmed.unique()) == len(column.unique()) else column
+    return pc.if_else(pc.equal(column, ""), None, column)
 
 
 def _path_column(table: pa.Table, named: str | None, file: Path) -> str:

@@ -21,7 +21,8 @@ def class_names(config: Any) -> list[str] | None:
     if config.id2label is None:  # PVT's config leaves it so
         return None
     names = [str(name) for _, name in sorted(_by_index(config.id2label).items())]
-    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+    numbers = [int(name[6:]) for name in names if re.fullmatch(r"LABEL_\d+", name)]
+    return None if len(numbers) == len(names) and numbers == sorted(numbers) else names
 
 
 def _by_index(id2label: dict[Any, Any]) -> dict[int, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ def explain_data_errors(trainer: Any) -> Iterator[None]:
                 "image_size with its image processor, or set it in a data_collator."
             ) from error
         if isinstance(error, RuntimeError | ValueError | TypeError | LookupError | AttributeError):
-            first = "NoneType" not in str(error)  # a missing label may be in any row
+            # Errors of collating labels: the odd one may be in any row.
+            first = not any(words in str(error) for words in ("NoneType", "'label", "Python scalars", "dtype of dict"))
             problem = data_problem(trainer.train_dataset, trainer.args.remove_unused_columns, trainer.model, first)
             if problem:
                 raise ValueError(problem) from error
@@ -103,13 +104,31 @@ def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None, f
         return f"an item of the dataset has {sorted(item)} and no 'pixel_values', expected pixels: {_MAKE}."
     channels = getattr(vision_config(getattr(model, "config", None)), "num_channels", None)
     rows = [item] if first else (dataset[i] for i in range(min(1000, len(dataset))))
-    labels = (problem for i, row in enumerate(rows) if (problem := _label_problem(row, i)))
-    return _pixel_problem(item["pixel_values"], channels) or next(labels, "")
+    return _pixel_problem(item["pixel_values"], channels) or _labels_problem(rows)
+
+
+def _labels_problem(rows: Iterable[dict[str, Any]]) -> str:
+    forms: dict[str, int] = {}  # of a label, and the first item that has it
+    for i, row in enumerate(rows):
+        if problem := _label_problem(row, i):
+            return problem
+        label = row.get("labels", row.get("label"))
+        shape = np.shape(label) if label is not None else None
+        forms.setdefault("no label" if shape is None else f"one of shape {shape}" if shape else "a class index", i)
+    if len(forms) < 2:
+        return ""
+    (one, i), (other, j) = list(forms.items())[:2]
+    return (
+        f"the labels have different forms: item {i} of the dataset has {one}, and item {j} has {other}. Expected "
+        "class indices, with -100 where an image has no label, or distributions over the classes for all."
+    )
 
 
 def _label_problem(item: dict[str, Any], index: int) -> str:
     name = next((name for name in ("labels", "label") if name in item), None)
-    other = sorted({"label_ids", "target", "targets", "class", "y"} & item.keys())
+    other = sorted(
+        {n for n in item if str(n).lower() in ("label_ids", "target", "targets", "class", "y", "labels", "label")}
+    )
     if name is None:
         return f"an item of the dataset has {other[0]!r} and no 'labels': rename the column." if other else ""
     if isinstance(item[name], str):
@@ -117,6 +136,8 @@ def _label_problem(item: dict[str, Any], index: int) -> str:
             f"the labels are text, such as {item[name]!r}; expected class indices: label2id[label], as "
             "model.config.label2id has them."
         )
+    if isinstance(item[name], dict):
+        return f"the labels are dicts, such as {str(item[name])[:60]}; expected class indices."
     if item[name] is None:
         return f"item {index} of the dataset has the label None; expected a class index, or -100 where it has none."
     return ""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_to_fp32
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_kdtl.functional.divergences import cross_entropy, labelled
 from hf_kdtl.functional.multi_label import binary_cross_entropy
@@ -19,8 +20,11 @@ from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import class_problem, is_multi_label
 from hf_kdtl.objectives import Objective
 from hf_kdtl.trainer.batch import as_indices
+from hf_kdtl.trainer.data_errors import data_problem
 from hf_kdtl.trainer.distiller import Counts
 from hf_kdtl.trainer.publishing import PublishingTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class EvaluatingTrainer(PublishingTrainer):
@@ -53,6 +57,9 @@ class EvaluatingTrainer(PublishingTrainer):
         assert output.metrics is not None
         self._eval_loss.correct(output.metrics, f"{metric_key_prefix}_loss", self.accelerator.gather)
         self._eval_loss = None
+        if description == "Evaluation" and f"{metric_key_prefix}_loss" not in output.metrics:
+            why = data_problem(dataloader.dataset, False) or "no image has a label."
+            logger.warning(f"there is no {metric_key_prefix}_loss: {why}")
         if self._eval_terms is not None:
             means = self._eval_terms.means()
             output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})

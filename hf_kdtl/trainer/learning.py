@@ -36,6 +36,8 @@ def check_learning(trainer: Any) -> None:
             checkpointing, the head is not the config's, or the student has a loss of its own that would not be used.
     """
     student, notes = trainer.model, [*_half_precision(trainer.model), *_frozen_heads(trainer.model)]
+    if trainer.args.learning_rate == 0 and trainer.optimizer is None:
+        notes.append("learning_rate is 0, so nothing will move.")
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(
             f"nothing of {type(student).__name__} is trainable: every parameter has requires_grad=False. Unfreeze "
@@ -183,7 +185,9 @@ def _by_gradient(trainer: Any, inputs: dict[str, Any]) -> list[str]:
             "Unfreeze what the objectives read, or add one that reads the class outputs, such as task."
         )
     if not any(g is not None and g.any() for g in found.values()):
-        return [f"the gradient of the first images is 0 for all that is trainable, at a loss of {loss:.4g}."]
+        known = inputs.get("labels") is not None and labelled(inputs["labels"]).any()
+        why = "" if known else " None of these images has a label."
+        return [f"the gradient of the first images is 0 for all that is trainable, at a loss of {loss:.4g}.{why}"]
     if not lost:
         return []
     return [f"no objective reads what these compute, so they are trained by none: {_few(lost)}."]

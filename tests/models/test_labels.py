@@ -8,7 +8,7 @@ from datasets import Array3D, ClassLabel, Dataset, Features
 
 from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.models import Teacher
-from hf_kdtl.models.labels import class_names, dataset_class_names, label_order, match_labels
+from hf_kdtl.models.labels import class_names, dataset_class_names, label_order, match_labels, set_class_names
 from tests.support.helpers import Images, trainer
 from tests.support.tiny import build
 
@@ -184,3 +184,13 @@ def test_label2id_that_contradicts_id2label_is_noted(tmp_path):
     teacher.config.label2id = {"cat": 1, "dog": 0}
     notes = trainer(tmp_path, named(["cat", "dog"]), teacher).teacher.notes
     assert "The teacher's label2id says 'cat' is 1 and its id2label 'dog': id2label was read." in notes[0]
+
+
+def test_default_names_in_another_order_are_names():
+    """As a user writes them who knows that the outputs are permuted; in their own order they name nothing."""
+    student, teacher = build("vit"), build("vit", seed=5)
+    assert class_names(teacher.config) is None
+    set_class_names(student.config, ["LABEL_2", "LABEL_0", "LABEL_1"])
+    assert class_names(student.config) == ["LABEL_2", "LABEL_0", "LABEL_1"]
+    set_class_names(teacher.config, ["LABEL_1", "LABEL_2", "LABEL_0"])
+    assert match_labels(student.config, teacher.config)[0] == [1, 2, 0]

@@ -170,3 +170,36 @@ def test_a_model_with_an_answer_for_each_place_is_refused(tmp_path):
     teacher = SegformerForSemanticSegmentation(SegformerConfig(num_labels=3, **small))
     with pytest.raises(ValueError, match=r"logits of shape \(.*expected \(B, K\).*segmentation"):
         trainer(tmp_path, build("vit"), teacher, max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [0, torch.tensor([0.5, 0.5, 0.0]), 1, 2],
+            r"item 0 of the dataset has a class index, and item 1 has one of shape",
+        ),
+        ([0, 1, ..., 2], r"item 0 of the dataset has a class index, and item 2 has no label.*-100"),
+        ([{"name": "cat"}] * 4, r"the labels are dicts, such as \{'name': 'cat'\}; expected class indices"),
+    ],
+)
+def test_labels_of_several_forms_are_explained(tmp_path, labels, message):
+    rows = [{"pixel_values": torch.zeros(3, 32, 32)} | ({} if y is ... else {"labels": y}) for y in labels]
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, build("vit"), data=rows, max_steps=1, per_device_train_batch_size=4).train()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("cat", "there is no eval_loss: the labels are text, such as 'cat'"),
+        (-100, "there is no eval_loss: no image has"),
+    ],
+)
+def test_an_evaluation_without_a_loss_says_why(tmp_path, caplog, labels, message):
+    made = trainer(tmp_path, build("vit"))
+    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": labels}] * 4
+    assert "eval_loss" not in made.evaluate(rows) and message in caplog.text
+    caplog.clear()
+    made.predict([{"pixel_values": torch.zeros(3, 32, 32)}] * 4)  # as it is meant
+    assert "there is no" not in caplog.text

@@ -110,6 +110,14 @@ def test_half_precision_without_master_weights_is_named(tmp_path, caplog):
     assert "trainable weights are bfloat16" in caplog.text and "dtype=torch.float32" in caplog.text
 
 
+def test_runs_that_cannot_move_are_named(tmp_path, caplog):
+    trainer(tmp_path, build("vit"), **RUN | {"learning_rate": 0.0}).train()
+    assert "learning_rate is 0, so nothing will move" in caplog.text
+    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": -100}] * 8
+    trainer(tmp_path, build("vit"), data=rows, **RUN).train()
+    assert "is 0 for all that is trainable, at a loss of 0. None of these images has a label." in caplog.text
+
+
 class Randomly(Images):
     """Augmented by torch's own random stream."""
 
