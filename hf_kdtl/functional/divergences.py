@@ -11,12 +11,22 @@ from torch import Tensor
 from hf_kdtl.functional.resample import precise
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """z / tau in at least float32; at temperatures of 32 and more in float64, where the device has it.
+
+    A divergence of such is of the order 1 / tau^2, of which float32 would round away a thousandth at tau = 100, and
+    all at 10,000.
+    """
+    z = precise(logits)
+    return (z.double() if temperature >= 32 and z.device.type != "mps" else z) / temperature
+
+
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(z / tau), (B, K) -> (B, K), at least float32.
+    """log softmax(z / tau), (B, K) -> (B, K), at least float32; see `tempered`.
 
     Log-probabilities, not probabilities, because log(0) of an underflowed softmax is where naive code turns nan.
     """
-    return F.log_softmax(precise(logits) / temperature, dim=-1)
+    return F.log_softmax(tempered(logits, temperature), dim=-1)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

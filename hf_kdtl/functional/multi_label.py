@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_kdtl.functional.divergences import tempered
 from hf_kdtl.functional.resample import precise
 
 
@@ -34,7 +35,7 @@ def bernoulli_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Ten
     >>> bernoulli_log_probabilities(torch.zeros(1, 1)).exp()
     tensor([[[0.5000, 0.5000]]])
     """
-    exact = precise(logits) / temperature
+    exact = tempered(logits, temperature)
     return torch.stack([F.logsigmoid(exact), F.logsigmoid(-exact)], dim=-1)
 
 

@@ -72,11 +72,15 @@ def micro_batch_counts(inputs: dict[str, Any]) -> Counts:
     without labels counts images.
     """
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get("pixel_values"), Tensor):
-        found = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        found: Any = type(inputs).__name__
+        if isinstance(inputs, Mapping):
+            found = ", ".join(f"{name!r} ({type(inputs[name]).__name__})" for name in sorted(inputs))
         raise ValueError(
-            f"the data_collator made a batch of {found}, expected a dict with 'pixel_values' (B, C, H, W) and "
-            "'labels' (B,)."
+            f"the data_collator made a batch of {found}, expected a dict with tensors 'pixel_values' (B, C, H, W) "
+            "and 'labels' (B,)."
         )
     pixels, labels = inputs["pixel_values"], inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim and len(labels) != len(pixels):
+        raise ValueError(f"the batch has {len(pixels)} images and {len(labels)} labels; expected one for each image.")
     images = torch.tensor(pixels.shape[0], device=pixels.device)
     return {"images": images, "labelled": torch.zeros_like(images) if labels is None else labelled(labels).sum()}

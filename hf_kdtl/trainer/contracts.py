@@ -73,7 +73,14 @@ def check(trainer: Any, own_compute_loss: bool) -> None:
             f"the loss_function of {type(base).__name__} was set, and the objective 'task' is cross-entropy. Give it "
             "as compute_loss_func=lambda outputs, labels, num_items_in_batch=None: ..., which 'task' then is."
         )
+    if hasattr(trainer.model, "_orig_mod"):
+        raise ValueError(
+            "the student is the result of torch.compile, whose forward does not say what it takes. Pass the model "
+            "itself, and set torch_compile=True in DistillationConfig."
+        )
     taken = inspect.signature(trainer.model.forward).parameters.values()
+    if "pixel_values" not in [p.name for p in taken] and getattr(base, "main_input_name", "") == "input_ids":
+        raise ValueError(f"the student is a {type(base).__name__}, which reads input_ids; expected one of images.")
     if not any(p.name == "pixel_values" or p.kind is p.VAR_KEYWORD for p in taken):
         raise ValueError(
             f"the forward of {type(trainer.model).__name__} takes {[p.name for p in taken]}; expected 'pixel_values', "

@@ -38,6 +38,8 @@ def explain_data_errors(trainer: Any) -> Iterator[None]:
                 f"the images of a batch have different sizes ({error}). Expected one: an image processor with a size "
                 f"of height and width, or with a center crop. {_MAKE}."
             ) from error
+        if "Batch does not contain any data" in str(error):
+            raise ValueError("train_dataset gave no images, expected at least one batch of them.") from error
         if "Boolean value of Tensor" in str(error):
             raise ValueError(
                 "a batch makes tensors of its items, and the student's forward takes one of them for True or False, "

@@ -23,6 +23,17 @@ def test_half_precisions_are_computed_in_float32(dtype):
     assert d.standardize(z).dtype == torch.float32
 
 
+@pytest.mark.parametrize("temperature", [1e3, 1e4, 1e6])
+def test_high_temperatures_have_their_limit(temperature):
+    """tau^2 KL -> var(z_S - z_T) / 2 over the classes, whose gradient is its centred difference / K."""
+    z_s, z_t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+    value = temperature**2 * d.kl(d.log_probabilities(z_t, temperature), d.log_probabilities(z_s, temperature))
+    apart = (z_s - z_t).detach().double()
+    torch.testing.assert_close(value, apart.var(-1, correction=0) / 2, rtol=5e-3, atol=0)
+    (gradient,) = torch.autograd.grad(value.sum(), z_s)
+    torch.testing.assert_close(gradient, ((apart - apart.mean(-1, keepdim=True)) / 10).float(), rtol=5e-2, atol=1e-4)
+
+
 def test_jensen_shannon_is_bounded_and_symmetric_at_one_half():
     p, q = (torch.log_softmax(30 * torch.randn(50, 6, dtype=torch.float64), -1) for _ in range(2))
     value = d.jensen_shannon(p, q)

@@ -1,11 +1,14 @@
 """Data that Trainer cannot feed to a model is explained."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SegformerConfig,
@@ -107,7 +110,8 @@ def test_an_operation_without_a_second_derivative_is_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "found"), [((1, 2), "tuple"), (None, "NoneType"), ({"x": torch.zeros(2), "labels": 0}, "'labels', 'x'")]
+    ("batch", "found"),
+    [((1, 2), "tuple"), (None, "NoneType"), ({"x": torch.zeros(2), "labels": 0}, r"'labels' \(int\), 'x'")],
 )
 def test_a_batch_of_another_form_names_the_collator(tmp_path, batch, found):
     data = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 4
@@ -203,3 +207,45 @@ def test_an_evaluation_without_a_loss_says_why(tmp_path, caplog, labels, message
     caplog.clear()
     made.predict([{"pixel_values": torch.zeros(3, 32, 32)}] * 4)  # as it is meant
     assert "there is no" not in caplog.text
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows=()):
+        self.rows = rows
+
+    def __iter__(self):
+        yield from self.rows
+
+
+def _of_text(_):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return {"model": BertForSequenceClassification(BertConfig(vocab_size=8, **sizes))}
+
+
+def _as_arrays(rows):
+    return {"pixel_values": np.stack([row["pixel_values"].numpy() for row in rows]), "labels": np.zeros(len(rows))}
+
+
+def _too_few(rows):
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": torch.zeros(2).long()}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (_of_text, "the student is a BertForSequenceClassification, which reads input_ids"),
+        (lambda _: {"model": torch.compile(build("vit"), backend="eager")}, "set torch_compile=True"),
+        (
+            lambda _: {"data_collator": _as_arrays},
+            r"'pixel_values' \(ndarray\), expected a dict with t",
+        ),
+        (lambda _: {"data_collator": _too_few}, "the batch has 4 images and 2 labels"),
+        (lambda _: {"train_dataset": Stream()}, "train_dataset gave no images"),
+    ],
+    ids=["text", "compiled", "arrays", "too few labels", "empty stream"],
+)
+def test_students_and_batches_that_cannot_be_read_are_named(tmp_path, given, message):
+    arguments = {"model": build("vit"), "train_dataset": Images(8)} | given(tmp_path)
+    made = config(tmp_path, TASK, max_steps=1, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(arguments.pop("model"), made, **arguments).train()
