@@ -1,4 +1,4 @@
-"""Images that are in two splits, byte for byte: what is measured on them is memory."""
+"""Images that are there twice, byte for byte: in two splits, where figures measure memory, or under two classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_kdtl.data.several import SEVERAL, UNLABELLED
+
 _BUDGET = 2**30
 _LEAST = 2**14
 """A gigabyte is read at most, each image counted as 16 kB at least, for opening a file; and only files whose size
-occurs in another split are read at all."""
+occurs in another split or under another class are read at all."""
 
 
 PAIRS = (("validation", "train"), ("test", "train"), ("test", "validation"))
@@ -22,17 +24,19 @@ UNLABELLED_PAIRS = (("validation", "unlabelled"), ("test", "unlabelled"))
 
 
 def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
-    """Note how many images of validation and test are also in train or in each other, or in `unlabelled`."""
-    sizes = {name: list(_sizes(split)) for name, split in splits.items()}
-    seen_in = Counter(size for own in sizes.values() for size in set(own))
-    wanted = {name: [row for row, size in enumerate(own) if size and seen_in[size] > 1] for name, own in sizes.items()}
-    left = _BUDGET
+    """Note how many images of validation and test are also in train or in each other, or in `unlabelled`; and how many
+    images have two classes."""
+    labels = {name: _labels(split) for name, split in splits.items()}
+    wanted, left = _candidates({name: list(_sizes(split)) for name, split in splits.items()}, labels), _BUDGET
     digests: dict[str, Counter[bytes]] = {name: Counter() for name in splits}
+    classes: dict[bytes, set[int]] = {}
     for name in sorted(wanted, key=lambda name: len(wanted[name])):  # train, the largest, last
-        for content in _contents(splits[name].select(wanted[name])):
+        for row, content in zip(wanted[name], _contents(splits[name].select(wanted[name])), strict=True):
             if (left := left - max(len(content), _LEAST)) < 0:
                 break
-            digests[name][hashlib.blake2b(content, digest_size=16).digest()] += 1
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            digests[name][digest] += 1
+            classes.setdefault(digest, set()).update(labels[name][row : row + 1])
     if left < 0:
         notes.append("Not all images were compared between the splits: too many have the same size.")
     for name, other in UNLABELLED_PAIRS if "unlabelled" in splits else PAIRS:
@@ -42,6 +46,32 @@ def check_duplicates(splits: dict[str, Dataset], notes: list[str]) -> None:
                 f"{both} of {len(splits[name])} images of {name} are in {other} too, byte for byte: figures on them "
                 "measure memory. Remove them from one of the two."
             )
+    if doubtful := [digest for digest, found in classes.items() if len(found - {UNLABELLED}) > 1]:
+        names = next(iter(splits.values())).features["label"].names
+        pair = sorted(classes[doubtful[0]] - {UNLABELLED})[:2]
+        notes.append(
+            f"{len(doubtful)} images are there under two classes, byte for byte, one of them as {names[pair[0]]} and "
+            f"as {names[pair[1]]}: the model learns both. Keep one of each."
+        )
+
+
+def _labels(split: Dataset) -> list[int]:
+    """Class indices; of images with several labels none, for they may be there once a label."""
+    one = "label" in split.features and SEVERAL not in split.features
+    return split["label"][:] if one else []
+
+
+def _candidates(sizes: dict[str, list[int]], labels: dict[str, list[int]]) -> dict[str, list[int]]:
+    """{split: rows} whose size occurs in another split, or under another class."""
+    seen_in = Counter(size for own in sizes.values() for size in set(own))
+    classes: dict[int, set[int]] = {}
+    for name, own in sizes.items():
+        for size, label in zip(own, labels[name], strict=False):
+            classes.setdefault(size, set()).add(label)
+    return {
+        name: [row for row, size in enumerate(own) if size and (seen_in[size] > 1 or len(classes.get(size, ())) > 1)]
+        for name, own in sizes.items()
+    }
 
 
 def check_paths(train: Dataset, notes: list[str]) -> None:

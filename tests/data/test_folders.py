@@ -1,3 +1,4 @@
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -274,12 +275,20 @@ def test_identical_images_in_two_splits_are_counted(tmp_path):
     (root / "val/a/0.png").write_bytes((root / "train/b/3.png").read_bytes())
     for i in (1, 2):
         (root / f"test/b/{i}.png").write_bytes((root / "val/a/1.png").read_bytes())
-    assert [note for note in load_images(str(root)).notes if "byte for byte" in note] == [
+    assert [note for note in load_images(str(root)).notes if "measure memory" in note] == [
         "1 of 3 images of validation are in train too, byte for byte: figures on them measure memory. Remove them "
         "from one of the two.",
         "2 of 4 images of test are in validation too, byte for byte: figures on them measure memory. Remove them "
         "from one of the two.",
     ]
+
+
+def test_an_image_under_two_classes_is_noted(tmp_path):
+    root = folder(tmp_path, TWO)
+    for i in range(3):
+        shutil.copy(root / "cats" / f"{i}.png", root / "dogs" / f"copy{i}.png")
+    shutil.copy(root / "cats" / "4.png", root / "cats" / "copy4.png")  # of its own class: of no consequence here
+    assert noted(load_images(str(root)), "3 images are there under two classes, byte for byte", "as cats and as dogs")
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
