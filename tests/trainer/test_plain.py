@@ -2,9 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
+import torch
 from packaging.version import Version
-from transformers import Trainer, TrainingArguments, __version__
+from transformers import Trainer, TrainerCallback, TrainingArguments, __version__
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from tests.support.helpers import Images, config, largest_difference, weights
@@ -149,3 +151,64 @@ def test_hyperparameter_search_reaches_nested_values(tmp_path):
     best = runner.hyperparameter_search(space, n_trials=2, backend="optuna")
     assert seen == [(2.5, 0.25)] * 2
     assert best.hyperparameters["t"] == 2.5
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def _sum(prediction):
+    parts = (prediction.predictions, prediction.label_ids, prediction.inputs, prediction.losses)
+    return {
+        "sum": float(sum(np.concatenate(x).sum() if isinstance(x, list) else x.sum() for x in parts if x is not None))
+    }
+
+
+def _sgd(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
+OPTIONS = {
+    "metrics of inputs and losses": ({"include_for_metrics": ["inputs", "loss"]}, {"compute_metrics": _sum}),
+    "metrics of the predicted class": (
+        {},
+        {"compute_metrics": _sum, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)},
+    ),
+    "metrics of batches": ({"eval_do_concat_batches": False}, {"compute_metrics": _sum}),
+    "loss alone": ({"prediction_loss_only": True}, {"compute_metrics": _sum}),
+    "own optimizer and schedule": ({}, {"optimizers": _sgd}),
+    "own model_init": ({}, {"model_init": lambda: build("vit", seed=3)}),
+    "a callback that stops": ({}, {"callbacks": [Stop]}),
+    "evaluated at the start": ({"eval_on_start": True, **EVERY_STEP}, {}),
+    "a plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau", **EVERY_STEP}, {}),
+    "a batch size that is searched": ({"auto_find_batch_size": True}, {}),
+    "emptied caches": ({"torch_empty_cache_steps": 1}, {}),
+    "a seed of the data": ({"data_seed": 7}, {}),
+    "adafactor": ({"optim": "adafactor"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_trainer_mean_what_they_mean_there(tmp_path, name):
+    settings, given = OPTIONS[name]
+    found = []
+    for cls in (Trainer, DistillationTrainer):
+        kind = DistillationConfig if cls is DistillationTrainer else TrainingArguments
+        model, more = build("vit"), dict(given)
+        if "optimizers" in more:
+            more["optimizers"] = more["optimizers"](model)
+        recipe = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3} | settings
+        arguments = config(tmp_path / cls.__name__, TASK, kind, **recipe)
+        data = {"train_dataset": Images(16), "eval_dataset": Images(8, seed=3)}
+        runner = cls(None if "model_init" in more else model, arguments, **data, **more)
+        runner.train()
+        lines = [*runner.state.log_history, runner.evaluate()]
+        kept = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_sum", "step")
+        found.append([{key: line[key] for key in kept if key in line} for line in lines])
+    plain, ours = found
+    assert len(plain) == len(ours) > 2
+    for one, other in zip(plain, ours, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
