@@ -294,7 +294,7 @@ def _from_json(name: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
+        such = {"objectives": '[{"name": "task"}]', "layer_rates": '{"mode": "llrd"}'}.get(name, '{"name": "pcgrad"}')
         raise ValueError(
-            f"{name} is not valid JSON ({error}): {value!r}. Quote it for the shell, such as "
-            f'--{name} \'[{{"name": "task"}}]\'.'
+            f"{name} is not valid JSON ({error}): {value!r}. Quote it for the shell, such as --{name} '{such}'."
         ) from error

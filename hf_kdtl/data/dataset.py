@@ -14,6 +14,7 @@ from hf_kdtl.data.labelled_share import LabelledShareSampler
 from hf_kdtl.data.rendering import check_sizes
 from hf_kdtl.data.several import labels_of
 from hf_kdtl.data.views import Views
+from hf_kdtl.models.teachers.processor_files import check_processor
 from hf_kdtl.utils.options import check_option, is_integer
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class ImageDataset(torch.utils.data.Dataset):
         teacher_processor: Any = None,
     ):
         self.split = split
-        self.image_processor = image_processor
+        self.image_processor = check_processor(image_processor)
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes
         check_option("ImageDataset", "view_seed", view_seed, is_integer(view_seed, 0), "a whole number from 0")

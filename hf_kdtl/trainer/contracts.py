@@ -11,15 +11,17 @@ from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted
+from hf_kdtl.models.teachers.processor_files import check_processor
 from hf_kdtl.trainer.data_errors import dataset_problem
 from hf_kdtl.trainer.distiller import Distiller
 
 logger = logging.get_logger(__name__)
 
 
-def check_arguments(args: DistillationConfig, model: Any, train_dataset: Any) -> None:
-    """Raises TypeError or ValueError for a student or training data of a type that Trainer fails on without saying so;
-    and turns off Trainer's own saving on SIGTERM: two handlers would each put back the other's."""
+def check_arguments(args: DistillationConfig, model: Any, data: dict[str, Any], processing_class: Any) -> None:
+    """Raises TypeError or ValueError for a student, data ({argument: dataset}) or an image processor of a type that
+    Trainer fails on without saying so; and turns off Trainer's own saving on SIGTERM: two handlers would each put back
+    the other's."""
     if not isinstance(args, DistillationConfig):
         raise TypeError(
             f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
@@ -32,8 +34,11 @@ def check_arguments(args: DistillationConfig, model: Any, train_dataset: Any) ->
             f"model is {found}; expected the student itself: AutoModelForImageClassification.from_pretrained(<a "
             "path>), or hf_kdtl.make_student(teacher)."
         )
-    if problem := dataset_problem(train_dataset):
-        raise (TypeError if "expected" in problem else ValueError)(problem)
+    check_processor(processing_class)
+    for name, dataset in data.items():
+        several = dataset.values() if name == "eval_dataset" and isinstance(dataset, dict) else [dataset]
+        if problem := next((p for one in several if (p := dataset_problem(one, name))), ""):
+            raise (TypeError if "expected" in problem else ValueError)(problem)
     if args.torch_compile:
         guard_hooks()
     if getattr(args, "enable_jit_checkpoint", False):  # not in every version

@@ -55,28 +55,28 @@ def explain_data_errors(trainer: Any) -> Iterator[None]:
         raise
 
 
-def dataset_problem(dataset: Any) -> str:
-    """Why something is no dataset to train on, and what to type; "" where it is, or there is none."""
+def dataset_problem(dataset: Any, name: str = "train_dataset") -> str:
+    """Why something is no dataset, and what to type; "" where it is, or there is none."""
     if dataset is None:
         return ""
     if isinstance(dataset, str | Path):
         return (
-            f"train_dataset is {str(dataset)!r}, expected a dataset: "
+            f"{name} is {str(dataset)!r}, expected a dataset: "
             f"ImageDataset(load_images({str(dataset)!r}).train, image_processor)."
         )
     if isinstance(dataset, ImageData | Mapping):
         splits = sorted(dataset) if isinstance(dataset, Mapping) else ["train", "validation", "test"]
         return (
-            f"train_dataset is {type(dataset).__name__} of {', '.join(map(str, splits))}, expected one split of it, "
+            f"{name} is {type(dataset).__name__} of {', '.join(map(str, splits))}, expected one split of it, "
             "such as ImageDataset(data.train, image_processor)."
         )
     if isinstance(dataset, DataLoader):
-        return "train_dataset is a DataLoader, expected the dataset in it: train_dataset=loader.dataset."
+        return f"{name} is a DataLoader, expected the dataset in it: {name}=loader.dataset."
     if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
-        return f"train_dataset is {type(dataset).__name__}, expected a dataset with a length and items by index."
+        return f"{name} is {type(dataset).__name__}, expected a dataset with a length and items by index."
     if isinstance(dataset, Iterator):
-        return f"train_dataset is a {type(dataset).__name__}, which ends after an epoch; expected a list or a dataset."
-    return "train_dataset has no images." if hasattr(dataset, "__len__") and len(dataset) == 0 else ""
+        return f"{name} is a {type(dataset).__name__}, which ends after an epoch; expected a list or a dataset."
+    return f"{name} has no images." if hasattr(dataset, "__len__") and len(dataset) == 0 else ""
 
 
 def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None, first: bool = True) -> str:

@@ -94,7 +94,8 @@ class DistillationTrainer(LossTrainer):
         *, teacher=None,
     ):  # fmt: skip
         args = DistillationConfig("tmp_trainer") if args is None else args
-        contracts.check_arguments(args, model, train_dataset)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        contracts.check_arguments(args, model, data, processing_class)
         checks.check_teacher_usage(teacher, args)
         self.teacher = None if teacher is None else shown(as_source(teacher), args.teacher_pixels)
         self._distiller: Distiller | None = None

@@ -14,9 +14,12 @@ from transformers import (
     SegformerConfig,
     SegformerForSemanticSegmentation,
     ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 from hf_kdtl import DistillationTrainer
+from hf_kdtl.data import ImageDataset
+from hf_kdtl.models import Teacher
 from tests.support.helpers import Images, config, trainer
 from tests.support.tiny import build
 
@@ -135,6 +138,20 @@ def test_a_batch_of_another_form_names_the_collator(tmp_path, batch, found):
 def test_what_is_no_dataset_is_refused_at_construction(tmp_path, data, message):
     with pytest.raises((TypeError, ValueError), match=message):
         DistillationTrainer(build("vit"), config(tmp_path, TASK), train_dataset=data)
+    with pytest.raises((TypeError, ValueError), match=r"(eval_dataset|one split)"):
+        named = {"eval_dataset": data if not isinstance(data, dict) else {"a": data}}
+        DistillationTrainer(build("vit"), config(tmp_path, TASK), train_dataset=Images(4), **named)
+
+
+@pytest.mark.parametrize("processor", ["a/path", ViTImageProcessor])
+def test_what_is_no_image_processor_is_refused_at_construction(tmp_path, processor):
+    message = "the image processor is .*; expected one that was made: AutoImageProcessor.from_pretrained"
+    with pytest.raises(TypeError, match=message):
+        DistillationTrainer(build("vit"), config(tmp_path, TASK), processing_class=processor)
+    with pytest.raises(TypeError, match=message):
+        Teacher(build("vit"), processor)
+    with pytest.raises(TypeError, match=message):
+        ImageDataset(PIL, processor, num_labels=3)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,17 @@ SETTINGS = {"do_resize", "size", "resample", "do_center_crop", "crop_size", "do_
 SETTINGS |= {"do_normalize", "image_mean", "image_std"}
 
 
+def check_processor(processor: Any) -> Any:
+    """The same image processor; raises TypeError for a path or a class in its place."""
+    if isinstance(processor, str | Path | type):
+        found = processor.__name__ if isinstance(processor, type) else repr(str(processor))
+        raise TypeError(
+            f"the image processor is {'the class ' if isinstance(processor, type) else ''}{found}; expected one that "
+            "was made: AutoImageProcessor.from_pretrained(<a path>)."
+        )
+    return processor
+
+
 def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:
     """The image processor saved with a model, or None where none was saved.
 

@@ -23,7 +23,7 @@ from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, 
 from hf_kdtl.models.teachers.facts import in_order, source_info
 from hf_kdtl.models.teachers.flat_patches import FlatPatches, SquareProcessor
 from hf_kdtl.models.teachers.pixels import PixelAdapter, check_channels, match_pixels
-from hf_kdtl.models.teachers.processor_files import open_processor
+from hf_kdtl.models.teachers.processor_files import check_processor, open_processor
 from hf_kdtl.models.teachers.resolve import Opened, missing_head
 from hf_kdtl.models.teachers.sketches import sketched
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
@@ -76,7 +76,7 @@ class Teacher(SignalSource):
         if isinstance(model, FlatPatches) and processing_class is not None:
             processing_class = SquareProcessor(processing_class)
         self.pool, self.pooler = pool, not (is_headless(model) and untrained_pooler(model))
-        self._hold(model.eval().requires_grad_(False), processing_class)
+        self._hold(model.eval().requires_grad_(False), check_processor(processing_class))
         check_option("the teacher", "teacher_batch", teacher_batch, teacher_batch is None or is_integer(teacher_batch),
                      "a whole number of at least 1, or nothing")  # fmt: skip
         self.teacher_batch = teacher_batch
