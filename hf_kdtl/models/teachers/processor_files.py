@@ -70,10 +70,12 @@ def _exists(source: str, name: str, where: dict[str, Any]) -> bool:
 
 def _check_settings(processor: Any, source: str, where: dict[str, Any]) -> None:
     """Raises ValueError for a file without settings of pixels, and for a misspelt one: the class's default would stand
-    in its place. A class whose code lies in the model's folder may have settings of its own."""
+    in its place. Settings of their own have timm's class, and one whose code lies in the model's folder."""
     if where.get(TRUST) or not hasattr(processor, "get_image_processor_dict"):
         return
     found = set(processor.get_image_processor_dict(source, **where)[0])
+    if "pretrained_cfg" in found:
+        return
     if not found & SETTINGS:
         raise ValueError(f"it has none of {', '.join(sorted(SETTINGS))}, so every one would be a default")
     for name in sorted(found - SETTINGS):
