@@ -1,7 +1,10 @@
 """Runs that could not learn are refused or reported before the first step, and the look at it leaves no trace."""
 
 import copy
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -157,6 +160,19 @@ def test_gradients_and_the_problem_type_are_put_back(tmp_path):
     assert made.model.classifier.bias.grad.tolist() == [1, 1, 1]
     assert made.model.vit.embeddings.cls_token.grad is None and made.model.config.problem_type is None
     assert made.distiller.rates is None and not made.model.training
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_look_changes_is_put_back(tmp_path, fails):
+    """Gradients, modes, running statistics, and every random stream: whatever is done inside."""
+    container = trainer(tmp_path, mixed(build("resnet")), build("resnet", seed=5), **RUN).distiller
+    before = state_of(container), random.getstate(), np.random.get_state()[1].tolist()
+    with pytest.raises(KeyError) if fails else nullcontext(), learning.untouched(container):
+        container.train().student(torch.randn(4, 3, 32, 32)).logits.sum().backward()
+        random.random(), np.random.random()
+        if fails:
+            raise KeyError
+    assert (state_of(container), random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 @pytest.mark.parametrize("objective", ["logit_kd", "jacobian", "attention_map", "hidden_states"])
