@@ -113,3 +113,9 @@ def test_dotted_names_of_a_search_reach_into_a_setting(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             config.with_dotted({name: value})
+
+
+def test_the_role_of_an_entry_is_that_of_its_objective(tmp_path):
+    entries = [{"name": "task"}, {"name": "logit_kd"}, {"name": "logit_kd", "key": "protected", "role": "task"}]
+    objectives = DistillationConfig(str(tmp_path), objectives=entries).build_objectives()
+    assert [objectives[key].role for key in ("task", "logit_kd", "protected")] == ["task", "transfer", "task"]
