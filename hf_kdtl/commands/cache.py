@@ -50,7 +50,7 @@ class CacheOptions(DistillOptions):
     output: str | None = field(default=None, metadata={"help": "The folder of the store."})
     precision: str = field(default="float32", metadata={"help": "float32, or float16: half the size."})
     top_k: int | None = field(default=None, metadata={"help": "Keep the largest class outputs alone; by default all."})
-    max_gb: float = field(default=20.0, metadata={"help": "Stop where the store would be larger."})
+    max_gb: float = field(default=storing.MAX_GB, metadata={"help": "Stop where the store would be larger."})
     info: str | None = field(default=None, metadata={"help": "Show what is in this store, and write nothing."})
 
 

@@ -114,6 +114,8 @@ def test_what_a_store_saves_is_said_with_the_commands_to_type(command, images, t
     assert text.startswith(f"{said} save 49% of the time: type\n  {program()} distill {typed} --cache auto\n")
     assert f"they pay back after 24 passes: type\n  {program()} cache {typed} --output cache/" in text
     assert "in 15 passes no view recurs" in replace(found, passes=15).sentence([])
+    assert found.worth_saying
+    assert not any(replace(found, **kw).worth_saying for kw in ({"gb": 270.0}, {"passes": 0.3}, {"share": 0.05}))
     monkeypatch.setattr(store_worth, "WORTH_SAYING", 0)
     modes, timed = set(), store_worth.timed
     monkeypatch.setattr(store_worth, "timed", lambda d, x: modes.add(d.student.training) or timed(d, x))
@@ -129,7 +131,7 @@ def test_what_a_store_saves_is_said_with_the_commands_to_type(command, images, t
     size = StoredTeacher("cache").manifest.bytes / 1e9
     assert f"2 views cost {size:.3g} GB" in printed
     monkeypatch.setattr(timing, "WORTH_MEASURING", 3)
-    command("distill").main([*flags, "--max_steps", "3", "--teacher_batch", "8"])
+    command("distill").main([*flags, "--max_steps", "12", "--teacher_batch", "8"])
     assert "The teacher's forward is" in capsys.readouterr().out
     command("distill").main([*flags[:-1], "no_store", "--max_steps", "2"])
     assert "The teacher's forward is" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.next_command import program
-from hf_kdtl.commands.common.storing import VIEWS, needs_of, passes_of
+from hf_kdtl.commands.common.storing import MAX_GB, VIEWS, needs_of, passes_of
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.manifest import GB
@@ -50,6 +50,11 @@ class Worth:
         """The part of the time of all passes that is saved where the store is written in the first V of them."""
         return self.share * max(0.0, 1 - self.views / self.passes)
 
+    @property
+    def worth_saying(self) -> bool:
+        """Not for a run that ends within a pass, nor where `cache` would refuse the size."""
+        return self.share >= WORTH_SAYING and self.gb <= MAX_GB and self.passes >= 1
+
     def sentence(self, argv: Sequence[str]) -> str:
         """With the commands to type, complete.
 
@@ -78,7 +83,7 @@ def store_worth(experiment: Experiment, trainer: Any, argv: Sequence[str] | None
         return ""
     found = measured(experiment, trainer)
     typed = sys.argv[1:] if argv is None else argv
-    return "" if found is None or found.share < WORTH_SAYING else found.sentence(typed)
+    return found.sentence(typed) if found is not None and found.worth_saying else ""
 
 
 def measured(experiment: Experiment, trainer: Any) -> Worth | None:

@@ -24,6 +24,7 @@ from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.manifest import GB
 
 VIEWS, TEACHER_BATCH = 20, 64
+MAX_GB = 20.0  # of a store, unless --max_gb allows more
 CUTS = ("layers", "heads", "mlp", "width", "flops", "parameters", "importance")
 STUDENTS = ("student", "student_config", *(f"student_{name}" for name in CUTS))
 HOW = ("output", "info", "max_gb", "seeds", "baseline", "time_budget", "overwrite_output_dir", "cache")
