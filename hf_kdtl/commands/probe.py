@@ -99,6 +99,14 @@ def longer(probe: Probe, full: int) -> str:
     )
 
 
+# benchmarks/results/probe_reliability.md, 2026-11-29
+MEASURED = (
+    "Measured in 12 settings of four image sets, with runs of 60 steps for full ones of 400: the sign was right in 9 "
+    "of 12 (the three others gained 0.0, 0.1 and 6.7 points), the rank correlation of foretold and true gains 0.73, "
+    "the true gain inside the interval in 10 of 12, and above what was foretold in 9."
+)
+
+
 def trust(probe: Probe, full: int) -> str:
     """What the answer rests on."""
     settings = probe.experiment.chosen
@@ -110,7 +118,7 @@ def trust(probe: Probe, full: int) -> str:
     return (
         f"How far to trust it: runs of {settings.steps:,} steps, {len(probe.experiment.seeds)} seeds, scored on "
         f"{len(probe.experiment.data.validation):,} validation images.{follow} The interval is over seeds; it does "
-        "not cover the error of that trend, nor that of the choice of the images."
+        f"not cover the error of that trend, nor that of the choice of the images. {MEASURED}"
     )
 
 

@@ -1,6 +1,7 @@
 """The evidence: runs are kept and not repeated, weights are chosen on validation, pages are what the lines give."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,3 +105,11 @@ def test_the_cutting_page_leaves_trials_out():
     assert "3.00 M parameters, 68.0 % on the same 2,000 test images" in page
     cells = [cell.strip() for cell in page.splitlines()[-1].strip("|").split("|")]
     assert cells == ["50.0%", "width", "1.00", "2", "10.0 ± 0.0", "53.0 ± 1.4", "+11.5 (+5.1 to +17.9)"]
+
+
+def test_what_the_probe_says_of_itself_is_what_was_measured():
+    from hf_kdtl.commands.probe import MEASURED
+
+    found = (RESULTS / "probe_reliability.md").read_text().split("Rank correlation")[-1]
+    rank, settings, right = re.findall(r"[\d.]*\d", found)[:3]
+    assert f"in {settings} settings" in MEASURED and f"right in {right} of {settings}" in MEASURED and rank in MEASURED
