@@ -25,7 +25,7 @@ from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.commands.common.probing import Probe, verdict
 from hf_kdtl.commands.common.searches import begin, open_experiment, printed
 from hf_kdtl.commands.common.trials import RUNS, RunLog
-from hf_kdtl.evaluation.results import read_results, update_results
+from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.reports.figures.labels import LABELS, labels_figure
 from hf_kdtl.utils.options import check_known
@@ -56,9 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     full = begin(experiment, "probe", own, lambda: probe.steps_in(budget, LEAST))
     settings = experiment.chosen
     assert settings is not None
-    before = read_results(experiment.folder).get("probe", {}) if settings.continued else {}
-    full = before.get("full_steps", full)
-    update_results(experiment.folder, "probe", {"full_steps": full})
     printed(f"Runs of {settings.steps:,} steps (training would be {full:,}); seeds {experiment.seeds}.")
     probe.run()
     printed(finish(probe, full))

@@ -1,6 +1,7 @@
 """A probe to its end, from a folder of images, with images without labels; and what it answers."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,23 @@ def test_it_runs_to_its_end_stopped_and_continued(command, images, teacher, caps
     assert verdict(found) in printed and "hf-kdtl distill" in printed.replace("python -m hf_kdtl", "hf-kdtl")
     for name in ("probe.md", "labels.png"):
         assert Path("out", name).stat().st_size > 100
+
+
+def test_steps_that_the_budget_chose_and_the_length_it_answers_for_are_those_of_the_run_that_is_continued(
+    command, images, teacher, monkeypatch
+):
+    main, answers = command("probe").main, []
+    monkeypatch.setattr(probing.Probe, "steps_in", lambda self, budget, least: 4)
+    monkeypatch.setattr(
+        probing.Probe, "found", lambda self, full: answers.append((self.experiment.chosen.steps, full))
+    )
+    monkeypatch.setattr(probing.Probe, "run", lambda self: None)
+    monkeypatch.setattr(command("probe"), "finish", lambda probe, full: str(probe.found(full)))
+    flags = shlex.split(shlex.join(PROBE).replace("--max_steps 4", ""))
+    main([*flags, "--second", "none"])
+    main([*flags, "--second", "none", "--resume_from_checkpoint", "true"])
+    (steps, full), again = answers
+    assert steps == 4 < full and again == (steps, full)
 
 
 def test_smaller_shares_are_part_of_larger_ones_and_keep_every_class():

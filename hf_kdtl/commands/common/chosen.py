@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -56,19 +56,22 @@ class Chosen:
         self.case = Case(kind, has_attention(model), parameters(model), *seen)
         self.config, self.data_options = config, data_options
         values = vars(data_options) | vars(config)
+        self.initial = values
         self.typed = {name: values[name] for name in typed if name in values}
         if not can_augment(train, processor):
             self.typed["augmentation"] = None
         before = restored(config, self.typed)
         self.continued = before is not None
-        self.defaults = before or []
+        self.defaults: list[Default] = before or []
         if not self.continued:
             self.set(1 if budgeted else None)
 
     def set(self, steps: int | None = None) -> None:
         """Choose them (again, for a number of steps) and put them into the settings."""
-        self.defaults = choose(self.case, self.typed, steps)
-        put_in(self.defaults, self.config, self.data_options)
+        before, self.defaults = self.defaults, choose(self.case, self.typed, steps)
+        # What holds no longer (num_train_epochs, where steps are given) is as if it had never been chosen.
+        back = [replace(default, value=self.initial[default.name]) for default in before]
+        put_in([*back, *self.defaults], self.config, self.data_options)
 
     @property
     def known(self) -> dict[str, Any]:
@@ -79,6 +82,12 @@ class Chosen:
     def steps(self) -> int:
         """Optimizer steps of a run."""
         return total_steps(self.case, self.known)
+
+    @property
+    def full_steps(self) -> int:
+        """The same where no budget set them."""
+        chosen = {default.name: default.value for default in choose(self.case, self.typed)}
+        return total_steps(self.case, self.typed | chosen)
 
     def record(self) -> list[dict[str, Any]]:
         """The section `defaults` of results.json."""

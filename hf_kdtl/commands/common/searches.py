@@ -76,7 +76,7 @@ def begin(experiment: Experiment, recipe: str, own: Any, fitting: Callable[[], i
     assert settings is not None
     first = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
     runs.check_one_batch(first)
-    full = settings.steps
+    full = settings.full_steps
     if not settings.continued and not {"max_steps", "num_train_epochs"} & {*settings.typed}:
         settings.set(min(full, fitting()))
     run = folders.describe_run(recipe, config, own, experiment.options, experiment.data_options)

@@ -109,14 +109,15 @@ def steps_within(budget: float, a_step: float, evaluations: float, least: int) -
         evaluations: seconds of all evaluations.
 
     Raises:
-        ValueError: where fewer than `least` fit, with the budget that would hold ten times as many.
+        ValueError: where fewer than `least` fit, with the budget that would hold so many, and ten times as many.
     """
     steps = int((SPARE * budget - evaluations) / a_step)
     if steps < least:
-        enough = math.ceil((evaluations + 10 * least * a_step) / SPARE / UNITS["min"])
+        hold, enough = (math.ceil((evaluations + n * least * a_step) / SPARE / UNITS["min"]) for n in (1, 10))
         raise ValueError(
             f"--budget is {words(budget)}, and with {words(evaluations)} for scoring {max(0, steps)} steps of each "
-            f"run fit into it; expected at least {least}. Type --budget {enough}min."
+            f"run fit into it; expected at least {least}. Type --budget {hold}min for so many, {enough}min for "
+            f"{10 * least}."
         )
     return steps
 
