@@ -205,7 +205,7 @@ def test_the_constructor_passes_on_what_it_takes(tmp_path, monkeypatch):
     CheckpointingTrainer(**values)
     assert given == values
     values |= {"args": DistillationConfig(str(tmp_path), objectives=[{"name": "task"}])}
-    values |= {"model": torch.nn.Linear(1, 1), "train_dataset": [1]}
+    values |= {"model": torch.nn.Linear(1, 1), "train_dataset": [1], "eval_dataset": [1]}
     with pytest.raises(AttributeError):  # what follows needs what Trainer makes
         DistillationTrainer(**values)
     assert given == values
