@@ -85,6 +85,7 @@ def test_what_it_answers():
     assert answer(-2, 0.9, -0.5).startswith("No gain is to be expected here: -0.5 points")
     assert answer(-1, 4, 1.5).startswith("No gain is shown") and "as much as +4.0" in answer(-1, 4, 1.5)
     assert "nothing can be concluded" in answer(None, None, 1)
+    assert "wider than accuracy itself: nothing can be concluded" in answer(-143, 139, -1.9)
 
 
 def test_with_unlabelled_images_each_share_keeps_its_part_of_the_batch(command, images, teacher, capsys, monkeypatch):

@@ -148,6 +148,11 @@ def verdict(found: dict[str, Any]) -> str:
     if interval is None:
         return f"The difference is {mean:+.1f} points, without an interval ({gain['note']}): nothing can be concluded."
     low, high = (100 * bound for bound in interval)
+    if low < -100 or high > 100:
+        return (
+            f"The difference is {mean:+.1f} points, and the interval of {gain['number']} seeds is wider than accuracy "
+            "itself: nothing can be concluded. More --seeds would tell."
+        )
     shown = f"95 % interval [{low:+.1f}, {high:+.1f}], {gain['number']} seeds"
     if low > 0:
         return (
