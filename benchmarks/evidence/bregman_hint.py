@@ -7,12 +7,11 @@ A run is under one CPU minute. Stopped and started again it goes on where it was
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.conv_guides_vit import KD
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.stored import StoredSet
 from benchmarks.evidence.students import SMALL_BIT, quiet, settings, small_bit
 from hf_kdtl.commands.fit_representation import main as fit_representation
@@ -62,11 +61,7 @@ class Imported:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--arms", nargs="+", default=["kd_hint", "kd_bregman_16", "kd_bregman_pooled_16"])
     options = parser.parse_args()
     quiet()

@@ -7,13 +7,12 @@ A run is about one and a half CPU minutes. Stopped and started again it goes on 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.stored import StoredSet
 from benchmarks.evidence.students import quiet, settings
 
@@ -47,11 +46,7 @@ class Guided:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--arms", nargs="+", default=["alone", "logit_kd", "both"], choices=[*ARMS])
     options = parser.parse_args()
     quiet()

@@ -7,14 +7,13 @@ A run is about one CPU minute. Stopped and started again it goes on where it was
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import accuracy, labelled_rows, quiet, settings, small_bit, train
 from benchmarks.evidence.views import Answers, Views, plain_split, pool
 from hf_kdtl.data import load_images
@@ -67,13 +66,9 @@ def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 4, 500])
     parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS])
-    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--images", type=int, default=10_000)
     options = parser.parse_args()
     quiet()

@@ -7,12 +7,11 @@ A run is about 5 CPU seconds. Stopped and started again it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from benchmarks.auto_weight import OBJECTIVES, RATES, Runs
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import quiet
 
 WEIGHTS = (0.1, 1.0, 10.0, 100.0)
@@ -39,11 +38,7 @@ class Jacobian:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=10)
-    options = parser.parse_args()
+    options = arguments(__doc__, "teacher").parse_args()
     quiet()
     measure = Jacobian(options.teacher, options.work)
     table, seeds = Table("jacobian_digits", measure), range(1, options.seeds + 1)

@@ -7,12 +7,11 @@ A run is under one CPU minute. Stopped and started again it goes on where it was
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.few_labels_many_images import shuffled
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import accuracy, labelled_rows, quiet, settings, small_bit, train
 from benchmarks.evidence.views import Answers, Views, plain_split, pool
 from hf_kdtl.data import load_images
@@ -59,13 +58,10 @@ class NeverHurt:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=len(ORDER), help="only so many of the cells, in the plan's order")
+    parser.add_argument("--arms", nargs="+", default=[*RULES], choices=[*RULES])
     options = parser.parse_args()
     quiet()
     measure = NeverHurt(options.dataset, options.teacher, options.work, options.images)
@@ -74,7 +70,7 @@ def main() -> None:
         measure.rates[optimizer] = table.chosen(optimizer, "alone", LEARNING_RATES[optimizer], seeds)
         for seed in seeds:
             table.once(Run(optimizer, "alone", measure.rates[optimizer], seed))
-            for arm in RULES:
+            for arm in options.arms:
                 table.once(Run(f"{optimizer}_{source}", arm, weight, seed))
 
 

@@ -7,14 +7,13 @@ A run is about ten CPU seconds. Stopped and started again it goes on where it wa
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForImageClassification, PrinterCallback, set_seed
 
 from benchmarks.auto_weight import HELD_OUT, accuracy, stacked, subset
-from benchmarks.evidence.runs import Run, Table
+from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import quiet, settings
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.data import ImageDataset, load_images
@@ -64,7 +63,7 @@ class Rated:
         return {name: accuracy(trainer.model, *split) for name, split in held_out.items()} | {"multipliers": last}
 
     def student(self, seed: int) -> Any:
-        """The teacher with every second block and the head drawn anew."""
+        """The teacher with every second block and the head initialized at random."""
         student = AutoModelForImageClassification.from_pretrained(self.path)
         set_seed(seed)
         drawn = type(student)(student.config)
@@ -86,11 +85,7 @@ class Rated:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--seeds", type=int, default=10)
-    options = parser.parse_args()
+    options = arguments(__doc__, "teacher").parse_args()
     quiet()
     measure = Rated(options.teacher, options.work / "rates_of_layers")
     table, seeds = Table("rates_of_layers", measure), range(1, options.seeds + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,16 @@ class Run:
     arm: str
     weight: float
     seed: int
+
+
+def arguments(doc: str | None, *required: str) -> argparse.ArgumentParser:
+    """The options of a table's program: those required, the folder of what is made on first use, and the seeds."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in required:
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--seeds", type=int, default=10)
+    return parser
 
 
 class Table:

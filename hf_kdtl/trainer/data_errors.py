@@ -76,7 +76,10 @@ def dataset_problem(dataset: Any, name: str = "train_dataset") -> str:
         return f"{name} is {type(dataset).__name__}, expected a dataset with a length and items by index."
     if isinstance(dataset, Iterator):
         return f"{name} is a {type(dataset).__name__}, which ends after an epoch; expected a list or a dataset."
-    return f"{name} has no images." if hasattr(dataset, "__len__") and len(dataset) == 0 else ""
+    empty = (
+        name == "train_dataset" and hasattr(dataset, "__len__") and len(dataset) == 0
+    )  # for eval_dataset Trainer takes it
+    return f"{name} has no images." if empty else ""
 
 
 def data_problem(dataset: Any, remove_unused_columns: bool, model: Any = None, first: bool = True) -> str:

@@ -138,6 +138,9 @@ def test_a_batch_of_another_form_names_the_collator(tmp_path, batch, found):
 def test_what_is_no_dataset_is_refused_at_construction(tmp_path, data, message):
     with pytest.raises((TypeError, ValueError), match=message):
         DistillationTrainer(build("vit"), config(tmp_path, TASK), train_dataset=data)
+    if data == []:  # as Trainer, which evaluates on nothing where nothing is asked of it
+        assert DistillationTrainer(build("vit"), config(tmp_path, TASK), eval_dataset=data).eval_dataset == []
+        return
     with pytest.raises((TypeError, ValueError), match=r"(eval_dataset|one split)"):
         named = {"eval_dataset": data if not isinstance(data, dict) else {"a": data}}
         DistillationTrainer(build("vit"), config(tmp_path, TASK), train_dataset=Images(4), **named)

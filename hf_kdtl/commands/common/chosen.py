@@ -85,7 +85,7 @@ class Chosen:
 
     @property
     def full_steps(self) -> int:
-        """The same where no budget set them."""
+        """Optimizer steps of a run whose length no budget shortened."""
         chosen = {default.name: default.value for default in choose(self.case, self.typed)}
         return total_steps(self.case, self.typed | chosen)
 
