@@ -1,6 +1,8 @@
 """Table 1: few labels, many images. The plan stands in benchmarks/plan.md.
 
     python -m benchmarks.evidence.few_labels_many_images --dataset <cifar10> --teacher <ResNet> --work <folder>
+    python -m benchmarks.evidence.few_labels_many_images --dataset <tiny_imagenet100> --teacher <its ResNet> \\
+        --work <folder> --teacher_size 64 --labels 10 4 50 --rates 0.003 0.01
 
 A run is about one CPU minute. Stopped and started again it goes on where it was.
 """
@@ -29,9 +31,9 @@ CONTROLS = ("label_smoothing", "alone_twice_as_long", "kd_unlabelled_shuffled_te
 class FewLabels:
     """One run: so many labels a class, an arm, a learning rate (the table's `weight`), a seed."""
 
-    def __init__(self, dataset: str, teacher: str, work: Path, images: int):
+    def __init__(self, dataset: str, teacher: str, work: Path, images: int, shown: int | None):
         data = load_images(dataset)
-        self.pixels, self.labels, self.logits = pool(dataset, teacher, work, images)
+        self.pixels, self.labels, self.logits = pool(dataset, teacher, work, images, shown=shown)
         self.held_out = {name: plain_split(getattr(data, name), 32) for name in ("validation", "test")}
 
     def __call__(self, run: Run) -> dict[str, Any]:
@@ -69,14 +71,16 @@ def main() -> None:
     parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 4, 500])
     parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS])
+    parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--teacher_size", type=int, help="pixels that the teacher sees, if not the student's")
     options = parser.parse_args()
     quiet()
-    measure = FewLabels(options.dataset, options.teacher, options.work, options.images)
+    measure = FewLabels(options.dataset, options.teacher, options.work, options.images, options.teacher_size)
     table = Table("few_labels_many_images", measure)
     for labels in options.labels:
         for arm in options.arms:
-            table.taken(f"{Path(options.dataset).name}_{labels}", arm, LEARNING_RATES, range(1, options.seeds + 1))
+            table.taken(f"{Path(options.dataset).name}_{labels}", arm, options.rates, range(1, options.seeds + 1))
 
 
 if __name__ == "__main__":

@@ -117,32 +117,48 @@ def plain_split(split: Any, size: int) -> Views:
     return Views(pixels[:, None], np.array(split["label"][:]), np.arange(len(pixels)), None, 0)
 
 
-def pool(dataset: str, teacher: str, work: Path, images: int, size: int = 32) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """(n, V, 3, h, w) uint8 views of a balanced pool of training images, labels, the teacher's logits (n V, K)."""
+def pool(
+    dataset: str, teacher: str, work: Path, images: int, size: int = 32, shown: int | None = None
+) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """(n, V, 3, h, w) uint8 views of a balanced pool of training images, labels, the teacher's logits (n V, K).
+
+    The teacher sees what the student does, or each view before it was made smaller: `shown` pixels.
+    """
     file = work / f"{Path(dataset).name}_{images}.npz"
     if not file.exists():
-        _make_pool(dataset, teacher, file, images, size)
+        _make_pool(dataset, teacher, file, images, size, shown or size)
     held = np.load(file)
     return held["pixels"], held["labels"], torch.from_numpy(held["logits"])
 
 
-def _make_pool(dataset: str, teacher: str, file: Path, images: int, size: int) -> None:
+def _make_pool(dataset: str, teacher: str, file: Path, images: int, size: int, shown: int) -> None:
     train = load_images(dataset).train
     labels = np.array(train["label"][:])
     draw, classes = np.random.default_rng(0), train.features["label"].num_classes
     each = images // classes
     rows = np.sort(np.concatenate([draw.permutation(np.flatnonzero(labels == k))[:each] for k in range(classes)]))
     data = ImageDataset(
-        train.select(rows), Plain(size), augmentation=Augmentation({"crop": size // 8, "flip": True}), seed=0
+        train.select(rows), Plain(shown), augmentation=Augmentation({"crop": shown // 8, "flip": True}), seed=0
     )
-    pixels = np.empty((len(rows), VIEWS, 3, size, size), np.uint8)
+    pixels, model = np.empty((len(rows), VIEWS, 3, size, size), np.uint8), Teacher.from_pretrained(teacher)
+    logits = np.empty((len(rows), VIEWS, classes), np.float32)
     for view in tqdm(range(VIEWS), "views"):
         data.set_epoch(view)
         for part in _parts(len(rows)):
-            pixels[part, view] = _bytes(data.__getitems__(part.tolist()))
+            seen = _bytes(data.__getitems__(part.tolist()))
+            pixels[part, view], logits[part, view] = resized(seen, size), answers(model, seen)
     file.parent.mkdir(parents=True, exist_ok=True)
-    logits = answers(Teacher.from_pretrained(teacher), pixels.reshape(-1, 3, size, size))
-    np.savez(file, pixels=pixels, labels=labels[rows], logits=logits)
+    np.savez(file, pixels=pixels, labels=labels[rows], logits=logits.reshape(-1, classes))
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(n, 3, h, w) uint8 at another size, as PIL's bicubic filter makes it."""
+    if pixels.shape[-1] == size:
+        return pixels
+    smaller = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels).float(), (size, size), mode="bicubic", antialias=True
+    )
+    return smaller.round().clamp(0, 255).byte().numpy()
 
 
 @torch.inference_mode()
@@ -151,7 +167,7 @@ def answers(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
     processor, model = teacher.processing_class, teacher.classifier()
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     size, found = (processor.size["height"], processor.size["width"]), []
-    for part in tqdm(_parts(len(pixels)), "teacher"):
+    for part in _parts(len(pixels)):
         shown = torch.nn.functional.interpolate(torch.from_numpy(pixels[part]) / 255, size, mode="bilinear")
         found.append(model((shown - mean) / std).logits.numpy())
     return np.concatenate(found)

@@ -1,0 +1,50 @@
+"""A plain stack of convolutions, as VGG's: no residuals, and group norm so that an image's gradient is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+
+class SmallVGGConfig(PreTrainedConfig):
+    """Convolutions of each width, with a max pooling after each stage but the last."""
+
+    model_type = "small_vgg"
+
+    def __init__(
+        self, hidden_sizes: tuple[int, ...] = (32, 64, 128), depths: tuple[int, ...] = (1, 1, 1), **further: Any
+    ):
+        self.hidden_sizes, self.depths, self.image_size = list(hidden_sizes), list(depths), 32
+        super().__init__(**further)
+
+
+class SmallVGGForImageClassification(PreTrainedModel):
+    """3 x 3 convolutions, group norm, ReLU; the mean over all places, and a linear head."""
+
+    config_class = SmallVGGConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: SmallVGGConfig):
+        super().__init__(config)
+        layers: list[nn.Module] = []
+        width = 3
+        for stage, (size, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(depth):
+                layers += [nn.Conv2d(width, size, 3, padding=1, bias=False), nn.GroupNorm(8, size), nn.ReLU()]
+                width = size
+        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
+        logits = self.classifier(self.features(pixel_values).mean((2, 3)))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
