@@ -27,11 +27,12 @@ TERMS = {
 
 
 class Recovered:
-    """One run. The table's `weight` is the learning rate of `labels` and `kd`, and the weight of another arm's term."""
+    """One run. The table's `weight` is the learning rate of `labels` and `kd`, of other arms that of their own term."""
 
     def __init__(self, dataset: str, teacher: str, work: Path):
         self.teacher, self.rate = Teacher.from_pretrained(teacher).classifier(), 0.0
-        student = make_student(self.teacher, 0.5).config.to_dict()
+        config = make_student(self.teacher, 0.5).config.to_dict()
+        student = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
         objectives = [*TASK, {"name": "logit_kd"}, *TERMS.values()]
         folder = work / "cut_and_recover"
         self.set = StoredSet(folder, dataset, teacher, student, objectives, each=1000, views=2)
