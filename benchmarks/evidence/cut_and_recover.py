@@ -22,12 +22,11 @@ LEARNING_RATES, WEIGHTS = (5e-4, 1e-3), (1.0, 10.0)
 TERMS = {
     "kd_hidden_states": {"name": "hidden_states"},
     "kd_attention_map": {"name": "attention_map", "layers": "last"},
-    "kd_relation": {"name": "relation"},
 }
 
 
 class Recovered:
-    """One run. The table's `weight` is the learning rate of `labels` and `kd`, of other arms that of their own term."""
+    """One run. The table's `weight` is the learning rate of `labels` and `kd`, of others their term's weight."""
 
     def __init__(self, dataset: str, teacher: str, work: Path):
         self.teacher, self.rate = Teacher.from_pretrained(teacher).classifier(), 0.0
