@@ -112,9 +112,16 @@ def normalised(pixels: np.ndarray) -> Tensor:
 
 def plain_split(split: Any, size: int) -> Views:
     """All images of a split without augmentation."""
-    data = ImageDataset(split, Plain(size))
-    pixels = np.concatenate([_bytes(data.__getitems__(part.tolist())) for part in _parts(len(data))])
-    return Views(pixels[:, None], np.array(split["label"][:]), np.arange(len(pixels)), None, 0)
+    return views_of(ImageDataset(split, Plain(size)), np.array(split["label"][:]), 1, 0)
+
+
+def views_of(data: ImageDataset, labels: np.ndarray, views: int, seed: int) -> Views:
+    """So many views of all images, each with its label."""
+    pixels = []
+    for view in range(views):
+        data.set_epoch(view)
+        pixels.append(np.concatenate([_bytes(data.__getitems__(part.tolist())) for part in _parts(len(data))]))
+    return Views(np.stack(pixels, 1), labels, np.arange(len(labels)), None, seed)
 
 
 def pool(
