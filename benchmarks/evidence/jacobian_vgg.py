@@ -87,8 +87,10 @@ class FewImages:
 class Matched(FewImages):
     """One run. The table's `weight` is the rate of `alone`, of others the weight of the arm's own term."""
 
-    rates: dict[str, float] = {}
-    kd: dict[str, float] = {}
+    def __init__(self, dataset: str, teacher: Teacher):
+        super().__init__(dataset, teacher)
+        self.rates: dict[str, float] = {}
+        self.kd: dict[str, float] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
         each, rate = int(run.setting.split("_")[-1]), self.rates.get(run.setting, 0.0)
