@@ -16,7 +16,7 @@ class SmallVGGConfig(PreTrainedConfig):
     model_type = "small_vgg"
 
     def __init__(
-        self, hidden_sizes: tuple[int, ...] = (32, 64, 128), depths: tuple[int, ...] = (1, 1, 1), **further: Any
+        self, hidden_sizes: tuple[int, ...] = (16, 32, 64), depths: tuple[int, ...] = (1, 1, 1), **further: Any
     ):
         self.hidden_sizes, self.depths, self.image_size = list(hidden_sizes), list(depths), 32
         super().__init__(**further)
