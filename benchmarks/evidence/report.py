@@ -150,6 +150,30 @@ def rates_of_layers(lines: Lines) -> str:
     return against(arm_runs(lines), "uniform", "permuted")
 
 
+def cut_and_recover(lines: Lines) -> str:
+    """Table 3: against soft labels, and against labels."""
+    return f"{against(arm_runs(lines), 'kd', 'labels')}\n\n{curve_table(lines)}"
+
+
+def jacobian_vgg(lines: Lines) -> str:
+    """Table 4: against `kd`."""
+    return against(arm_runs(lines), "kd")
+
+
+def robust_students(lines: Lines) -> str:
+    """Table 4b: clean, with noise and attacked, against `kd` in each; the teacher's beside."""
+    measures = {"clean": "test", "noise": "noise", "pgd": "pgd"}
+    students = [line for line in lines if line["arm"] != "teacher"]
+    runs = [
+        run
+        for name, measure in measures.items()
+        for run in arm_runs([{**line, "setting": name, "test": line[measure]} for line in students])
+    ]
+    (teacher,) = [line for line in lines if line["arm"] == "teacher"]
+    known = ", ".join(f"{name} {100 * teacher[measure]:.1f} %" for name, measure in measures.items())
+    return f"The teacher: {known}.\n\n{comparison_table(runs, {name: f'{name}/kd' for name in measures})}"
+
+
 def bregman_hint(lines: Lines) -> str:
     """Table 7: against the hint, and against soft labels alone."""
     return f"{against(arm_runs(lines), 'kd_hint', 'kd')}\n\n{curve_table(lines)}"
@@ -164,6 +188,9 @@ TABLES = {
     "backbone_transfer": backbone_transfer,
     "probe_reliability": probe_reliability,
     "conv_guides_vit": conv_guides_vit,
+    "cut_and_recover": cut_and_recover,
+    "jacobian_vgg": jacobian_vgg,
+    "robust_students": robust_students,
     "rates_of_layers": rates_of_layers,
     "bregman_hint": bregman_hint,
 }
