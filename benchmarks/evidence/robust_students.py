@@ -27,7 +27,7 @@ NORM_WEIGHTS = (0.001, 0.01)
 
 
 def attacked(model: Any, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Projected gradient descent within RADIUS of each pixel, from the image itself: the loss's ascent by its signs."""
+    """Projected gradient descent within RADIUS of each pixel, from the image itself: signs of the loss's slope."""
     found = pixels.clone()
     for _ in range(ATTACK_STEPS):
         found.requires_grad_(True)
