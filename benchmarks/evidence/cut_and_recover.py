@@ -34,7 +34,7 @@ class Recovered:
         student = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
         objectives = [*TASK, {"name": "logit_kd"}, *TERMS.values()]
         folder = work / "cut_and_recover"
-        self.set = StoredSet(folder, dataset, teacher, student, objectives, each=1000, views=2)
+        self.set = StoredSet(folder, dataset, teacher, student, objectives, each=1000, views=2, on_the_way=5)
 
     def __call__(self, run: Run) -> dict[str, Any]:
         term, rate = TERMS.get(run.arm), self.rate

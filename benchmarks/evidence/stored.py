@@ -29,11 +29,12 @@ class StoredSet:
         student: the fields of a student's config, by which the store knows pairs of layers.
         objectives: all that the table's arms read.
         views: of each image; a batch shows the next one.
+        on_the_way: every so many-th validation image is looked at while a student trains.
     """
 
     def __init__(
         self, folder: Path, dataset: str, teacher: str, student: dict[str, Any], objectives: list[Any], *, each: int,
-        views: int = 4,
+        views: int = 4, on_the_way: int = 1,
     ):  # fmt: skip
         self.saved, self.store = subset(dataset, each, folder / "data"), folder / "store"
         data = load_images(self.saved)
@@ -46,10 +47,11 @@ class StoredSet:
             )  # fmt: skip
         self.images = Rendered(data.train, PROCESSOR, augmentation=Augmentation(AUGMENTATION))
         self.held_out = {split: stacked(ImageDataset(getattr(data, split), PROCESSOR)) for split in HELD_OUT}
+        self.looked_at = tuple(part[::on_the_way] for part in self.held_out["validation"])
 
     def trained(self, student: Any, config: DistillationConfig, marks: tuple[int, ...]) -> dict[str, Any]:
         """Accuracy of the last step on validation and test, and on validation after so many steps."""
-        curve = Curve(self.held_out["validation"], marks)
+        curve = Curve(self.looked_at, marks)
         reads_teacher = any(entry["name"] != "task" for entry in config.objectives)
         trainer = DistillationTrainer(
             student, config, train_dataset=self.images, processing_class=PROCESSOR, callbacks=[curve],
@@ -65,7 +67,7 @@ class StoredSet:
 class Curve(TrainerCallback):
     """Accuracy on validation images after so many steps."""
 
-    def __init__(self, images: tuple[torch.Tensor, torch.Tensor], marks: tuple[int, ...]):
+    def __init__(self, images: tuple[torch.Tensor, ...], marks: tuple[int, ...]):
         self.images, self.marks, self.found = images, marks, {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
