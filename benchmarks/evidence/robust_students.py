@@ -43,8 +43,8 @@ def right(model: Any, pixels: Tensor, labels: Tensor) -> float:
         return float((model(pixels).logits.argmax(-1) == labels).float().mean())
 
 
-def first_images(images: Views, number: int) -> tuple[Tensor, Tensor]:
-    """Every n-th image, so many, and their labels."""
+def spread_images(images: Views, number: int) -> tuple[Tensor, Tensor]:
+    """So many images spread over all, and their labels."""
     places = torch.linspace(0, len(images) - 1, number).long().tolist()
     items = images.__getitems__(places)
     return torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
@@ -56,7 +56,7 @@ class Robust(FewImages):
     def __init__(self, dataset: str, teacher: Teacher, rate: float):
         super().__init__(dataset, teacher)
         self.rate, self.kd, self.jacobian = rate, 0.9, 1.0
-        self.shown = {name: first_images(split, TEST_IMAGES) for name, split in self.held_out.items()}
+        self.shown = {name: spread_images(split, TEST_IMAGES) for name, split in self.held_out.items()}
 
     def __call__(self, run: Run) -> dict[str, Any]:
         if run.arm == "teacher":

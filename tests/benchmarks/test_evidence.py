@@ -6,11 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.evidence import comparison, report, small_pages
 from benchmarks.evidence.few_labels_many_images import shuffled
+from benchmarks.evidence.robust_students import RADIUS, attacked, right, spread_images
 from benchmarks.evidence.runs import RESULTS, Run, Table
-from benchmarks.evidence.views import Views
+from benchmarks.evidence.small_vgg import SmallVGGConfig, SmallVGGForImageClassification
+from benchmarks.evidence.views import Views, resized
 
 
 def line(arm, weight, seed, validation, test):
@@ -76,6 +79,33 @@ def test_shuffled_answers_are_another_images_view_by_view():
     mixed = shuffled(logits, 3, seed=2).reshape(3, 2, 2)
     rows = [logits.reshape(3, 2, 2).tolist().index(image.tolist()) for image in mixed]
     assert sorted(rows) == [0, 1, 2] and rows != [0, 1, 2]
+
+
+def test_pixels_made_smaller_are_those_of_pil():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), np.uint8)
+    expected = [np.asarray(Image.fromarray(p.transpose(1, 2, 0)).resize((32, 32))).transpose(2, 0, 1) for p in pixels]
+    assert np.abs(resized(pixels, 32).astype(int) - np.stack(expected)).max() <= 1
+    assert resized(pixels, 64) is pixels
+
+
+def test_an_attack_stays_within_its_radius_and_raises_the_loss_of_each_image():
+    torch.manual_seed(0)
+    model = SmallVGGForImageClassification(SmallVGGConfig(hidden_sizes=[8], depths=[1], num_labels=4)).eval()
+    pixels, labels = 2 * torch.rand(6, 3, 8, 8) - 1, torch.arange(6) % 4
+    pixels[0] = 1.0
+    found = attacked(model, pixels, labels)
+    assert (found - pixels).abs().max() <= RADIUS + 1e-6 and found.abs().max() <= 1
+    losses = [torch.nn.functional.cross_entropy(model(x).logits, labels, reduction="none") for x in (pixels, found)]
+    assert (losses[1] > losses[0]).all()
+    with torch.inference_mode():
+        chosen = model(pixels).logits.argmax(-1)
+    assert right(model, pixels, chosen) == 1.0 and right(model, pixels, (chosen + 1) % 4) == 0.0
+
+
+def test_the_images_of_a_score_are_spread_over_the_split():
+    pixels = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1, 1).repeat(3, axis=2)
+    _, labels = spread_images(Views(pixels, np.arange(10), np.arange(10), None, 0), 4)
+    assert labels.tolist() == [0, 3, 6, 9]
 
 
 def run(term, weight, seed, validation, test, rate=1e-3):
