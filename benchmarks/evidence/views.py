@@ -31,9 +31,10 @@ class Plain:
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, images: list[Any], **_: Any) -> dict[str, list[np.ndarray]]:
+    def __call__(self, images: list[Any], **_: Any) -> dict[str, Tensor]:
         size = (self.size, self.size)
-        return {"pixel_values": [np.asarray(i.resize(size), np.float32).transpose(2, 0, 1) / 255 for i in images]}
+        pixels = np.stack([np.asarray(image.resize(size), np.float32).transpose(2, 0, 1) for image in images])
+        return {"pixel_values": torch.from_numpy(pixels / 255)}
 
 
 class Views(torch.utils.data.Dataset):

@@ -218,6 +218,8 @@ def process(processor: Any, image: np.ndarray) -> Tensor:
         except Exception as error:  # whatever its code raises on an image it was not made for
             failure = failure or error
             continue
+        if not isinstance(pixels, Tensor):
+            raise _refuse(processor, f"gives pixel_values as a {type(pixels).__name__} where asked for tensors")
         if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
             return pixels[0].double()
         raise _refuse(processor, f"gives pixel_values of shape {tuple(pixels.shape)}, expected (1, 3, height, width)")

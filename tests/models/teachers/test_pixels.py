@@ -221,3 +221,13 @@ def test_a_filter_by_the_nearest_pixel_is_the_teachers_too():
 def test_what_names_no_filter_is_refused(resample):
     with pytest.raises(ValueError, match=rf"resample {resample!r}, and filters are numbers|fails on a test image"):
         _seen(ViTImageProcessor(size=SQUARE), ViTImageProcessor(size=SQUARE, resample=resample), _image())
+
+
+def test_a_processor_that_gives_arrays_is_refused_in_words():
+    """One written by a user that pays no heed to return_tensors; it failed with an AttributeError."""
+
+    def arrays(images, **_):
+        return {"pixel_values": [np.asarray(image, np.float32).transpose(2, 0, 1) for image in images]}
+
+    with pytest.raises(ValueError, match="gives pixel_values as a list where asked for tensors"):
+        PixelFormat.of(arrays)
