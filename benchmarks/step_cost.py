@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers import default_data_collator as collate
@@ -35,13 +33,12 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 from interleave import interleave, ratio
-from step_profile import show_profile
+from step_profile import show_operations, show_profile
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
 from hf_kdtl.optim import RateOptions
 
 BATCH, CLASSES, WARM_UP = 32, 10, 5
-HEAVY = "mm$|attention_for_cpu|gelu|layer_norm|convolution|adamw"
 KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 
 
@@ -194,34 +191,6 @@ def show(rows: list[tuple[str, float, float, float]]) -> None:
         print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
 
 
-def operations(loop, steps: int) -> dict[str, int]:
-    """{operation of torch: how often it runs in one of these steps, the first ones left out}."""
-    seen, counter = 0, profile(activities=[ProfilerActivity.CPU])
-
-    def done():
-        nonlocal seen
-        seen += 1
-        if seen == WARM_UP:
-            counter.start()
-        if seen == steps:
-            counter.stop()
-
-    loop(done)
-    found = {event.key: event.count for event in counter.key_averages() if event.key.startswith("aten::")}
-    return {name: round(count / (steps - WARM_UP)) for name, count in found.items()}
-
-
-def show_operations(loops: dict, steps: int) -> None:
-    """Those that take the time must be as many in every loop; the others are small."""
-    found = {name: operations(loop, steps) for name, loop in loops.items()}
-    rows = {name for counts in found.values() for name in counts if re.search(HEAVY, name)}
-    print(f"| operations a step | {' | '.join(found)} |\n| --- |{' ---: |' * len(found)}")
-    for row in sorted(rows):
-        print(f"| {row} | {' | '.join(str(counts.get(row, 0)) for counts in found.values())} |")
-    rest = (sum(n for name, n in counts.items() if name not in rows) for counts in found.values())
-    print(f"| all others | {' | '.join(map(str, rest))} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
@@ -267,7 +236,7 @@ def main() -> None:
         }
         show_profile(loops, "logit_kd", "by hand")
         steps = min(steps, 12)  # the profiler keeps every operation
-        show_operations({name: make() for name, make in loops.items()}, steps)
+        show_operations({name: make() for name, make in loops.items()}, steps, WARM_UP)
     if "objectives" in options.tables:
         loops = {"logit_kd": by_trainer(ours(KD, copy.deepcopy(teacher)))}
         loops |= {name: by_trainer(ours([*KD, entry], copy.deepcopy(teacher))) for name, entry in BESIDE_KD.items()}

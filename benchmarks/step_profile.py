@@ -7,6 +7,7 @@ list use inside it counts as theirs. So the rows add up to the step, and two loo
 from __future__ import annotations
 
 import functools
+import re
 import statistics
 import threading
 import time
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from interleave import Loop, interleave
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from transformers import Trainer, ViTForImageClassification
 from transformers.trainer_callback import CallbackHandler
@@ -34,6 +36,7 @@ from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.trainer import DistillationTrainer
 
+HEAVY = "mm$|attention_for_cpu|gelu|layer_norm|convolution|adamw"
 Places = dict[str, list[tuple[Any, str]]]
 WORK: Places = {  # what the loop by hand does too; "forward" is told apart by `who`
     "forward": [(ViTForImageClassification, "forward")],
@@ -185,3 +188,31 @@ def show_profile(loops: dict[str, Callable[[], Loop]], of: str, to: str) -> None
         if any(values):
             shown = " | ".join(f"{value:,.0f}" for value in values)
             print(f"| {row} | {shown} | {extra:+,.0f} | {100 * extra / found[to]['sum']:+.2f} % |", flush=True)
+
+
+def operations(loop, steps: int, warm_up: int) -> dict[str, int]:
+    """{operation of torch: how often it runs in one of these steps, the first ones left out}."""
+    seen, counter = 0, profile(activities=[ProfilerActivity.CPU])
+
+    def done():
+        nonlocal seen
+        seen += 1
+        if seen == warm_up:
+            counter.start()
+        if seen == steps:
+            counter.stop()
+
+    loop(done)
+    found = {event.key: event.count for event in counter.key_averages() if event.key.startswith("aten::")}
+    return {name: round(count / (steps - warm_up)) for name, count in found.items()}
+
+
+def show_operations(loops: dict, steps: int, warm_up: int) -> None:
+    """Those that take the time must be as many in every loop; the others are small."""
+    found = {name: operations(loop, steps, warm_up) for name, loop in loops.items()}
+    rows = {name for counts in found.values() for name in counts if re.search(HEAVY, name)}
+    print(f"| operations a step | {' | '.join(found)} |\n| --- |{' ---: |' * len(found)}")
+    for row in sorted(rows):
+        print(f"| {row} | {' | '.join(str(counts.get(row, 0)) for counts in found.values())} |")
+    rest = (sum(n for name, n in counts.items() if name not in rows) for counts in found.values())
+    print(f"| all others | {' | '.join(map(str, rest))} |", flush=True)
