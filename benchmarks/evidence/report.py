@@ -69,7 +69,7 @@ FEW_LABELS = {
 def few_labels(lines: Lines) -> str:
     """Table 1: against `kd_labelled`, and against `alone`."""
     runs = arm_runs(lines)
-    settings = sorted({run.setting for run in runs}, key=lambda s: int(s.split("_")[-1]))
+    settings = sorted({run.setting for run in runs}, key=_dataset_and_labels)
     runs.sort(key=lambda run: settings.index(run.setting))
     text = comparison_table(runs, {s: f"{s}/kd_labelled" for s in settings})
     against_alone = comparison_table(
@@ -78,24 +78,27 @@ def few_labels(lines: Lines) -> str:
     return f"Reference `kd_labelled`:\n\n{text}\n\nReference `alone`:\n\n{against_alone}\n\n{_worth(runs)}"
 
 
+def _dataset_and_labels(setting: str) -> tuple[str, int]:
+    dataset, _, labels = setting.rpartition("_")
+    return dataset, int(labels)
+
+
 def _worth(runs: Sequence[ArmRuns]) -> str:
-    finished = [run for run in runs if len(run.test) >= SEEDS]
-
-    def curve(arm: str) -> dict[int, float]:
-        found = {int(run.setting.split("_")[-1]): fmean(run.test.values()) for run in finished if run.arm == arm}
-        return dict(sorted(found.items()))
-
-    alone = curve("alone")
-    if len(alone) < 2:
-        return "What labels are worth needs the student alone at two numbers of labels."
+    curves: dict[tuple[str, str], dict[int, float]] = {}
+    for run in runs:  # in the order of their labels
+        if len(run.test) >= SEEDS:
+            dataset, labels = _dataset_and_labels(run.setting)
+            curves.setdefault((dataset, run.arm), {})[labels] = fmean(run.test.values())
     rows = [
-        [str(labels), name, f"{accuracy:.2f}", labels_worth(accuracy, list(alone), list(alone.values()))]
-        for arm, name in FEW_LABELS.items()
-        if arm != "alone"
-        for labels, accuracy in curve(arm).items()
+        [dataset, str(labels), FEW_LABELS[arm], f"{accuracy:.2f}", labels_worth(accuracy, [*alone], [*alone.values()])]
+        for (dataset, arm), curve in curves.items()
+        if arm in FEW_LABELS and arm != "alone" and len(alone := curves.get((dataset, "alone"), {})) > 1
+        for labels, accuracy in curve.items()
     ]
-    head = ["labels a class", "arm", "test accuracy, %", "labels a class that the student alone needs for it"]
-    return markdown_table([head, *rows])
+    if not rows:
+        return "What labels are worth needs the student alone at two numbers of labels."
+    worth = "labels a class that the student alone needs for it"
+    return markdown_table([["images", "labels a class", "arm", "test accuracy, %", worth], *rows])
 
 
 def never_hurt(lines: Lines) -> str:
@@ -226,7 +229,7 @@ def main() -> None:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.with_suffix(".md").write_text(written(name, lines))
         if name == "few_labels_many_images":
-            runs = arm_runs(lines)
+            runs = [run for run in arm_runs(lines) if run.setting.startswith("cifar10_")]
             if min(sum(run.arm == arm for run in runs) for arm in FEW_LABELS) > 1:
                 few_labels_figure(runs, FIGURES / f"{name}.png", FEW_LABELS)
 
