@@ -12,13 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 from transformers import PrinterCallback
 
-from benchmarks.auto_weight import HELD_OUT, accuracy, stacked, subset
+from benchmarks.auto_weight import HELD_OUT, accuracy, stacked
 from benchmarks.evidence.conv_guides_vit import KD, TASK
 from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.stored import Curve, StoredSet
-from benchmarks.evidence.students import quiet, settings
+from benchmarks.evidence.students import labelled_rows, quiet, settings
 from hf_kdtl import DistillationTrainer, make_student
 from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.models import Teacher
@@ -43,15 +45,12 @@ def objectives(arm: str, weight: float = 1.0) -> list[dict[str, Any]]:
 class RecoveredOnDigits:
     """One run. The table's `weight` is the learning rate of `labels` and `kd`, and the weight of another's term."""
 
-    def __init__(self, teacher: str, work: Path):
-        self.teacher, self.work = Teacher.from_pretrained(teacher), work / "cut_and_recover"
+    def __init__(self, teacher: str):
+        self.teacher, self.data = Teacher.from_pretrained(teacher), load_images("digits")
         self.rates: dict[str, float] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        data = load_images(subset("digits", DIGITS[run.setting], self.work / run.setting))
-        images = {
-            name: ImageDataset(getattr(data, name), self.teacher.processing_class) for name in ("train", *HELD_OUT)
-        }
+        images = self.images(DIGITS[run.setting], run.seed)
         held_out = {name: stacked(images[name]) for name in HELD_OUT}
         rate = self.rates[run.setting] if run.arm in TERMS else run.weight
         curve, shared = Curve(held_out["validation"], DIGITS_MARKS), {"per_device_train_batch_size": 32}
@@ -66,6 +65,16 @@ class RecoveredOnDigits:
         trainer.train()
         found = {name: accuracy(trainer.model, *split) for name, split in held_out.items()}
         return {"learning_rate": rate} | found | {"curve": curve.found}
+
+    def images(self, labels: int, seed: int) -> dict[str, ImageDataset]:
+        """Labelled images drawn by the seed, because the student is the same for all; tested on the others."""
+        train = self.data.train
+        found = np.array(train["label"][:])
+        rows = labelled_rows(found, labels, seed)
+        rest = train.select(np.setdiff1d(np.arange(len(found)), rows))
+        test = datasets.concatenate_datasets([self.data.test, rest])
+        splits = {"train": train.select(rows), "validation": self.data.validation, "test": test}
+        return {name: ImageDataset(split, self.teacher.processing_class) for name, split in splits.items()}
 
 
 class Recovered:
@@ -93,7 +102,7 @@ def main() -> None:
     quiet()
     seeds = range(1, options.seeds + 1)
     if options.digits_teacher:
-        digits = RecoveredOnDigits(options.digits_teacher, options.work)
+        digits = RecoveredOnDigits(options.digits_teacher)
         table = Table("cut_and_recover", digits)
         for setting in DIGITS:
             digits.rates[setting] = table.chosen(setting, "kd", RATES, seeds)
