@@ -32,13 +32,15 @@ TERMS = {
 }
 RATE = 5e-4  # what hf-kdtl distill takes for a student cut out of its teacher
 RATES, WEIGHTS = (5e-4, 1e-3), (1.0, 10.0)
+AUTO = ("kd_hidden_states_auto", "kd_relation_auto")
 DIGITS, DIGITS_MARKS = {"digits_20": 20, "digits_5": 5}, (10, 25, 50, 100, 150)
 MARKS = (50, 100, 200, 300, 400, 500)
 
 
 def objectives(arm: str, weight: float = 1.0) -> list[dict[str, Any]]:
-    """Labels, soft labels, or soft labels and a term on layers."""
-    further = [TERMS[arm] | {"weight": weight}] if arm in TERMS else []
+    """Labels, soft labels, or soft labels and a term on layers, whose weight may be measured."""
+    term = TERMS.get(arm.removesuffix("_auto"))
+    further = [term | {"weight": "auto" if arm in AUTO else weight}] if term else []
     return [*(TASK if arm == "labels" else KD), *further]
 
 
@@ -52,7 +54,7 @@ class RecoveredOnDigits:
     def __call__(self, run: Run) -> dict[str, Any]:
         images = self.images(DIGITS[run.setting], run.seed)
         held_out = {name: stacked(images[name]) for name in HELD_OUT}
-        rate = self.rates[run.setting] if run.arm in TERMS else run.weight
+        rate = self.rates[run.setting] if run.arm in (*TERMS, *AUTO) else run.weight
         curve, shared = Curve(held_out["validation"], DIGITS_MARKS), {"per_device_train_batch_size": 32}
         config = settings(
             run.seed, DIGITS_MARKS[-1], rate, objectives=objectives(run.arm, run.weight), warmup_steps=10, **shared
@@ -64,7 +66,7 @@ class RecoveredOnDigits:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         found = {name: accuracy(trainer.model, *split) for name, split in held_out.items()}
-        return {"learning_rate": rate} | found | {"curve": curve.found}
+        return {"learning_rate": rate} | found | {"curve": curve.found, "measured": trainer.auto_weights.weights}
 
     def images(self, labels: int, seed: int) -> dict[str, ImageDataset]:
         """Labelled images drawn by the seed, because the student is the same for all; tested on the others."""
@@ -108,6 +110,8 @@ def main() -> None:
             digits.rates[setting] = table.chosen(setting, "kd", RATES, seeds)
             for arm, tried in {"labels": RATES, "kd": RATES, **dict.fromkeys(TERMS, WEIGHTS)}.items():
                 table.taken(setting, arm, tried, seeds)
+            for arm in AUTO:  # nothing is tried; the weight of the line is none
+                table.taken(setting, arm, (0.0,), seeds)
     if options.dataset:
         table = Table("cut_and_recover", Recovered(options.dataset, options.teacher, options.work))
         for seed in seeds:
