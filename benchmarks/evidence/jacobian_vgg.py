@@ -23,7 +23,7 @@ from hf_kdtl.data import ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.models import Teacher
 
-TEACHER: dict[str, Any] = {"hidden_sizes": [32, 64, 128, 128], "depths": [1, 2, 2, 2]}
+TEACHER: dict[str, Any] = {"hidden_sizes": [32, 64, 128, 128], "depths": [1, 2, 2, 2], "norm": "batch"}
 TEACHER_STEPS, TEACHER_RATE, VIEWS = 2000, 3e-3, 4
 LEARNING_RATES, KD_WEIGHTS, WEIGHTS = (1e-3, 3e-3), (0.9, 3.0), (1.0, 10.0)
 STEPS = {1: 600, 5: 600, 10: 600, 50: 2000}

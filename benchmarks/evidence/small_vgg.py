@@ -1,8 +1,8 @@
-"""A plain stack of convolutions, as VGG's: no residuals, and group norm so that an image's gradient is its own."""
+"""A plain stack of convolutions, as VGG's, without residuals. With group norm an image's gradient is its own."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,14 +16,18 @@ class SmallVGGConfig(PreTrainedConfig):
     model_type = "small_vgg"
 
     def __init__(
-        self, hidden_sizes: tuple[int, ...] = (16, 32, 64), depths: tuple[int, ...] = (1, 1, 1), **further: Any
+        self,
+        hidden_sizes: tuple[int, ...] = (16, 32, 64),
+        depths: tuple[int, ...] = (1, 1, 1),
+        norm: Literal["group", "batch"] = "group",
+        **further: Any,
     ):
-        self.hidden_sizes, self.depths, self.image_size = list(hidden_sizes), list(depths), 32
+        self.hidden_sizes, self.depths, self.norm, self.image_size = list(hidden_sizes), list(depths), norm, 32
         super().__init__(**further)
 
 
 class SmallVGGForImageClassification(PreTrainedModel):
-    """3 x 3 convolutions, group norm, ReLU; the mean over all places, and a linear head."""
+    """3 x 3 convolutions, a norm, ReLU; the mean over all places, and a linear head."""
 
     config_class = SmallVGGConfig
     main_input_name = "pixel_values"
@@ -35,7 +39,8 @@ class SmallVGGForImageClassification(PreTrainedModel):
         for stage, (size, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
             layers += [nn.MaxPool2d(2)] if stage else []
             for _ in range(depth):
-                layers += [nn.Conv2d(width, size, 3, padding=1, bias=False), nn.GroupNorm(8, size), nn.ReLU()]
+                norm = nn.GroupNorm(8, size) if config.norm == "group" else nn.BatchNorm2d(size)
+                layers += [nn.Conv2d(width, size, 3, padding=1, bias=False), norm, nn.ReLU()]
                 width = size
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(width, config.num_labels)
         self.post_init()
