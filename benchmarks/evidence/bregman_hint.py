@@ -35,7 +35,7 @@ class Imported:
         # A bregman term of probabilities reads logits, one of pooled features the embedding.
         objectives = [{"name": "task"}, {"name": "logit_kd"}, HINT, {"name": "feature_kd", "patch_weight": 0}]
         config = {"model_type": "bit", **SMALL_BIT}
-        self.set = StoredSet(self.folder, dataset, teacher, config, objectives, each=100)
+        self.set = StoredSet(self.folder, dataset, teacher, config, objectives, each=100, teacher_pixels="own")
 
     def __call__(self, run: Run) -> dict[str, Any]:
         objectives = [dict(entry) for entry in KD]

@@ -29,12 +29,13 @@ class StoredSet:
         student: the fields of a student's config, by which the store knows pairs of layers.
         objectives: all that the table's arms read.
         views: of each image; a batch shows the next one.
+        teacher_pixels: "own" where the teacher sees each view at its own size.
         on_the_way: every so many-th validation image is looked at while a student trains.
     """
 
     def __init__(
         self, folder: Path, dataset: str, teacher: str, student: dict[str, Any], objectives: list[Any], *, each: int,
-        views: int = 4, on_the_way: int = 1,
+        views: int = 4, teacher_pixels: str = "shared", on_the_way: int = 1,
     ):  # fmt: skip
         self.saved, self.store = subset(dataset, each, folder / "data"), folder / "store"
         data = load_images(self.saved)
@@ -43,7 +44,8 @@ class StoredSet:
             cache(
                 ["--teacher", teacher, "--dataset", self.saved, "--student_config", json.dumps(student),
                  "--objectives", json.dumps(objectives), "--augmentation", json.dumps(AUGMENTATION), "--views",
-                 str(views), "--precision", "float16", "--output", str(self.store)]
+                 str(views), "--image_size", "32", "--teacher_pixels", teacher_pixels, "--precision", "float16", "--output",
+                 str(self.store)]
             )  # fmt: skip
         self.images = Rendered(data.train, PROCESSOR, augmentation=Augmentation(AUGMENTATION))
         self.held_out = {split: stacked(ImageDataset(getattr(data, split), PROCESSOR)) for split in HELD_OUT}
