@@ -43,9 +43,9 @@ class StoredSet:
         if not is_store(str(self.store)):
             cache(
                 ["--teacher", teacher, "--dataset", self.saved, "--student_config", json.dumps(student),
-                 "--objectives", json.dumps(objectives), "--augmentation", json.dumps(AUGMENTATION), "--views",
-                 str(views), "--image_size", "32", "--teacher_pixels", teacher_pixels, "--precision", "float16", "--output",
-                 str(self.store)]
+                 "--objectives", json.dumps(objectives), "--augmentation", json.dumps(AUGMENTATION),
+                 "--views", str(views), "--image_size", "32", "--teacher_pixels", teacher_pixels,
+                 "--precision", "float16", "--output", str(self.store)]
             )  # fmt: skip
         self.images = Rendered(data.train, PROCESSOR, augmentation=Augmentation(AUGMENTATION))
         self.held_out = {split: stacked(ImageDataset(getattr(data, split), PROCESSOR)) for split in HELD_OUT}
