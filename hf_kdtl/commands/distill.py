@@ -123,7 +123,7 @@ def begin(experiment: Experiment, budget: float | None, argv: Sequence[str] | No
         "data": builders.facts(experiment.data, data_options)
         | experiment.images.facts(config.per_device_train_batch_size),
         "objectives": config.objectives,
-        "models": models_section(first, student_start(options, first.model)),
+        "models": models_section(first, student_start(options, first.model, experiment.kept)),
         "pairing": models | {"notes": notes},
     }
     folders.begin(first, sections)

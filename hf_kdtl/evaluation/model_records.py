@@ -20,10 +20,11 @@ class Origin(Record):
 
 @dataclass(frozen=True)
 class Start(Origin):
-    """What a student was initialized from: how is pretrained, cut (of a teacher's blocks) or random."""
+    """What a student was initialized from: how is pretrained, cut (of its teacher; `kept` in words) or random."""
 
     how: str | None = None
     layers: int | None = None
+    kept: str | None = None
 
 
 @dataclass(frozen=True)

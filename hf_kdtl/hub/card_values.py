@@ -97,6 +97,8 @@ def _image_size(model: ModelFacts) -> str | None:
 def _start(start: Start, teacher: ModelFacts | None) -> Markdown:
     if start.how == "cut":
         whose = inline((teacher and teacher.name) or "its teacher")
+        if start.kept:
+            return Markdown(f"from what was kept of {whose}: {inline(start.kept)}")
         return Markdown(f"from {start.layers or 'some'} of the blocks of {whose}")
     if start.how == "random":
         return Markdown("at random")

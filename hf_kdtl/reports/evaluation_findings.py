@@ -73,11 +73,12 @@ def _classes(role: str, model: EvaluatedModel, other: EvaluatedModel) -> str:
 
 def _few_images(model: EvaluatedModel) -> str:
     counts = [number for _, number in class_accuracies(model).values()]
+    number = f"{min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else f"{min(counts):,}"
     half = 1.96 * 0.5 / min(counts) ** 0.5
     empty = len(model.confusion) - len(counts)
     missing = f"{empty} of {len(model.confusion)} classes have no image here. " if empty else ""
     return (
-        f"**Precision of the class accuracies**: {missing}A class has {min(counts):,} to {max(counts):,} images; an "
+        f"**Precision of the class accuracies**: {missing}A class has {number} images; an "
         f"accuracy on {min(counts):,} images has an error of up to ±{100 * half:.0f} points, and the lowest of many "
         "classes looks lower than it is."
     )

@@ -55,7 +55,9 @@ def test_a_budget_of_distill(command, images, teacher):
     share = flops(open_model("out/student"), PIXELS) / flops(open_model(teacher), PIXELS)
     assert 0.4 < share <= 0.5
     results = read_results("out")
-    assert results["models"]["student"]["start"]["how"] == "cut" and "of the FLOPs" in results["pairing"]["student"]
+    start, told = results["models"]["student"]["start"], results["pairing"]["student"]
+    assert start["how"] == "cut" and told.endswith(f", cut out of the teacher: {start['kept']}")
+    assert start["kept"].endswith("of the FLOPs")
 
 
 def test_a_teacher_without_a_head(command, images, teacher):

@@ -20,8 +20,8 @@ def texts(folder):
     return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
 
 
-def test_there_are_two_and_no_weights():
-    assert len(FOLDERS) >= 2
+def test_there_are_three_and_no_weights():
+    assert len(FOLDERS) >= 3
     for folder in FOLDERS:
         assert {path.name for path in folder.iterdir()} == {"README.md", FILE}
         assert f"[{folder.name}]({folder.name}/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,9 +51,12 @@ def test_its_figures_are_those_of_results(folder):
         f"{100 * (test['accuracy'] - teacher):+.1f} points (the teacher's accuracy is {100 * teacher:.1f} %"
         in card.text
     )
-    difference = next(one for one in results["comparison"] if one["split"] == "test")
-    points = f"{100 * difference['mean']:+.1f} points of accuracy"
-    assert f"{points} against the same student trained without it" in card.text
+    measured = [one for one in results.get("comparison", []) if one["split"] == "test"]
+    points = [
+        f"{100 * one['mean']:+.1f} points of accuracy against the same student trained without it" for one in measured
+    ]
+    assert all(text in card.text for text in points[:1])
+    assert bool(points) == ("alone" in results["evaluation"]["models"])
     shown = [entry["name"] for entry in results["objectives"]]
     assert set(shown) - {"task"} <= set(card.data.tags) and all(f"| {name} " in card.text for name in shown)
 
@@ -67,7 +70,8 @@ def test_the_evaluation_is_of_this_student(folder):
     mine = next(iter(results["evaluation"]["models"]["distilled"]["runs"].values()))["test"]["accuracy"]
     assert models["student"]["runs"]["student"]["test"]["accuracy"] == mine
     assert {"fidelity", "degraded"} <= set(results["student_evaluation"]["evaluation"])
-    assert "baseline is the same student trained without the teacher" in ModelCard.load(folder / "README.md").text
+    told = "baseline is the same student trained without the teacher" in ModelCard.load(folder / "README.md").text
+    assert told == ("alone" in results["evaluation"]["models"])
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
@@ -86,7 +90,8 @@ def test_the_first_screen_and_the_limits_are_there(folder):
     for title in ("How it was made", "Objectives", "Limits", "Reproduce it", "Citations"):
         assert re.search(f"^##+ {title}$", text, re.MULTILINE)
     again = yaml.safe_load(text.split("```yaml\n")[1].split("\n```")[0])
-    assert again["objectives"] == read_results(folder)["objectives"] and again["max_steps"] > 0
+    assert again["objectives"] == read_results(folder)["objectives"]
+    assert again.get("max_steps", 0) > 0 or again["num_train_epochs"] > 0
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)

@@ -147,6 +147,11 @@ def test_how_it_was_made_and_how_to_use_it():
     text = student_card(found, model_id="me/small").text
     assert "owner/vit-big (revision abc123), ViTForImageClassification, 2,000,000 parameters" in text
     assert "Initialized from 4 of the blocks of owner/vit-big." in text
+    found["models"]["student"]["start"]["kept"] = (
+        "96 of 192 channels, 53% of the FLOPs"  # all blocks, at half the width
+    )
+    narrow = student_card(found, model_id="me/small").text
+    assert "Initialized from what was kept of owner/vit-big: 96 of 192 channels, 53% of the FLOPs." in narrow
     assert "90 train, 30 validation, 60 test" in text
     assert "| logit_kd |    0.9 | temperature 4.0 |" in text and "one rate for all layers" in text
     assert "```\nstudent  teacher\n      0        1\n```" in text

@@ -95,10 +95,10 @@ class Experiment:
         self.processor = student_processor(options, self.teacher, student, self.notes)
         self.chosen = None if typed is None else self._choose(student, typed)
         self.notes += self.images.note(config.per_device_train_batch_size)
-        self.student_summary = builders.summary(student)
+        self.student_summary, self.kept = builders.summary(student), None
         if options.cut is not None and self.teacher is not None:
-            plan, _ = planned(self.teacher, options.cut, data)
-            self.student_summary += f", cut out of the teacher: {plan.in_words()}"
+            self.kept = planned(self.teacher, options.cut, data)[0].in_words()
+            self.student_summary += f", cut out of the teacher: {self.kept}"
 
     def _open(self, paths: dict[str, str]) -> dict[str, Teacher]:
         compared = {one.source for one in self.config.build_objectives().values() if one.compares_classes}

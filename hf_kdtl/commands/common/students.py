@@ -65,12 +65,12 @@ def student_processor(options: DistillOptions, teacher: Teacher | None, student:
     return builders.new_processor(student.config, options.image_size)
 
 
-def student_start(options: DistillOptions, student: Any) -> dict[str, Any]:
-    """How the student was made, for the section `models` of results.json."""
+def student_start(options: DistillOptions, student: Any, kept: str | None = None) -> dict[str, Any]:
+    """How the student was made, for the section `models` of results.json; `kept` of the teacher, in words."""
     if options.student is not None:
         return {"how": "pretrained"}
     return (
         {"how": "random"}
         if options.student_config is not None
-        else {"how": "cut", "layers": len(find_blocks(student))}
+        else {"how": "cut", "layers": len(find_blocks(student)), "kept": kept}
     )
