@@ -143,7 +143,7 @@ def test_the_first_screen_answers():
         "break 16.7 % of all images (10 that are correct today) and fix 26.7 % (16)",
         "**Classes against the teacher**: 1 of 3 lose accuracy. From dog, -60.0 points (90.0 % to 30.0 %), "
         "to emu, +0.0",
-        "A class has 20 to 20 images; an accuracy on 20 images has an error of up to ±22 points",
+        "A class has 20 images; an accuracy on 20 images has an error of up to ±22 points",
         "mean confidence 78.7 %, accuracy 60.0 %: over-confident; the teacher: mean confidence 78.7 %, accuracy "
         "80.0 %; the baseline",
         "mean accuracy 45.0 % (75.0 % of clean). Lowest under jpeg at severity 5: 10.0 %, from 60.0 %",
