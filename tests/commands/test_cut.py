@@ -55,8 +55,8 @@ def test_a_budget_of_distill(command, images, teacher):
     share = flops(open_model("out/student"), PIXELS) / flops(open_model(teacher), PIXELS)
     assert 0.4 < share <= 0.5
     results = read_results("out")
-    start, told = results["models"]["student"]["start"], results["pairing"]["student"]
-    assert start["how"] == "cut" and told.endswith(f", cut out of the teacher: {start['kept']}")
+    start, summary = results["models"]["student"]["start"], results["pairing"]["student"]
+    assert start["how"] == "cut" and summary.endswith(f", cut out of the teacher: {start['kept']}")
     assert start["kept"].endswith("of the FLOPs")
 
 

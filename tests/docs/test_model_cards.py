@@ -70,8 +70,8 @@ def test_the_evaluation_is_of_this_student(folder):
     mine = next(iter(results["evaluation"]["models"]["distilled"]["runs"].values()))["test"]["accuracy"]
     assert models["student"]["runs"]["student"]["test"]["accuracy"] == mine
     assert {"fidelity", "degraded"} <= set(results["student_evaluation"]["evaluation"])
-    told = "baseline is the same student trained without the teacher" in ModelCard.load(folder / "README.md").text
-    assert told == ("alone" in results["evaluation"]["models"])
+    named = "baseline is the same student trained without the teacher" in ModelCard.load(folder / "README.md").text
+    assert named == ("alone" in results["evaluation"]["models"])
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
