@@ -1,6 +1,6 @@
 """Table 4: Jacobian matching with few images of 100 classes. The plan stands in benchmarks/plan.md.
 
-    python -m benchmarks.evidence.jacobian_vgg --dataset <tiny_imagenet100> --work <folder>
+    python -m benchmarks.evidence.jacobian_vgg --dataset <tiny_imagenet100> --work <folder> --images 5
 
 It trains its teacher first (6 CPU minutes, <folder>/vgg_teacher); a run is half a CPU minute. Stopped and started
 again it goes on where it was.

@@ -55,7 +55,7 @@ def test_its_figures_are_those_of_results(folder):
     points = [
         f"{100 * one['mean']:+.1f} points of accuracy against the same student trained without it" for one in measured
     ]
-    assert all(text in card.text for text in points[:1])
+    assert not points or points[0] in card.text
     assert bool(points) == ("alone" in results["evaluation"]["models"])
     shown = [entry["name"] for entry in results["objectives"]]
     assert set(shown) - {"task"} <= set(card.data.tags) and all(f"| {name} " in card.text for name in shown)
