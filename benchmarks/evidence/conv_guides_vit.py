@@ -27,7 +27,10 @@ LEARNING_RATES = (1e-3, 2e-3)
 TASK = [{"name": "task"}]
 KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 HINT = {"name": "hidden_states", "layers": [[3, 5]], "weight": 2.5}
-ARMS = {"alone": TASK, "logit_kd": KD, "both": [*KD, HINT], "hidden_states": [*TASK, HINT]}
+ARMS = {
+    "alone": TASK, "logit_kd": KD, "both": [*KD, HINT], "hidden_states": [*TASK, HINT],
+    "both_auto": [*KD, HINT | {"weight": "auto"}],
+}  # fmt: skip
 
 
 class Guided:

@@ -22,10 +22,11 @@ from hf_kdtl.data import load_images
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 STEPS = 1500
-KD = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
+KD: list[dict[str, Any]] = [{"name": "task", "weight": 0.1}, {"name": "logit_kd", "weight": 0.9, "temperature": 4.0}]
 TASK = [{"name": "task"}]
 CORE = ("alone", "kd_labelled", "kd_unlabelled")
 CONTROLS = ("label_smoothing", "alone_twice_as_long", "kd_unlabelled_shuffled_teacher")
+AUTO = "kd_unlabelled_auto"
 
 
 class FewLabels:
@@ -45,11 +46,7 @@ class FewLabels:
         steps = STEPS * (2 if run.arm == "alone_twice_as_long" else 1)
         smoothing = 0.1 if run.arm == "label_smoothing" else 0.0
         config = settings(
-            run.seed,
-            steps,
-            run.weight,
-            objectives=KD if run.arm.startswith("kd") else TASK,
-            label_smoothing_factor=smoothing,
+            run.seed, steps, run.weight, objectives=objectives(run.arm), label_smoothing_factor=smoothing
         )
         student = small_bit(int(self.labels.max()) + 1, run.seed)
         images = Views(self.pixels, labels, rows, share, run.seed)
@@ -61,6 +58,13 @@ class FewLabels:
         return Answers(self.logits if known else shuffled(self.logits, len(self.labels), run.seed))
 
 
+def objectives(arm: str) -> list[dict[str, Any]]:
+    """Labels alone, or a tenth of them and soft labels, whose weight may be measured."""
+    if arm == AUTO:
+        return [KD[0], KD[1] | {"weight": "auto"}]
+    return KD if arm.startswith("kd") else TASK
+
+
 def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
     """Each image has the answers to another image, view by view."""
     order = np.random.default_rng(seed).permutation(images)
@@ -70,7 +74,7 @@ def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
 def main() -> None:
     parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 4, 500])
-    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS])
+    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS, AUTO])
     parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--teacher_size", type=int, help="pixels that the teacher sees, if not the student's")
