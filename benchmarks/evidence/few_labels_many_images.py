@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from benchmarks.evidence.maps import AnswersAndMaps, maps_of
 from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import accuracy, labelled_rows, quiet, settings, small_bit, train
-from benchmarks.evidence.views import Answers, Views, plain_split, pool
+from benchmarks.evidence.views import Answers, Views, as_seen, plain_split, pool
 from hf_kdtl.data import load_images
+from hf_kdtl.models import Teacher
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 STEPS = 1500
@@ -26,16 +28,22 @@ KD: list[dict[str, Any]] = [{"name": "task", "weight": 0.1}, {"name": "logit_kd"
 TASK = [{"name": "task"}]
 CORE = ("alone", "kd_labelled", "kd_unlabelled")
 CONTROLS = ("label_smoothing", "alone_twice_as_long", "kd_unlabelled_shuffled_teacher")
-AUTO = "kd_unlabelled_auto"
+AUTO, MAPS = "kd_unlabelled_auto", "kd_unlabelled_attention_transfer"
+MAP_WEIGHTS = (10.0, 100.0, 1000.0)
+ATTENTION: dict[str, Any] = {"name": "attention_transfer", "layers": [[0, 3], [1, 5], [2, 6]]}
+"""The blocks of the student and the last ones of the ResNet's last three stages: 8, 4 and 2 cells a side."""
 
 
 class FewLabels:
-    """One run: so many labels a class, an arm, a learning rate (the table's `weight`), a seed."""
+    """One run: so many labels a class, an arm, a learning rate (the table's `weight`), a seed. For
+    attention_transfer the `weight` is that of the term, and the rate that of `kd_unlabelled`."""
 
     def __init__(self, dataset: str, teacher: str, work: Path, images: int, shown: int | None):
         data = load_images(dataset)
         self.pixels, self.labels, self.logits = pool(dataset, teacher, work, images, shown=shown)
         self.held_out = {name: plain_split(getattr(data, name), 32) for name in ("validation", "test")}
+        self.model, self.file, self.rate = teacher, work / f"{Path(dataset).name}_{images}_maps.npz", 0.0
+        self.taught_by: Answers | None = None
 
     def __call__(self, run: Run) -> dict[str, Any]:
         few = labelled_rows(self.labels, int(run.setting.split("_")[-1]), run.seed)
@@ -45,8 +53,9 @@ class FewLabels:
             labels = np.where(np.isin(rows, few), self.labels, -100)
         steps = STEPS * (2 if run.arm == "alone_twice_as_long" else 1)
         smoothing = 0.1 if run.arm == "label_smoothing" else 0.0
+        rate = self.rate if run.arm == MAPS else run.weight
         config = settings(
-            run.seed, steps, run.weight, objectives=objectives(run.arm), label_smoothing_factor=smoothing
+            run.seed, steps, rate, objectives=objectives(run.arm, run.weight), label_smoothing_factor=smoothing
         )
         student = small_bit(int(self.labels.max()) + 1, run.seed)
         images = Views(self.pixels, labels, rows, share, run.seed)
@@ -54,15 +63,24 @@ class FewLabels:
         return {name: accuracy(student, split) for name, split in self.held_out.items()}
 
     def _teacher(self, run: Run) -> Answers:
+        if run.arm == MAPS:
+            self.taught_by = self.taught_by or self._with_maps()
+            return self.taught_by
         known = not run.arm.endswith("shuffled_teacher")
         return Answers(self.logits if known else shuffled(self.logits, len(self.labels), run.seed))
 
+    def _with_maps(self) -> AnswersAndMaps:
+        teacher, blocks = Teacher.from_pretrained(self.model), tuple(pair[1] for pair in ATTENTION["layers"])
+        geometry = teacher.geometry(as_seen(teacher, self.pixels[:1, 0]))
+        return AnswersAndMaps(self.logits, maps_of(teacher, self.pixels, blocks, self.file), geometry)
 
-def objectives(arm: str) -> list[dict[str, Any]]:
-    """Labels alone, or a tenth of them and soft labels, whose weight may be measured."""
+
+def objectives(arm: str, weight: float) -> list[dict[str, Any]]:
+    """Labels alone, or a tenth of them and soft labels, whose weight may be measured, and a term on features."""
     if arm == AUTO:
         return [KD[0], KD[1] | {"weight": "auto"}]
-    return KD if arm.startswith("kd") else TASK
+    further = [ATTENTION | {"weight": weight}] if arm == MAPS else []
+    return [*KD, *further] if arm.startswith("kd") else TASK
 
 
 def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
@@ -74,7 +92,7 @@ def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
 def main() -> None:
     parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 4, 500])
-    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS, AUTO])
+    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS, AUTO, MAPS])
     parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--teacher_size", type=int, help="pixels that the teacher sees, if not the student's")
@@ -83,8 +101,11 @@ def main() -> None:
     measure = FewLabels(options.dataset, options.teacher, options.work, options.images, options.teacher_size)
     table = Table("few_labels_many_images", measure)
     for labels in options.labels:
+        setting, seeds = f"{Path(options.dataset).name}_{labels}", range(1, options.seeds + 1)
         for arm in options.arms:
-            table.taken(f"{Path(options.dataset).name}_{labels}", arm, options.rates, range(1, options.seeds + 1))
+            if arm == MAPS:
+                measure.rate = table.chosen(setting, "kd_unlabelled", options.rates, seeds)
+            table.taken(setting, arm, MAP_WEIGHTS if arm == MAPS else options.rates, seeds)
 
 
 if __name__ == "__main__":

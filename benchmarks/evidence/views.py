@@ -171,14 +171,19 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 
 @torch.inference_mode()
 def answers(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
-    """The teacher's logits for (n, 3, h, w) uint8 pixels, through its own processor's size, mean and std."""
-    processor, model = teacher.processing_class, teacher.classifier()
-    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    size, found = (processor.size["height"], processor.size["width"]), []
-    for part in _parts(len(pixels)):
-        shown = torch.nn.functional.interpolate(torch.from_numpy(pixels[part]) / 255, size, mode="bilinear")
-        found.append(model((shown - mean) / std).logits.numpy())
+    """The teacher's logits for (n, 3, h, w) uint8 pixels."""
+    model = teacher.classifier()
+    found = [model(as_seen(teacher, pixels[part])).logits.numpy() for part in _parts(len(pixels))]
     return np.concatenate(found)
+
+
+def as_seen(teacher: Teacher, pixels: np.ndarray) -> Tensor:
+    """(n, 3, h, w) uint8 pixels through the teacher's own processor's size, mean and std."""
+    processor = teacher.processing_class
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    size = (processor.size["height"], processor.size["width"])
+    shown = torch.nn.functional.interpolate(torch.from_numpy(pixels) / 255, size, mode="bilinear")
+    return (shown - mean) / std
 
 
 def _parts(number: int, size: int = 250) -> list[np.ndarray]:

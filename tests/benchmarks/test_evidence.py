@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from benchmarks.evidence import comparison, report, small_pages
 from benchmarks.evidence.few_labels_many_images import shuffled
+from benchmarks.evidence.maps import AnswersAndMaps, maps_of
 from benchmarks.evidence.robust_students import RADIUS, attacked, right, spread_images
 from benchmarks.evidence.runs import RESULTS, Run, Table
 from benchmarks.evidence.small_vgg import SmallVGGConfig, SmallVGGForImageClassification
-from benchmarks.evidence.views import Views, resized
+from benchmarks.evidence.views import Views, as_seen, resized
+from hf_kdtl.functional.features import attention_transfer
+from hf_kdtl.models import Teacher
+from hf_kdtl.models.forward.needs import Needs
+from hf_kdtl.objectives.paired import patches
 
 
 def line(arm, weight, seed, validation, test):
@@ -26,6 +32,28 @@ def test_each_page_is_what_its_runs_give(name):
     file = RESULTS / f"{name}.jsonl"
     lines = [json.loads(text) for text in file.read_text().splitlines()]
     assert file.with_suffix(".md").read_text() == report.written(name, lines)
+
+
+def test_a_map_of_one_channel_serves_attention_transfer_as_the_features_do(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+    teacher = Teacher(
+        ResNetForImageClassification(config), processing_class=ViTImageProcessor(size={"height": 32, "width": 32})
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 32, 32), np.uint8)
+    seen = as_seen(teacher, pixels.reshape(-1, 3, 32, 32))
+    source = AnswersAndMaps(
+        torch.zeros(10, 3), maps_of(teacher, pixels, (0, 1), tmp_path / "m.npz"), teacher.geometry(seen)
+    )
+    rows, needs = torch.tensor([7, 2]), Needs(logits=True, hidden_states=frozenset({0, 1}))
+    held, live = source.capture(seen[rows], needs, {"image_index": rows}), teacher.capture(seen[rows], needs)
+    assert source.unserved(needs) == ""
+    assert "only logits and maps" in source.unserved(Needs(hidden_states=frozenset({2})))
+    for block, grid in ((0, (8, 8)), (1, (4, 4))):
+        mine = torch.randn(2, grid[0] * grid[1], 6)
+        theirs = [patches(found.hidden_states[block], source.known.layers[block]) for found in (held, live)]
+        values = [attention_transfer(mine, its, grid, grid, "code") for its in theirs]
+        torch.testing.assert_close(*values, rtol=2e-3, atol=0)  # float16
+        assert values[1].min() > 0
 
 
 def test_a_run_is_done_once_and_kept(tmp_path):
