@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from hf_kdtl.data.several import UNLABELLED, cell_names, class_names_of, is_list, names_of, with_labels
+from hf_kdtl.data.cells import UNLABELLED, is_unlabelled
+from hf_kdtl.data.several import cell_names, class_names_of, is_list, names_of, with_labels
 from hf_kdtl.data.tables import LABELS
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.text import some
@@ -25,19 +26,19 @@ def with_two_columns(
     Raises:
         ValueError: when a column cannot be identified, or a split holds a label that train does not know.
     """
-    raw = {name: _whole_labels(split, label) for name, split in raw.items()}
     features = raw["train"].features
     image = _column(features, "image", image, [name for name in features if _is_image(features[name])])
     others = [name for name in features if name != image]
     classes = [name for name in others if isinstance(features[name], ClassLabel)]
     lists = [name for name in others if is_list(features[name])] if multi_label else []
-    kinds = lists or classes or [name for name in others if _is_category(features[name])]
+    whole = [name for name in others if name == label or name.lower() in LABELS if _is_whole(raw["train"], name)]
+    kinds = lists or classes or [name for name in others if name in whole or _is_category(features[name])]
     label = _column(features, "label", label, kinds)
     if not (_is_image(features[image]) or _dtype(features[image]) in ("binary", "large_binary", "string")):
         raise ValueError(
             f"Column {image!r} is of type {_type(features[image])}, expected images, their bytes or paths."
         )
-    if not (_is_category(features[label]) or (multi_label and is_list(features[label]))):
+    if not (label in whole or _is_category(features[label]) or (multi_label and is_list(features[label]))):
         raise ValueError(f"Column {label!r} is of type {_type(features[label])}, expected ClassLabel, string or int.")
     cells = {name: _cells(split, label, name) for name, split in raw.items()} if multi_label else {}
     names = class_names_of(cells["train"]) if multi_label else _class_names(raw["train"], label, notes)
@@ -64,17 +65,16 @@ def with_two_columns(
     return splits
 
 
-def _whole_labels(split: Dataset, label: str | None) -> Dataset:
-    """A column of labels that holds whole numbers as floats, as pandas writes a column with empty cells, as int64."""
-    floats = [name for name, feature in split.features.items() if _dtype(feature).startswith(("float", "double"))]
-    for name in floats:
-        if name != label and name.lower() not in LABELS:
-            continue
-        values = [None if v is None or v != v else v for v in split[name][:]]
-        if all(v is None or v == int(v) for v in values):
-            whole = [None if v is None else int(v) for v in values]
-            split = split.remove_columns(name).add_column(name, whole, feature=Value("int64"))
-    return split
+def _is_whole(split: Dataset, name: str) -> bool:
+    """Whether a column of floats holds whole numbers, as pandas writes integers in a column with empty cells."""
+    is_float = _dtype(split.features[name]).startswith(("float", "double"))
+    return is_float and all(v is None or isinstance(v, int) for v in _values(split, name))
+
+
+def _values(split: Dataset, label: str) -> list[Any]:
+    """The labels of a split: None where there is none, whole numbers as integers."""
+    values = (None if is_unlabelled(v) or v != v else v for v in split[label][:])
+    return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
 
 
 def _with_image(pixels: Dataset) -> list[int]:
@@ -93,7 +93,7 @@ def _cells(split: Dataset, label: str, name: str) -> list[list[str] | None]:
     if label not in split.features:
         raise ValueError(f"The split {name!r} has no column {label!r}, only {_columns(split.features)}.")
     names = names_of(split.features[label])
-    return [cell_names(cell, names) for cell in split[label][:]]
+    return [cell_names(cell, names) for cell in _values(split, label)]
 
 
 def with_rows(split: Dataset, first: int = 0) -> Dataset:
@@ -159,7 +159,7 @@ def _class_names(train: Dataset, label: str, notes: list[str]) -> list[str]:
     feature = train.features[label]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    values = sorted({value for value in train[label][:] if value is not None and value != UNLABELLED})
+    values = sorted({value for value in _values(train, label) if value is not None})
     notes.append(f"Column {label!r} ({_type(feature)}) was read as {len(values)} classes: {some(values)}.")
     if several := [value for value in values if isinstance(value, str) and ";" in value]:
         notes.append(f"Classes such as {several[0]!r} hold ';': for several labels an image set multi_label.")
@@ -168,8 +168,8 @@ def _class_names(train: Dataset, label: str, notes: list[str]) -> list[str]:
 
 def _class_indices(split: Dataset, name: str, label: str, names: list[str], notes: list[str]) -> list[int]:
     """The labels of a split as indices into `names`, matched by the name of the class; -100 if unlabelled."""
-    feature, values = split.features[label], split[label][:]
-    if negative := sorted({v for v in values if isinstance(v, int) and v < 0 and v != UNLABELLED}):
+    feature, values = split.features[label], _values(split, label)
+    if negative := sorted({v for v in values if isinstance(v, int) and v < 0}):
         raise ValueError(
             f"Column {label!r} of {name} holds the labels {some(negative)}, expected class indices from 0; write "
             "-100 for an unlabelled image of train, and leave unlabelled images out of validation and test."
@@ -184,7 +184,7 @@ def _class_indices(split: Dataset, name: str, label: str, names: list[str], note
         if own != [n for n in names if n in own]:
             notes.append(f"The classes of {name} are listed as {some(own)}: re-ordered by name to those of train.")
     position = {class_name: index for index, class_name in enumerate(names)}
-    known = [None if v is None or v == UNLABELLED else str(v if own is None else own[v]) for v in values]
+    known = [None if v is None else str(v if own is None else own[v]) for v in values]
     refuse_unseen(name, Counter(v for v in known if v is not None and v not in position))
     return [UNLABELLED if v is None else position[v] for v in known]
 

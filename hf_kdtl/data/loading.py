@@ -124,11 +124,15 @@ def load_images(
               val, valid, dev, ...; also one level down). `unlabelled` is no class: its images train without a label.
               A metadata.csv or .jsonl (file_name, label) names the classes where the folders do not;
             - a glob of class folders, such as "photos/*/*", where the folders can be read in more than one way;
-            - a csv, tsv or jsonl file of paths (file_name, path, ...), labels and, as it may be, split;
+            - a csv, tsv or jsonl file of paths (file_name, path, ...) and labels;
             - a parquet file, a folder or a glob of parquet files, or of WebDataset archives (.tar): a name that begins
               with train, validation, valid, val, dev or test goes to that split;
             - a dataset written by save_to_disk, a `datasets.Dataset` or `DatasetDict`;
             - or else the name of a dataset on the Hub.
+
+            Where it has no splits, a column called split with names of splits (train, val, ...) divides it. A label
+            is the text that stands in its cell (01 is not 1), or an integer where all are; an empty one, or -100, is
+            no label.
         image_column, label_column: needed where there is not exactly one candidate. By default the column whose
             feature is an Image, and the one that is a ClassLabel, or else the only one of strings or integers.
         validation_fraction, test_fraction: share of the labelled images of train, in (0, 1), that a missing split

@@ -10,8 +10,9 @@ import datasets
 import torch
 from datasets import ClassLabel, Dataset, Value
 
+from hf_kdtl.data.cells import UNLABELLED, is_unlabelled
+
 SEPARATOR, NONE = ";", "none"
-UNLABELLED = -100
 SEVERAL = "labels"
 """The column (K,) of 1, 0 and -100, in addition to `label`."""
 
@@ -22,7 +23,7 @@ def cell_names(cell: Any, names: Sequence[str] | None = None) -> list[str] | Non
     >>> cell_names("cat; dog"), cell_names("none"), cell_names(""), cell_names(["cat"])
     (['cat', 'dog'], [], None, ['cat'])
     """
-    if cell is None or cell == "" or cell == UNLABELLED:
+    if is_unlabelled(cell):
         return None
     parts: Any = cell if isinstance(cell, list | tuple) else str(cell).split(SEPARATOR)
     found = [str(part if names is None else names[part]).strip() for part in parts]

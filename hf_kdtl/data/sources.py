@@ -18,6 +18,7 @@ from hf_kdtl.data.folders import SPLITS, open_class_folders, open_folder, split_
 from hf_kdtl.data.tables import METADATA, open_table
 from hf_kdtl.data.webdataset import open_webdataset
 from hf_kdtl.utils.options import closest, suggestion
+from hf_kdtl.utils.text import some
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict
 
@@ -34,14 +35,7 @@ def open_source(
     """
     splits: dict[str, Dataset] = {}
     name_of = source_name(source)
-    if isinstance(source, Dataset | DatasetDict | dict):
-        opened = _given(source, notes)
-    elif isinstance(source, str | Path):
-        opened = _open(str(source), notes, image_column, label_column)
-    else:
-        raise ValueError(
-            f"The source is a {type(source).__name__}, expected a path, a name, a datasets.Dataset or a DatasetDict."
-        )
+    opened = _divided(open_parts(source, notes, image_column, label_column), (image_column, label_column), notes)
     for name, split in opened.items():
         if (known := split_name(str(name))) is None:
             notes.append(f"The split {name!r} of {name_of} ({len(split)} images) was not used.")
@@ -56,9 +50,57 @@ def open_source(
     return splits
 
 
+def open_parts(
+    source: Source, notes: list[str], image_column: str | None = None, label_column: str | None = None
+) -> dict[str, Dataset]:
+    """All that a source has, under the names that it has there."""
+    if isinstance(source, Dataset | DatasetDict | dict):
+        return _given(source, notes)
+    if isinstance(source, str | Path):
+        return _open(str(source), notes, image_column, label_column)
+    raise ValueError(
+        f"The source is a {type(source).__name__}, expected a path, a name, a datasets.Dataset or a DatasetDict."
+    )
+
+
 def source_name(source: Source) -> str:
     """The source in a few words, for notes and reports."""
     return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__} in memory"
+
+
+def _divided(opened: dict[str, Dataset], used: tuple[str | None, ...], notes: list[str]) -> dict[str, Dataset]:
+    """What was opened, a single part divided by its column `split`; a note where such a column decides nothing."""
+    found: dict[str, Dataset] = {}
+    for part, split in opened.items():
+        column = next((name for name in split.column_names if name.lower() == "split" and name not in used), None)
+        rows: dict[str, list[int]] = {}
+        for row, value in enumerate(_texts(split, column) if column else ()):
+            rows.setdefault(split_name(value) or value, []).append(row)
+        known = [name for name in rows if split_name(name)]
+        if column and not known:
+            notes.append(
+                f"The column {column!r} of {part} does not divide the images: none of its values ({some([*rows])}) is "
+                "train, validation or test."
+            )
+        if column is None or not known:
+            found[part] = split
+        elif len(opened) == 1 and split_name(part) in ("train", None):
+            notes.append(f"The splits are those of the column {column!r}: {', '.join(known)}.")
+            found |= {name: split.select(own).remove_columns(column) for name, own in rows.items()}
+        else:
+            found[part] = split.remove_columns(column)
+            if known != [split_name(part)]:
+                notes.append(
+                    f"The column {column!r} of {part} ({', '.join(known)}) was not used: the splits are "
+                    f"{', '.join(opened)}. To divide by the column, load that part alone."
+                )
+    return found
+
+
+def _texts(split: Dataset, column: str) -> list[str]:
+    names = getattr(split.features[column], "names", None)
+    values = (value if names is None or value is None else names[value] for value in split[column][:])
+    return ["(empty)" if value is None else str(value).strip() for value in values]
 
 
 def _given(source: Dataset | DatasetDict | dict[str, Dataset], notes: list[str]) -> dict[str, Dataset]:
@@ -86,7 +128,7 @@ def _open(
             return open_class_folders(folders, source, notes)
         return _open_files(found, source, notes)
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():
-        return open_table(path, image_column, notes)
+        return {"train": open_table(path, image_column, label_column, notes)}
     if path.is_file():
         return _open_files([path], source, notes)
     if path.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import pyarrow.json
 import pyarrow.parquet
 from datasets import Dataset
 
+from hf_kdtl.data.cells import whole_numbers
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.text import some
 
@@ -21,15 +23,15 @@ _PATHS = ("file_name", "filename", "path", "file", "image", "image_path", "filep
 LABELS = {"label", "labels", "class", "class_name", "target", "category"}
 
 
-def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[str, Dataset]:
-    """The images that a csv, tsv or jsonl file names, by the column `split` where it has one.
+def open_table(file: Path, image_column: str | None, label_column: str | None, notes: list[str]) -> Dataset:
+    """The images that a csv, tsv or jsonl file names, with its columns.
 
     Paths are absolute, or relative to the folder of the table.
 
     Raises:
         ValueError: when the file cannot be read, has no column of paths, or none of the files exists.
     """
-    table = _read(file)
+    table = _read(file, image_column, label_column)
     column = _path_column(table, image_column, file)
     paths = [None if p is None else _existing(file.absolute().parent, str(p)) for p in table[column].to_pylist()]
     missing = [str(path) for path in paths if path is None or not os.path.exists(path)]
@@ -42,10 +44,7 @@ def open_table(file: Path, image_column: str | None, notes: list[str]) -> dict[s
         )
     if missing:
         notes.append(f"{len(missing)} of {len(paths)} files that {file.name} names do not exist: {some(missing, 3)}.")
-    divided = [name for name in table.column_names if name.lower() == "split"]
-    names = [str(name) for name in table[divided[0]].to_pylist()] if divided else ["train"] * len(paths)
-    images = _with_images(table.drop_columns([*divided[:1], column]), paths, image_column or "image")
-    return {name: images.select([i for i, own in enumerate(names) if own == name]) for name in dict.fromkeys(names)}
+    return _with_images(table.drop_columns([column]), paths, image_column or "image")
 
 
 def _existing(folder: Path, name: str) -> str:
@@ -64,8 +63,8 @@ def metadata_split(
     Raises:
         ValueError: when the file cannot be read, or names files outside of the folder.
     """
-    table = _read(file)
-    columns = [name for name in table.column_names if name not in ("file_name", "split")]
+    table = _read(file, None, label_column)
+    columns = [name for name in table.column_names if name != "file_name"]
     if has_classes and not (label_column in columns or LABELS & {name.lower() for name in columns}):
         notes.append(f"The classes of {split} are its folders; columns of {file.name} were not used: {some(columns)}.")
         return None
@@ -99,17 +98,26 @@ def _note_differences(split: str, file: Path, here: set[str], paths: list[str | 
         notes.append(f"{len(absent)} rows of {file.name} name no image of {split} and were left out: {shown}.")
 
 
-def _read(file: Path) -> pa.Table:
+def _read(file: Path, image_column: str | None, label_column: str | None) -> pa.Table:
+    """The columns of a table. Of a csv or jsonl file what may be a class, and paths, are the text that stands there,
+    or integers where all are written so; other columns are the numbers or dates that they look like."""
+    names_of_text = {*LABELS, *_PATHS, str(image_column).lower(), str(label_column).lower()}
+
+    def is_text(name: str, kind: pa.DataType) -> bool:
+        measured = pa.types.is_floating(kind) or pa.types.is_temporal(kind)
+        return not pa.types.is_null(kind) and (not measured or name.strip().lower() in names_of_text)
+
     try:
-        if file.suffix == ".jsonl":
-            return pa.json.read_json(file)
         if file.suffix == ".parquet":
-            return pa.parquet.read_table(file)
-        with open(file, encoding="utf-8-sig", errors="replace") as opened:
-            header = opened.readline()
-        # Only these mean "no value": a class may be called NA, None or null.
-        delimiter = max(",;\t", key=header.count)
-        table = pa.csv.read_csv(file, parse_options=pa.csv.ParseOptions(delimiter=delimiter))
+            table = pa.parquet.read_table(file)
+        elif file.suffix == ".jsonl":
+            table = pa.json.read_json(file)
+            dates = [
+                (f.name, pa.string()) for f in table.schema if pa.types.is_temporal(f.type) and is_text(f.name, f.type)
+            ]
+            table = pa.json.read_json(file, parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(dates)))
+        else:
+            table = _read_csv(file, is_text)
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise ValueError(
             f"{str(file)!r} could not be read as a table ({error}), expected UTF-8 with a header line, the same "
@@ -117,7 +125,32 @@ def _read(file: Path) -> pa.Table:
         ) from error
     if odd := [name for name, c in zip(table.column_names, table.columns, strict=True) if pa.types.is_binary(c.type)]:
         raise ValueError(f"Column {odd[0]!r} of {str(file)!r} is not UTF-8. Save the file as UTF-8.")
-    return pa.table({name.strip(): _trimmed(c) for name, c in zip(table.column_names, table.columns, strict=True)})
+    names = [name.strip() for name in table.column_names]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{str(file)!r} has {len(twice)} columns called {twice[0]!r}; give each a name of its own.")
+    return pa.table({name: _trimmed(column) for name, column in zip(names, table.columns, strict=True)})
+
+
+def _read_csv(file: Path, is_text: Callable[[str, pa.DataType], bool]) -> pa.Table:
+    with open(file, encoding="utf-8-sig", errors="replace") as opened:
+        header = opened.readline()
+    how = pa.csv.ParseOptions(delimiter=max(",;\t", key=header.count))
+    table = pa.csv.read_csv(file, parse_options=how)
+    if any(pa.types.is_binary(field.type) for field in table.schema):
+        return table  # which is refused
+    # Only an empty cell means "no value": a class may be called NA, None or null.
+    kinds = pa.csv.ConvertOptions(column_types=dict.fromkeys(table.column_names, pa.string()))
+    texts = pa.csv.read_csv(file, parse_options=how, convert_options=kinds)
+    columns = [
+        _numbered(_trimmed(text)) if is_text(field.name, field.type) else column
+        for field, column, text in zip(table.schema, table.columns, texts.columns, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, names=table.column_names)
+
+
+def _numbered(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    numbers = whole_numbers(column.to_pylist())
+    return column if numbers is None else pa.chunked_array([numbers], pa.int64())
 
 
 def _trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -126,8 +159,8 @@ def _trimmed(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not pa.types.is_string(column.type):
         return column
     trimmed = pc.utf8_trim_whitespace(column)
-    column = trimmed if len(trimmed.unique()) == len(column.unique()) else column
-    return pc.if_else(pc.equal(column, ""), None, column)
+    trimmed, column = (pc.if_else(pc.equal(trimmed, ""), None, one) for one in (trimmed, column))
+    return trimmed if len(trimmed.unique()) == len(column.unique()) else column
 
 
 def _path_column(table: pa.Table, named: str | None, file: Path) -> str:

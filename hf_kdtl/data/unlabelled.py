@@ -17,7 +17,7 @@ from hf_kdtl.data.duplicates import check_duplicates
 from hf_kdtl.data.loading import ImageData, readable
 from hf_kdtl.data.scan import scan
 from hf_kdtl.data.several import SEVERAL, unlabelled_rows
-from hf_kdtl.data.sources import Source, open_source, source_name
+from hf_kdtl.data.sources import Source, open_parts, source_name
 
 TABLES = ("*.parquet", "*.tar")
 
@@ -74,7 +74,7 @@ def _opened(source: Source, image_column: str | None, on_bad_image: str, notes: 
     name = source_name(source)
     split = _folder(source)
     if split is None:
-        opened = open_source(source, [], image_column)
+        opened = open_parts(source, notes, image_column)
         split = concatenate_datasets([images_alone(found, image_column) for found in opened.values()])
     if not len(split):
         raise ValueError(f"the unlabelled source {name!r} holds no images, expected one or more.")

@@ -13,6 +13,7 @@ import datasets
 import pyarrow.compute as pc
 from datasets import Dataset, Value
 
+from hf_kdtl.data.cells import is_unlabelled, whole_numbers
 from hf_kdtl.data.scan import image_suffixes
 
 _LABELS = ("label", "cls", "class", "class_name")
@@ -39,14 +40,17 @@ def open_webdataset(files: list[Path], notes: list[str]) -> Dataset:
             "read here, and were left out: expected key.jpg (png, ...) next to key.cls, one after the other."
         )
         found = found.select([row for row, one in enumerate(empty) if not one])
-    labels = [label for label in found["label"][:] if label is not None]
-    if not labels:
+    labels = [None if is_unlabelled(label) else label for label in found["label"][:]]
+    if not any(label is not None for label in labels):
         raise ValueError(
             f"{len(found)} images in {files[0]} have no label, expected a WebDataset archive: with each key.jpg a "
             'key.cls with its class, or a key.json with {"label": ...}.'
         )
-    if all(label.lstrip("-").isdigit() for label in labels):
-        return found.cast_column("label", Value("int64"))
+    if (numbers := whole_numbers(labels)) is not None:
+        return found.map(
+            lambda _, rows: {"label": [numbers[row] for row in rows]}, input_columns=["label"], with_indices=True,
+            batched=True, features=datasets.Features(found.features | {"label": Value("int64")}),
+        )  # fmt: skip
     return found
 
 

@@ -4,7 +4,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as Image_
 from PIL import Image
 
 from hf_kdtl.data import ImageData, load_images
@@ -253,3 +254,90 @@ def test_a_table_without_rows_is_named(tmp_path):
     (tmp_path / "l.csv").write_text("file_name,label\n")
     with pytest.raises(ValueError, match=r"l\.csv has no rows"):
         load_images(str(tmp_path / "l.csv"))
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        (["01", "1", "007", "7"], ["007", "01", "1", "7"]),
+        (["true", "false", "true", "false"], ["false", "true"]),
+        (["2020-01-01", "2021-01-01"] * 2, ["2020-01-01", "2021-01-01"]),
+        (["1e3", "1000", "5", "inf"], ["1000", "1e3", "5", "inf"]),
+        (["²", "1", "3", "10"], ["1", "10", "3", "²"]),
+        (["10", "9", "", " "], ["9", "10"]),
+        (["a", "b", "", "-100"], ["a", "b"]),
+    ],
+)
+def test_labels_are_the_text_that_stands_there_and_an_empty_cell_is_no_class(tmp_path, written, names):
+    root, texts = images(tmp_path, 48), [written[i % 4] for i in range(48)]
+    (root / "l.csv").write_text(lines("file_name,label", 48, lambda i: f"{i}.png,{texts[i]}"), encoding="utf-8")
+    rows = [json.dumps({"file_name": f"{i}.png", "label": text}) for i, text in enumerate(texts)]
+    (root / "l.jsonl").write_text("\n".join(rows))
+    samples = [{f"{i}.png": picture(i), f"{i}.cls": text} for i, text in enumerate(texts)]
+    archive(root / "a.tar", {name: content for sample in samples for name, content in sample.items()})
+    cells = {"image": [{"bytes": picture(i), "path": None} for i in range(48)], "label": texts}
+    Dataset.from_dict(cells, features=Features(image=Image_(), label=Value("string"))).to_parquet(root / "p.parquet")
+    for file in ("l.csv", "l.jsonl", "a.tar", "p.parquet"):
+        data = load_images(str(root / file))
+        assert sorted(data.label_names) == sorted(names), file
+        expected = {name: 12 * written.count(name) for name in names}
+        assert total(data) == expected, file
+        if file in ("l.csv", "a.tar"):  # whose cells have no type: whole numbers are in their order
+            assert data.label_names == names, file
+
+
+def test_numbers_in_columns_of_floats_that_are_no_class_indices(tmp_path):
+    def rows(labels):
+        cells = {"image": [{"bytes": picture(i), "path": None} for i in range(40)], "label": labels * 20}
+        features = Features(image=Image_(), label=Value("float64"))
+        Dataset.from_dict(cells, features=features).to_parquet(tmp_path / "p.parquet")
+        return str(tmp_path / "p.parquet")
+
+    assert load_images(rows([1.0, 2.0])).label_names == ["1", "2"]
+    with pytest.raises(ValueError, match=r"no column that could be the label.*'label' \(float64\)"):
+        load_images(rows([1.0, float("inf")]))
+
+
+@pytest.mark.parametrize("header", ["file_name,label,label", "file_name,label, label"])
+def test_a_name_of_two_columns_is_refused(tmp_path, header):
+    (images(tmp_path) / "l.csv").write_text(lines(header, 40, lambda i: f"{i}.png,{i % 2},{i % 3}"))
+    with pytest.raises(ValueError, match=r"l\.csv' has 2 columns called 'label'; give each a name of its own"):
+        load_images(str(tmp_path / "l.csv"))
+
+
+def test_measurements_and_dates_beside_the_labels_are_no_candidates(tmp_path):
+    text = lines("path,what,score,day,empty", 40, lambda i: f"{i}.png,{'ab'[i % 2]},{i / 7},2020-01-{i % 9 + 1:02},")
+    (images(tmp_path) / "l.csv").write_text(text)
+    assert load_images(str(tmp_path / "l.csv")).label_names == ["a", "b"]
+
+
+def test_a_column_of_splits_divides_the_images_wherever_it_stands(tmp_path):
+    names = ["train"] * 20 + ["Val"] * 8 + ["valid"] * 2 + ["test"] * 8 + ["spare"] * 2
+    root = images(tmp_path / "r")
+    (root / "metadata.csv").write_text(lines("file_name,label,Split", 40, lambda i: f"{i}.png,{i % 2},{names[i]}"))
+    cells = {"image": [{"bytes": picture(i), "path": None} for i in range(40)], "label": [0, 1] * 20, "split": names}
+    kinds = {"image": Image_(), "label": ClassLabel(names=["0", "1"])}
+    table = Dataset.from_dict(cells, features=Features(**kinds, split=Value("string")))
+    table.to_parquet(tmp_path / "p.parquet")
+    listed = ClassLabel(names=list(dict.fromkeys(names)))
+    for source in (str(root), str(tmp_path / "p.parquet"), table, table.cast_column("split", listed)):
+        data = load_images(source)
+        assert sizes(data) == [20, 10, 8] and data.label_names == ["0", "1"]
+        assert noted(data, "splits are those of the column", "train, validation, test")
+        assert noted(data, "'spare'", "(2 images) was not used")
+
+
+def test_a_column_of_splits_that_decides_nothing_is_noted(tmp_path):
+    cells = {"image": [{"bytes": picture(i), "path": None} for i in range(40)], "label": [0, 1] * 20}
+    table = Dataset.from_dict(cells, features=Features(image=Image_(), label=ClassLabel(names=["a", "b"])))
+    other = table.add_column("split", ["A", "B"] * 20)
+    data = load_images(other)
+    assert sizes(data) == [28, 6, 6] and noted(data, "column 'split' of train does not divide the images", "A, B")
+    assert load_images(other, label_column="split").label_names == ["A", "B"]
+    parts = {"train": table.add_column("split", ["train", "test"] * 20), "test": table.select(range(4))}
+    data = load_images(parts)
+    assert sizes(data) == [34, 6, 4] and noted(data, "(train, test) was not used: the splits are train, test")
+    folder(tmp_path, {"cats": 20, "dogs": 20})
+    rows = [f"{c}/{i}.png,{'test' if i < 9 else 'train'}" for c in ("cats", "dogs") for i in range(20)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,split", *rows]))
+    assert noted(load_images(str(tmp_path)), "columns of metadata.csv were not used: split")

@@ -159,3 +159,11 @@ def test_the_dataset_offers_the_order_only_with_a_share(data):
     first = list(images.train_sampler(4))
     images.set_epoch(1)
     assert list(images.train_sampler(4)) != first
+
+
+def test_every_part_of_a_source_without_labels_is_read(data):
+    rows = data.train.select_columns(["image"])
+    parts = {"unlabelled": rows.select(range(9)), "test": rows.select(range(9, 15))}
+    assert len(open_unlabelled(parts, load_images(data.train), notes=[])) == 15
+    divided = rows.select(range(15)).add_column("split", ["spare"] * 9 + ["train"] * 6)
+    assert len(open_unlabelled(divided, load_images(data.train), notes=[])) == 15
