@@ -9,6 +9,7 @@ found, what it chose and what to type next. It asks nothing and never writes ove
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and not words[0].startswith("-"):
         words.insert(0, "--dataset")
     options, data_options = cli.parse(InitOptions, DataOptions, argv=words, doc=__doc__)
+    source = Path(data_options.dataset).expanduser().absolute()
+    here = Path.cwd().resolve()
+    if source.is_dir() and here.is_relative_to(source.resolve()):
+        raise ValueError(
+            f"this folder lies in the images, and what is written here would be among them. Type cd "
+            f"{shlex.quote(str(source.resolve().parent))}, then {command('init', source.resolve().name)}."
+        )
     data = builders.open_data(data_options)
-    found, name = Found.of(data), Path(data_options.dataset.rstrip("/")).name.split(".")[0].replace("*", "images")
+    found, name = Found.of(data), source.name.split(".")[0].replace("*", "images") or "images"
     files = settings_files(name, found, options.teacher, data, data_options)
     if there := [file for file in files if Path(file).exists()]:
         raise FileExistsError(f"{' and '.join(there)} exists here and is left as it is; move it away for a new one.")

@@ -43,16 +43,15 @@ def split_name(name: str) -> str | None:
     return SPLITS[found[1]] if found else None
 
 
-def open_folder(path: Path, label_column: str | None, notes: list[str]) -> dict[str, Dataset]:
+def open_folder(root: Folder, label_column: str | None, notes: list[str]) -> dict[str, Dataset]:
     """Each split of a folder of images as columns `image` and `label` (or those of its metadata file).
 
     Raises:
         ValueError: when there are no images, or the folders can be read in more than one way.
     """
-    root = scan(path.absolute())
     if next(root.all_images(), None) is None:
         raise ValueError(
-            f"The folder {str(path)!r} holds no images, expected a sub-folder of images (png, jpg, ...) for each "
+            f"The folder {str(root.path)!r} holds no images, expected a sub-folder of images (png, jpg, ...) for each "
             f"class, parquet files, or a dataset written by save_to_disk.{_found_instead(root)}"
         )
     folders = _splits(root, notes) or {"train": root}
@@ -95,12 +94,12 @@ def _splits(root: Folder, notes: list[str]) -> dict[str, Folder] | None:
     if (found := _split_subfolders(root, notes)) is not None:
         return found
     inner = {n: f for n, f in root.with_images().items() if _split_subfolders(f, []) is not None}
-    if not inner and not root.images and len(only := list(root.with_images().values())) == 1:
-        return _splits(only[0], notes)
+    if len(only := list(root.with_images().values())) == 1 and (inner or not root.images):
+        if (found := _splits(only[0], notes)) is not None:
+            _note_beside(root, notes)
+        return found
     if not inner:
         return None
-    if len(inner) == len(root.with_images()) == 1:
-        return _split_subfolders(next(iter(inner.values())), notes)
     listed = some([f"{name} ({', '.join(folder.with_images())})" for name, folder in inner.items()])
     rest = some([name for name in root.with_images() if name not in inner])
     one = str(root.path / next(iter(inner)))
@@ -137,10 +136,19 @@ def _split_subfolders(folder: Folder, notes: list[str]) -> dict[str, Folder] | N
         )
     if others:
         notes.append(f"Folders next to {train[0].path.name} that are no splits were not used: {', '.join(others)}.")
+    _note_beside(folder, notes)
     empty = [n for n, s in folder.subfolders.items() if split_name(n) and s not in folder.with_images().values()]
     if empty:
         notes.append(f"The split folders {', '.join(empty)} hold no images and were not used.")
     return {name: subs[0] for name, subs in named.items()}
+
+
+def _note_beside(folder: Folder, notes: list[str]) -> None:
+    """What lies in a folder next to, or above, the folders of splits."""
+    if folder.images:
+        listed = some([path.name for path in folder.images], 3)
+        notes.append(f"{len(folder.images)} images next to the splits belong to none and were left out: {listed}.")
+    note_left_out("any split", [(folder.path.name, folder.alone())], notes)
 
 
 def _split(name: str, folder: Folder, known: list[str] | None, label_column: str | None, notes: list[str]) -> Dataset:
@@ -152,7 +160,9 @@ def _split(name: str, folder: Folder, known: list[str] | None, label_column: str
         divided = holder.with_images()
         has_classes = len(divided) > 1 and not all(map(_is_part, divided))
         found = metadata_split(name, table, list(holder.all_images()), has_classes, label_column, notes)
+        del holder.tables[table.name]  # it was read, or there is a note on its columns
         if found is not None:
+            note_left_out(name, [(folder.path.name, folder)], notes)
             return found
     classes = _classes(name, folder, known, notes)
     if not classes:
@@ -169,7 +179,7 @@ def _split(name: str, folder: Folder, known: list[str] | None, label_column: str
             f"{len(folder.images)} images of {name} outside the class folders have no class and were left out: "
             f"{listed}."
         )
-    _note_left_out(name, [(folder.path.name, Folder(folder.path, left_out=folder.left_out))], notes)
+    note_left_out(name, [(folder.path.name, folder.alone())], notes)
     merged: dict[str, list[Folder]] = {}
     for key, sub in classes.items():
         merged.setdefault(_nfc(key), []).append(sub)
@@ -192,6 +202,7 @@ def _classes(split: str, folder: Folder, known: list[str] | None, notes: list[st
         return folder.subfolders
     if len(only.with_images()) > 1:
         notes.append(f"The classes of {split} are the folders in {only.path}.")
+    note_left_out(split, [(only.path.name, only.alone())], notes)
     return _classes(split, only, known, notes)
 
 
@@ -220,7 +231,7 @@ def _check_nesting(folder: Folder, groups: dict[str, Folder], notes: list[str]) 
 
 def _labelled(split: str, classes: dict[str, list[Folder]], notes: list[str]) -> Dataset:
     """The images of the folders of each class, in the order of their paths; those of `unlabelled` have no label."""
-    _note_left_out(split, [(name, folder) for name, subs in classes.items() for folder in subs], notes)
+    note_left_out(split, [(name, folder) for name, subs in classes.items() for folder in subs], notes)
     images = {name: [path for sub in subs for path in sub.all_images()] for name, subs in classes.items()}
     empty = [name for name, paths in images.items() if not paths and not _is_unlabelled(name)]
     causes = (HEIF_MISSING, AVIF_MISSING)
@@ -241,7 +252,7 @@ def _labelled(split: str, classes: dict[str, list[Folder]], notes: list[str]) ->
     return Dataset.from_dict({"image": cells, "label": [position.get(name) for _, name in rows]}, features=features)
 
 
-def _note_left_out(split: str, folders: list[tuple[str, Folder]], notes: list[str]) -> None:
+def note_left_out(split: str, folders: list[tuple[str, Folder]], notes: list[str]) -> None:
     """What is in the folders and was not read, a note for each cause."""
     by_cause: dict[str, Counter[str]] = {}
     for name, folder in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ DEAD_LINK = "links to files that do not exist"
 HIDDEN = "hidden image files"
 NO_IMAGE = "files that are no images"
 CYCLE = "links to a folder that contains them"
+TABLE = "tables, which are not read (a table of paths and labels is loaded by its own name)"
+RUN = "folders of runs of hf-kdtl (with a results.json)"
 
 
 @dataclass
@@ -41,9 +44,20 @@ class Folder:
         for folder in self.subfolders.values():
             yield from folder.all_images()
 
+    def all_tables(self) -> Iterator[Path]:
+        """Of the folder and everything below it."""
+        yield from self.tables.values()
+        for folder in self.subfolders.values():
+            yield from folder.all_tables()
+
     def all_left_out(self) -> Counter[str]:
         """{cause: files}, of the folder and everything below it."""
-        return sum((folder.all_left_out() for folder in self.subfolders.values()), Counter(self.left_out))
+        own = self.left_out + Counter({TABLE: len(self.tables)})
+        return sum((folder.all_left_out() for folder in self.subfolders.values()), own)
+
+    def alone(self) -> Folder:
+        """Without its sub-folders and images: what of its own files is not read."""
+        return Folder(self.path, tables=self.tables, left_out=self.left_out)
 
     def with_images(self) -> dict[str, Folder]:
         """The sub-folders that hold an image, at any depth."""
@@ -71,6 +85,8 @@ def scan(path: Path, above: frozenset[str] = frozenset()) -> Folder:
         if entry.is_dir():
             if not hidden and os.path.realpath(entry.path) in above:
                 found.left_out[CYCLE] += 1
+            elif not hidden and _is_run(Path(entry.path)):
+                found.left_out[RUN] += 1
             elif not hidden:
                 found.subfolders[entry.name] = scan(Path(entry.path), above)
         elif hidden:
@@ -102,6 +118,15 @@ def _add_file(found: Folder, entry: os.DirEntry[str]) -> None:
         found.left_out[kind] += 1
     elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
         found.left_out[NO_IMAGE] += 1
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a command of ours wrote the folder, whose figures are no images to train on."""
+    try:
+        results = json.loads((path / "results.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and isinstance(results.get("schema"), int)
 
 
 @cache

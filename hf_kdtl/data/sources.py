@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
 from hf_kdtl.data.folders import SPLITS, open_class_folders, open_folder, split_name
+from hf_kdtl.data.scan import Folder, scan
 from hf_kdtl.data.tables import METADATA, open_table
 from hf_kdtl.data.webdataset import open_webdataset
 from hf_kdtl.utils.options import closest, suggestion
@@ -125,6 +126,10 @@ def _open(
         found = sorted(Path(name) for name in glob(str(path), recursive=True))
         folders = [entry for entry in found if entry.is_dir()]
         if folders and (len(folders) == len(found) or not any(entry.suffix == ".parquet" for entry in found)):
+            if others := [entry.name for entry in found if not entry.is_dir()]:
+                notes.append(
+                    f"{len(others)} files that {source!r} matches were not read, only its folders: {some(others, 3)}."
+                )
             return open_class_folders(folders, source, notes)
         return _open_files(found, source, notes)
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():
@@ -184,11 +189,32 @@ def _open_folder(folder: Path, label_column: str | None, notes: list[str]) -> di
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         saved = datasets.load_from_disk(str(folder))
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-    tables = [file for file in sorted(folder.rglob("*.parquet")) if file.name not in METADATA]
-    archives = [] if tables else sorted(folder.glob("*.tar"))
-    if tables or (archives and not any(entry.is_dir() for entry in folder.iterdir())):
-        return _open_files(tables or archives, str(folder), notes)
-    return open_folder(folder, label_column, notes)
+    root = scan(folder.absolute())
+    if files := files_to_read(root, notes):
+        return _open_files(files, str(folder), notes)
+    return open_folder(root, label_column, notes)
+
+
+def files_to_read(root: Folder, notes: list[str]) -> list[Path]:
+    """The parquet files or WebDataset archives of a folder; none where it is a folder of images.
+
+    Raises:
+        ValueError: where it may be either.
+    """
+    tables = sorted(path for path in root.all_tables() if path.suffix == ".parquet" and path.name not in METADATA)
+    holders = dict.fromkeys(path.parent for path in root.all_images())
+    if tables and len(holders) > 1:
+        inside = [str(path.relative_to(root.path)) for path in (*tables, *holders)]
+        raise ValueError(
+            f"{str(root.path)!r} holds parquet files ({some(inside[: len(tables)], 3)}) and folders of images "
+            f"({some(inside[len(tables) :], 3)}), expected one of the two. For the images move the parquet files out; "
+            f"for the tables load {str(root.path / '**' / '*.parquet')!r}."
+        )
+    archives = sorted(root.path.glob("*.tar"))
+    read = tables or ([] if root.with_images() else archives)
+    if read and (rest := len([*root.all_images(), *(archives if tables else ())])):
+        notes.append(f"{rest} images and archives next to {some([path.name for path in read], 3)} were not read.")
+    return read
 
 
 def _open_files(files: list[Path], source: str, notes: list[str]) -> dict[str, Dataset]:

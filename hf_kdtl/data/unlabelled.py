@@ -14,12 +14,11 @@ from hf_kdtl.data.bit_depth import check_bit_depths
 from hf_kdtl.data.columns import UNLABELLED, images_alone, source_rows, with_rows
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.duplicates import check_duplicates
+from hf_kdtl.data.folders import note_left_out
 from hf_kdtl.data.loading import ImageData, readable
 from hf_kdtl.data.scan import scan
 from hf_kdtl.data.several import SEVERAL, unlabelled_rows
-from hf_kdtl.data.sources import Source, open_parts, source_name
-
-TABLES = ("*.parquet", "*.tar")
+from hf_kdtl.data.sources import Source, files_to_read, open_parts, source_name
 
 
 def open_unlabelled(
@@ -72,7 +71,7 @@ def open_images(
 
 def _opened(source: Source, image_column: str | None, on_bad_image: str, notes: list[str]) -> Dataset:
     name = source_name(source)
-    split = _folder(source)
+    split = _folder(source, notes)
     if split is None:
         opened = open_parts(source, notes, image_column)
         split = concatenate_datasets([images_alone(found, image_column) for found in opened.values()])
@@ -106,12 +105,14 @@ def by_label(split: Dataset) -> tuple[Dataset, Dataset]:
         split.select(np.flatnonzero(has)), split.select(np.flatnonzero(~has)))  # fmt: skip
 
 
-def _folder(source: Any) -> Dataset | None:
-    """The images of a folder, sorted by path; None where `source` is none, or holds tables."""
+def _folder(source: Any, notes: list[str]) -> Dataset | None:
+    """The images of a folder, sorted by path; None where `source` is none, or its tables are read."""
     if not isinstance(source, str | Path) or not (path := Path(source).expanduser()).is_dir():
         return None
-    if any(next(path.rglob(pattern), None) for pattern in TABLES) or (path / "state.json").exists():
+    root = scan(path.absolute())
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists() or files_to_read(root, []):
         return None
-    images = sorted(str(image) for image in scan(path.absolute()).all_images())
+    note_left_out("the images without labels", [(path.name, root)], notes)
+    images = sorted(str(image) for image in root.all_images())
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return Dataset.from_dict({"image": [{"bytes": None, "path": image} for image in images]}, features=features)

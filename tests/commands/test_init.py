@@ -68,3 +68,13 @@ def test_what_is_reported_of_unequal_classes():
     assert "without color" in printed and "A class has 5 images" in printed and "mean_class_accuracy" in printed
     printed = Found(2_000, 3, 500, 900, 10, 10, True).sentences()
     assert len(printed) == 2
+
+
+def test_inside_of_the_images_nothing_is_written(command, images, capsys, monkeypatch):
+    before = sorted(Path("images").iterdir())
+    monkeypatch.chdir("images")
+    for name in (".", "./", str(Path.cwd()), ".."):
+        assert cli.run(lambda name=name: command("init").main([name])) == 2
+        assert "this folder lies in the images" in capsys.readouterr().err
+    monkeypatch.chdir("..")
+    assert sorted(Path("images").iterdir()) == before and not [*Path().glob(".*yaml")]

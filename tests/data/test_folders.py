@@ -1,9 +1,11 @@
+import re
 import shutil
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from transformers import ViTImageProcessor
@@ -11,6 +13,7 @@ from transformers.image_utils import load_image
 
 from hf_kdtl.data import ImageData, ImageDataset, load_images, scan
 from hf_kdtl.data.folders import split_name
+from hf_kdtl.data.unlabelled import open_unlabelled
 
 
 def folder(root: Path, counts: dict[str, int], **extra: str) -> Path:
@@ -53,7 +56,7 @@ def test_the_order_of_the_images_is_that_of_datasets_imagefolder(tmp_path, monke
     ours = scan.scan(root)
     from hf_kdtl.data.folders import open_folder
 
-    split = open_folder(root, None, [])["train"]
+    split = open_folder(ours, None, [])["train"]
     assert [image["path"] for image in split["image"]] == [image["path"] for image in theirs["image"]]
     assert split.features["label"].names == theirs.features["label"].names
     assert split["label"][:] == theirs["label"][:]
@@ -338,3 +341,60 @@ def test_a_class_that_a_split_lacks_is_noted(tmp_path):
     assert noted(data, "Validation has no image of a") and not noted(data, "Test has no") and not noted(data, "listed")
     cut = load_images(str(folder(tmp_path / "cut", {"a": 2, "b": 30})))
     assert noted(cut, "Validation has no image of a") and noted(cut, "Test has no image of a")
+
+
+@pytest.mark.parametrize("place", ["features.parquet", "cats/old.parquet"])
+def test_parquet_files_among_class_folders_are_refused(tmp_path, place):
+    root = folder(tmp_path, TWO)
+    cells = [{"bytes": (root / "cats" / f"{i}.png").read_bytes(), "path": None} for i in range(20)]
+    rows = {"image": cells, "label": ["x", "y"] * 10}
+    Dataset.from_dict(rows).to_parquet(root / place)
+    with pytest.raises(
+        ValueError, match=rf"parquet files \({place}\) and folders of images \(cats, dogs\).*move"
+    ) as e:
+        load_images(str(root))
+    (tables,) = re.findall(r"for the tables load '(.*)'", str(e.value))
+    assert load_images(tables).label_names == ["x", "y"]
+    (root / ".hidden").mkdir()  # as of a download
+    (root / place).rename(root / ".hidden" / "old.parquet")
+    assert total(load_images(str(root))) == TWO
+
+
+def test_what_lies_next_to_the_files_that_are_read_is_counted(tmp_path):
+    root = folder(tmp_path / "r", {"assets": 2})
+    cells = [{"bytes": (root / "assets" / "0.png").read_bytes(), "path": None} for i in range(40)]
+    Dataset.from_dict({"image": cells, "label": ["x", "y"] * 20}).to_parquet(root / "train.parquet")
+    (root / "old.tar").write_bytes(b"")
+    assert noted(load_images(str(root)), "3 images and archives next to train.parquet were not read")
+    classes = folder(tmp_path / "c", TWO | {"": 1})
+    assert noted(load_images(f"{classes}/*"), "1 files that", "were not read, only its folders: 0.png")
+
+
+def test_tables_and_what_lies_next_to_splits_are_counted(tmp_path):
+    root = folder(tmp_path / "r", TWO)
+    for table in ("labels.csv", "cats/more.csv", "metadata.csv"):
+        (root / table).write_text("file_name,kind\ncats/0.png,b\n")
+    data = load_images(str(root))
+    assert total(data) == TWO and noted(data, "columns of metadata.csv were not used: kind")
+    assert noted(data, "tables, which are not read", "loaded by its own name", "r 1 (1 in all)")
+    assert noted(data, "tables, which are not read", "cats 1 (1 in all)")
+    splits = folder(tmp_path / "s", {"data": 1, "data/train/a": 20, "data/train/b": 20, "data/test/b": 4, "": 2})
+    for table in ("labels.csv", "data/metadata.csv"):
+        (splits / table).write_text("file_name,label\n")
+    data = load_images(str(splits))
+    assert sizes(data) == [34, 6, 4]
+    assert noted(data, "2 images next to the splits") and noted(data, "1 images next to the splits")
+    assert noted(data, "tables", "s 1 (1 in all)") and noted(data, "tables", "data 1 (1 in all)")
+    (root / "cats" / "notes.txt").write_text("hello")
+    open_unlabelled(str(root), data, notes=(notes := []))
+    assert any("Not read in the images without labels, files that are no images" in note for note in notes)
+
+
+def test_runs_inside_of_the_images_are_no_class(tmp_path):
+    root = folder(tmp_path, TWO | {"runs/teacher": 3, "birds": 20})
+    (root / "runs/teacher/results.json").write_text('{"schema": 2}')
+    (root / "birds" / "results.json").write_text('{"theirs": 1}')  # of another program
+    data = load_images(str(root))
+    assert total(data) == TWO | {"birds": 20}
+    assert noted(data, "folders of runs of hf-kdtl", "runs 1 (1 in all)")
+    assert len(open_unlabelled(str(root), data, notes=[])) == 60
