@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
 from hf_kdtl.optim.options import RateOptions
-from hf_kdtl.utils.options import check_known, check_option
+from hf_kdtl.utils.options import check_known, check_option, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -100,6 +99,9 @@ class DistillationConfig(TrainingArguments):
         self.objectives = copy.deepcopy(DEFAULT_OBJECTIVES if entries is None else entries)
         self.layer_rates = _from_json("layer_rates", self.layer_rates)
         self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if (size := getattr(self, name)) is None or size < 1:
+                raise ValueError(f"{name!r} is {size!r}; expected a whole number of at least 1.")
         super().__post_init__()
         self.check()
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -289,12 +291,5 @@ def _entries(value: Any) -> Any:
 
 def _from_json(name: str, value: Any) -> Any:
     """Parse what came as text from the command line."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        such = {"objectives": '[{"name": "task"}]', "layer_rates": '{"mode": "llrd"}'}.get(name, '{"name": "pcgrad"}')
-        raise ValueError(
-            f"{name} is not valid JSON ({error}): {value!r}. Quote it for the shell, such as --{name} '{such}'."
-        ) from error
+    such = {"objectives": '[{"name": "task"}]', "layer_rates": '{"mode": "llrd"}'}.get(name, '{"name": "pcgrad"}')
+    return read_json(name, value, such) if isinstance(value, str) else value

@@ -82,7 +82,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_processor = check_processor(image_processor)
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes
-        check_option("ImageDataset", "view_seed", view_seed, is_integer(view_seed, 0), "a whole number from 0")
+        for name, given in (("view_seed", view_seed), ("seed", seed)):
+            check_option("ImageDataset", name, given, is_integer(given, 0), "a whole number from 0")
         check_option("ImageDataset", "views", views, views is None or is_integer(views), "None, or 1 and more")
         self.view_seed, self.views, self.seed = view_seed, views, seed
         self._rows = source_rows(split)

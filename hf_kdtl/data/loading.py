@@ -157,6 +157,10 @@ def load_images(
     for name, fraction in fractions.items():
         if not 0 < fraction < 1:
             raise ValueError(f"{name}_fraction is {fraction}, expected a share between 0 and 1, such as 0.15.")
+    if (
+        not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32
+    ):  # None would cut anew every time
+        raise ValueError(f"seed (--split_seed) is {seed!r}, expected a whole number from 0 on, such as 42.")
     notes: list[str] = []
     splits = with_two_columns(
         open_source(source, notes, image_column, label_column), image_column, label_column, notes, multi_label

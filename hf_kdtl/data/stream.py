@@ -15,6 +15,7 @@ from hf_kdtl.data.columns import UNLABELLED
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.rendering import Renderer, render
 from hf_kdtl.data.webdataset import archive_samples
+from hf_kdtl.utils.options import check_option, is_integer
 from hf_kdtl.utils.text import some
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ class ImageStream(torch.utils.data.IterableDataset):
             raise ValueError(
                 "mixup and cutmix draw a partner among all images, and a stream has none; leave them out."
             )
+        for name, given in (("view_seed", view_seed), ("seed", seed)):  # None would be another order in every pass
+            check_option("ImageStream", name, given, is_integer(given, 0), "a whole number from 0")
         self.data, self.image_processor, self.augmentation = data, image_processor, augmentation
         self.buffer, self.held_out, self.seed = buffer, held_out or {}, seed
         self.view_seed, self.views = view_seed, views

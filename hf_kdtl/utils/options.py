@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,30 @@ def check_option(owner: str, option: str, value: Any, valid: bool, expected: str
     """
     if not valid:
         raise ValueError(f"{owner}: {option} is {value!r}; expected {expected}.")
+
+
+def read_json(name: str, text: str, such: str) -> Any:
+    """A setting that came as JSON text.
+
+    Args:
+        such: an example of it, for the error.
+
+    Raises:
+        ValueError: for text that is no JSON, or that has a key twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{name} has the key {twice[0]!r} twice in {text!r}; keep one.")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name} is not valid JSON ({error}): {text!r}. Quote it for the shell, such as --{name} '{such}'."
+        ) from error
 
 
 def suggestion(name: Any, valid: Iterable[str]) -> str:

@@ -188,3 +188,55 @@ def test_an_output_that_is_no_longer_read_ends_the_command_without_a_word(monkey
         assert cli.run(failing(BrokenPipeError(32, "Broken pipe"))) == 141
         print("more", file=pipe, flush=True)
     assert capfd.readouterr().err == "" and (tmp_path / "pipe").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objectives:\n- name: task\n  weight: 1\n  weight: 5\n", "x.yaml, line 4: weight stands in line 3 too; keep"),
+        ("layer_rates:\n  mode: llrd\n  decay: 0.9\n  mode: x\n", "x.yaml, line 4: mode stands in line 2 too; keep"),
+        ("learning_rate:\n", "x.yaml, line 1: learning_rate has no value; give it one, or leave the line out"),
+        ("seed: 1\nnum_train_epochs: null\n", "x.yaml, line 2: num_train_epochs has no value"),
+        ("per_device_train_batch_size: 0\n", "x.yaml, line 1: 'per_device_train_batch_size' is 0; expected a whole"),
+        ("gradient_accumulation_steps: 0\n", "x.yaml, line 1: 'gradient_accumulation_steps' is 0; expected a whole"),
+        ("per_device_eval_batch_size: -1\n", "x.yaml, line 1: 'per_device_eval_batch_size' is -1; expected a whole"),
+        ("max_steps: 1:30\n", "x.yaml, line 1: max_steps is 90; expected a whole number"),
+    ],
+)
+def test_what_a_file_says_twice_or_does_not_say_is_refused(text, message):
+    with pytest.raises(ValueError) as error:
+        cli.parse(DistillationConfig, argv=write(text))
+    assert str(error.value).startswith(message)
+
+
+def test_what_json_says_twice_is_refused():
+    with pytest.raises(ValueError, match="objectives has the key 'weight' twice"):
+        DistillationConfig("out", objectives='[{"name": "task", "weight": 1, "weight": 5}]')
+    with pytest.raises(ValueError, match="augmentation has the key 'flip' twice"):
+        cli.mapping("augmentation", '{"flip": true, "crop": 4, "flip": false}')
+
+
+def test_a_value_is_the_text_that_stands_there():
+    @dataclass
+    class Texts:
+        class_names: list[str] | None = None
+        label_column: str = "label"
+        time_budget: str | None = None
+        split_seed: int = 42
+        limit: float = 1.0
+
+    text = "class_names: [yes, no, 01, 2020-01-01, null]\nlabel_column: 1_0\ntime_budget: 1:30\nsplit_seed: 010\n"
+    (found,) = cli.parse(Texts, argv=write(text + "limit: .inf\n"))
+    assert found.class_names == ["yes", "no", "01", "2020-01-01", "null"] and found.label_column == "1_0"
+    assert found.time_budget == "1:30" and found.split_seed == 10 and found.limit == float("inf")
+
+
+def test_numbers_that_yaml_takes_for_text_inside_of_a_setting():
+    text = "lr_scheduler_kwargs: {min_lr: 1e-6}\nobjectives:\n- {name: task, weight: 5E-1}\n"
+    (config,) = cli.parse(DistillationConfig, argv=write(text))
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6} and config.objectives[0]["weight"] == 0.5
+
+
+def test_an_anchor_may_be_overridden():
+    text = "layer_rates: {<<: &rates {mode: llrd, decay: 0.9}, decay: 0.8}\n"
+    assert cli.parse(DistillationConfig, argv=write(text))[0].layer_rates == {"mode": "llrd", "decay": 0.8}

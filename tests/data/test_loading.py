@@ -349,6 +349,12 @@ def test_too_few_images_to_split(tmp_path):
         load_images(saved(tmp_path, train=table([0] * 30 + [1])))
 
 
+@pytest.mark.parametrize("seed", [None, -1, 2**32, 1.0, True])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ValueError, match=r"seed .--split_seed. is .*, expected a whole number from 0 on"):
+        load_images(seed=seed)
+
+
 def test_one_class_no_train_and_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"one class only \(cat\)"):
         load_images(saved(tmp_path, train=table([0] * 30, ClassLabel(names=["cat"]))))

@@ -3,6 +3,7 @@
 import io
 import itertools
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
+from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.stream import ImageStream, find_shards, open_stream, view_key
 
@@ -155,3 +157,13 @@ def test_what_is_no_stream_is_refused(tmp_path):
         taken(stream(f"{tmp_path}/two.parquet"), 1)
     with pytest.raises(ValueError, match="a stream has none; leave them out"):
         stream(write_shards(tmp_path / "q"), augmentation=Augmentation({"mixup": 0.2}))
+
+
+@pytest.mark.parametrize("seed", [None, -1, 0.5])
+@pytest.mark.parametrize("name", ["seed", "view_seed"])
+def test_seeds_of_datasets_are_whole_numbers(tmp_path, name, seed):
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["a"]))
+    split = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
+    for made in (partial(stream, write_shards(tmp_path)), partial(ImageDataset, split, None)):
+        with pytest.raises(ValueError, match=rf"{name} is {seed}; expected a whole number from 0"):
+            made(**{name: seed})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from hf_kdtl.commands.common.help import HELP, help_text
 from hf_kdtl.commands.common.settings_file import SettingsFile, unknown
 from hf_kdtl.commands.common.shipped import find_config
+from hf_kdtl.utils.options import read_json
 
 # Errors that a user can act on. Anything else is a bug and keeps its traceback.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -111,14 +111,7 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     Raises:
         ValueError: when it is anything else.
     """
-    found = value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{name} is not valid JSON ({error}): {value!r}. Type --{name} '{{\"key\": 1}}'."
-            ) from error
+    found = read_json(name, value, '{"key": 1}') if isinstance(value, str) else value
     if found is None:
         return {}
     if not isinstance(found, dict):
