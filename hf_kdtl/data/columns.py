@@ -106,6 +106,29 @@ def source_rows(split: Any) -> np.ndarray:
     return np.array(split["row"][:]) if "row" in split.features else np.arange(len(split))
 
 
+def as_split(split: Any, num_labels: int | None = None) -> Any:
+    """A split of `load_images`, or what is one but for the decoding of its images.
+
+    Args:
+        num_labels: the number of classes, without which the labels must be a ClassLabel.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    features = getattr(split, "features", None) or {}
+    image, label = (features.get(name) for name in ("image", "label"))
+    right = _is_image(image) and getattr(split, "format", {}).get("type") != "custom"
+    classes = isinstance(label, ClassLabel) or (num_labels and _dtype(label).startswith(("int", "uint")))
+    if not right or not classes or not hasattr(split, "__len__"):
+        found = f"{type(split).__name__}{f' of the columns {_columns(features)}' if features else ''}"
+        raise ValueError(
+            f"ImageDataset got a {found}, expected a split of images and class indices, as load_images makes it: "
+            "load_images(source).train, whose source may be a path, a name or a Dataset."
+        )
+    # datasets would decode the images itself, other than a pipeline does.
+    return split.cast_column("image", datasets.Image(decode=False)) if getattr(image, "decode", False) else split
+
+
 def images_alone(split: Dataset, image: str | None = None) -> Dataset:
     """The column of images of a split, as `image`, whatever else it has. Raises ValueError as `with_two_columns`."""
     features = split.features

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_kdtl.data.columns import source_rows
+from hf_kdtl.data.columns import as_split, source_rows
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.indexed import TEACHER_PIXELS, RowPass
 from hf_kdtl.data.labelled_share import LabelledShareSampler
@@ -56,8 +56,8 @@ class ImageDataset(torch.utils.data.Dataset):
     renders a second image. A JPEG that is much larger than what is shown of it is decoded smaller.
 
     Raises:
-        ValueError: here, when the processor has steps that cannot be replayed; when an item is read, for an image that
-            cannot be decoded, naming it.
+        ValueError: here, for what is no split of `ImageData`, and when the processor has steps that cannot be
+            replayed; when an item is read, for an image that cannot be decoded, naming it.
 
     Example:
         >>> images = load_images("digits")  # doctest: +SKIP
@@ -78,7 +78,7 @@ class ImageDataset(torch.utils.data.Dataset):
         labelled_share: float | None = None,
         teacher_processor: Any = None,
     ):
-        self.split = split
+        self.split = split = as_split(split, num_labels)
         self.image_processor = check_processor(image_processor)
         self.augmentation = augmentation
         self.num_labels = num_labels or split.features["label"].num_classes

@@ -48,7 +48,9 @@ class _Degraded:
 
     def __init__(self, split: Dataset, name: str, severity: int, side: int):
         self.split, self.name, self.severity, self.side = split, name, severity, side
-        self.features = {"label": split.features["label"]}  # not its `row`s: augmentation is for training
+        self.features = {
+            name: split.features[name] for name in ("image", "label")
+        }  # not its `row`s: augmentation is for training
 
     def __len__(self) -> int:
         return len(self.split)

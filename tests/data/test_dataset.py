@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from hf_kdtl.data import load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.data.indexed import RowPass
@@ -284,3 +285,22 @@ def test_a_bad_image_is_named_by_its_path(tmp_path):
     rows = {"image": [{"bytes": None, "path": str(tmp_path / "cat.png")}], "label": [0]}
     with pytest.raises(ValueError, match=r"/cat\.png could not be read"):
         ImageDataset(Dataset.from_dict(rows, features=noisy(1).features), processor())[0]
+
+
+def test_a_dataset_that_decodes_its_images_is_a_split_too():
+    split = noisy(4)
+    decoded = split.cast_column("image", datasets.Image())
+    assert isinstance(decoded[0]["image"], Image.Image)
+    for options in ({}, {"augmentation": Augmentation({"flip": True})}):
+        one, other = (ImageDataset(rows, processor(), **options)[1] for rows in (split, decoded))
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["labels"] == other["labels"]
+
+
+def test_what_is_no_split_is_refused():
+    data, text = load_images("digits"), Dataset.from_dict({"image": noisy(2)["image"][:], "label": ["a", "b"]})
+    numbers = noisy(4).cast_column("label", datasets.Value("int64"))
+    lazy = noisy(4).with_transform(lambda rows: rows)
+    for what in (data, "digits", Path("x"), datasets.DatasetDict(train=data.train), text, numbers, lazy, [1], None):
+        with pytest.raises(ValueError, match=rf"got a {type(what).__name__}.*load_images\(source\)\.train"):
+            ImageDataset(what, processor())
+    assert ImageDataset(numbers, processor(), num_labels=3)[2]["labels"] == noisy(4)[2]["label"]

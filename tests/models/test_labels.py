@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features
+from datasets import Array3D, ClassLabel, Dataset, Features, Image
 
 from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.models import Teacher
@@ -133,7 +133,8 @@ def test_evaluation_data_in_another_order_than_training_data_is_refused(tmp_path
 def test_where_a_dataset_has_its_names():
     data = _data(["dog", "cat"])
     folder = SimpleNamespace(classes=["dog", "cat"])  # torchvision's ImageFolder
-    split = data.rename_column("labels", "label").rename_column("pixel_values", "image")
+    features = Features(image=Image(decode=False), label=ClassLabel(names=["dog", "cat"]))
+    split = Dataset.from_dict({"image": [{"bytes": b"", "path": None}], "label": [0]}, features=features)
     for dataset in (data, ImageDataset(split, None), torch.utils.data.Subset(data, [0]), folder):
         assert dataset_class_names(dataset) == ["dog", "cat"]
     assert dataset_class_names(Images(2)) is None and dataset_class_names(None) is None
