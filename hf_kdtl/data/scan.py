@@ -85,7 +85,7 @@ def scan(path: Path, above: frozenset[str] = frozenset()) -> Folder:
         if entry.is_dir():
             if not hidden and os.path.realpath(entry.path) in above:
                 found.left_out[CYCLE] += 1
-            elif not hidden and _is_run(Path(entry.path)):
+            elif not hidden and is_run(Path(entry.path)):
                 found.left_out[RUN] += 1
             elif not hidden:
                 found.subfolders[entry.name] = scan(Path(entry.path), above)
@@ -120,7 +120,7 @@ def _add_file(found: Folder, entry: os.DirEntry[str]) -> None:
         found.left_out[NO_IMAGE] += 1
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a command of ours wrote the folder, whose figures are no images to train on."""
     try:
         results = json.loads((path / "results.json").read_bytes())

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 
 from hf_kdtl.data.folders import SPLITS, open_class_folders, open_folder, split_name
-from hf_kdtl.data.scan import Folder, scan
+from hf_kdtl.data.scan import Folder, is_run, scan
 from hf_kdtl.data.tables import METADATA, open_table
 from hf_kdtl.data.webdataset import open_webdataset
 from hf_kdtl.utils.options import closest, suggestion
@@ -124,12 +124,10 @@ def _open(
     path = Path(source).expanduser()
     if has_magic(source) and not path.exists():
         found = sorted(Path(name) for name in glob(str(path), recursive=True))
-        folders = [entry for entry in found if entry.is_dir()]
+        folders = [entry for entry in found if entry.is_dir() and not is_run(entry)]
         if folders and (len(folders) == len(found) or not any(entry.suffix == ".parquet" for entry in found)):
-            if others := [entry.name for entry in found if not entry.is_dir()]:
-                notes.append(
-                    f"{len(others)} files that {source!r} matches were not read, only its folders: {some(others, 3)}."
-                )
+            if others := [entry.name for entry in found if entry not in folders]:
+                notes.append(f"{len(others)} files or runs that {source!r} matches were not read: {some(others, 3)}.")
             return open_class_folders(folders, source, notes)
         return _open_files(found, source, notes)
     if path.suffix.lower() in (".csv", ".tsv", ".jsonl") and path.is_file():

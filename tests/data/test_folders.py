@@ -367,7 +367,10 @@ def test_what_lies_next_to_the_files_that_are_read_is_counted(tmp_path):
     (root / "old.tar").write_bytes(b"")
     assert noted(load_images(str(root)), "3 images and archives next to train.parquet were not read")
     classes = folder(tmp_path / "c", TWO | {"": 1})
-    assert noted(load_images(f"{classes}/*"), "1 files that", "were not read, only its folders: 0.png")
+    assert noted(load_images(f"{classes}/*"), "1 files or runs that", "were not read: 0.png")
+    shutil.copytree(classes / "cats", classes / "out")
+    (classes / "out" / "results.json").write_text('{"schema": 2}')
+    assert total(load_images(f"{classes}/*")) == TWO
 
 
 def test_tables_and_what_lies_next_to_splits_are_counted(tmp_path):
