@@ -32,7 +32,7 @@ from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.representation import explained_by, extremes
-from hf_kdtl.evaluation.results import FILE, read_results, update_results
+from hf_kdtl.evaluation.results import FILE, read_results, same_value, update_results
 from hf_kdtl.functional.bregman import Representation, fit
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.bregman.layer import JSON, TENSORS, BregmanLayer, Provenance
@@ -126,7 +126,7 @@ def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, 
     if options.resume and (folder / FILE).is_file():
         before = read_results(folder)["run"]["settings"]
         for name, value in settings.items():
-            if before.get(name) != value:
+            if not same_value(before.get(name), value):
                 raise ValueError(
                     f"{folder} was begun with {name} {before.get(name)!r} and is asked to continue with {value!r}. "
                     "Set it back, or start over: --resume false --overwrite_output_dir true."

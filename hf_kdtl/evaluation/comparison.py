@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_kdtl.evaluation.predictions import read_predictions
-from hf_kdtl.evaluation.results import FILE, read_results
+from hf_kdtl.evaluation.results import FILE, read_results, same_value
 from hf_kdtl.evaluation.statistics import holm, images_difference, paired_difference
 
 
@@ -96,7 +97,8 @@ def check_comparable(arms: Sequence[Arm], split: str) -> None:
     mine = _facts(first, split)
     for arm in others:
         for what, its in _facts(arm, split).items():
-            if its != mine[what]:
+            same = same_value if what == "data set" else operator.eq
+            if not same(its, mine[what]):
                 found = [
                     f"{of.name} has {_in_words(x, y)}"
                     for of, x, y in ((first, mine[what], its), (arm, its, mine[what]))

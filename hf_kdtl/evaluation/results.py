@@ -130,3 +130,22 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return to_json(value.tolist())
     return relative_paths(str(value))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values are the same, of which either may have been read from results.json: paths by where they lead,
+    since one may be shortened (`update_results`) and the other as it was typed.
+
+    >>> same_value("~/photos", str(Path.home() / "photos")), same_value({"teacher": "./a/"}, {"teacher": "a"})
+    (True, True)
+    """
+    return _resolved(to_json(one)) == _resolved(to_json(other))
+
+
+def _resolved(value: Any) -> Any:
+    """JSON with every text as if it were a path: which ones are is not known, and those that differ still do."""
+    if isinstance(value, dict):
+        return {key: _resolved(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item) for item in value]
+    return os.path.realpath(os.path.expanduser(value)) if isinstance(value, str) else value

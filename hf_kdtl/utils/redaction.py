@@ -86,7 +86,8 @@ def relative_paths(text: str) -> str:
     """A text whose paths below the working folder and the home folder are relative to them, for a run's own files."""
     for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
         if len(folder.parts) > 1:
-            text = text.replace(f"{folder}{os.sep}", short)
+            below = re.compile(rf"(?<![\w.~-]){re.escape(f'{folder}{os.sep}')}")  # not inside of a longer path
+            text = below.sub(short, text)
     return text
 
 

@@ -58,6 +58,8 @@ def test_two_folders_side_by_side(compare_runs):
     run("b", {"alone": [0.84, 0.84, 0.84], "distilled": [0.5, 0.8, 0.6]}, data={"classes": CLASSES[::-1]})
     code, printed = compare_runs("--runs", "a", "b", "--output_dir", "out")
     assert code == 0 and "# 4 models on the test images of pets" in printed
+    run("c", {"alone": ALONE}, data={"source": "./pets/"})
+    assert compare_runs("--runs", "a/alone", "c", "--output_dir", "other")[0] == 0
     assert "Each is compared with a/alone, paired by seed (8, 9, 10)." in printed
     assert cells(printed, "a/alone") == ["81.00 ± 1.00", "-", "-", "-", "-"]
     # d = 5, 7, 6 points: mean 6, sd 1, half width 2.484; t = 6 sqrt(3), p = 1 - t / sqrt(2 + t^2) = 0.009, times 3

@@ -8,7 +8,7 @@ import torch
 
 from hf_kdtl.evaluation import read_results, update_results
 from hf_kdtl.evaluation.records import Results
-from hf_kdtl.evaluation.results import SCHEMA, load_results
+from hf_kdtl.evaluation.results import SCHEMA, load_results, same_value
 
 
 def test_round_trip_section_by_section():
@@ -58,6 +58,26 @@ def test_no_path_of_the_machine():
     assert str(here) not in text and str(home) not in text
     assert json.loads(text)["data"]["path"] == "x"
     assert json.loads(text)["data"]["notes"] == ["left out: images/a.png, ~/b.png"]
+    update_results("run", "data", {"path": f"/mnt{here}/x"})  # another folder, which ends in the name of this one
+    assert read_results("run")["data"]["path"] == f"/mnt{here}/x"
+
+
+def test_a_value_is_the_same_as_it_was_written_and_as_it_was_typed():
+    here, home = Path.cwd(), Path.home()
+    Path("imgs").mkdir()
+    Path("link").symlink_to("imgs")
+    for one, other in (
+        ("imgs", here / "imgs"),
+        ("imgs", "./imgs/"),
+        ("imgs", "link"),
+        ("~/imgs", home / "imgs"),
+        ({"a": ["t/model", 1]}, {"a": (str(here / "t/model"), 1)}),
+        ("owner/name", "owner/name"),
+        (None, float("nan")),
+    ):
+        assert same_value(one, other) and same_value(other, one)
+    for one, other in (("imgs", "image"), ("imgs", "~/imgs"), ("1", 1), (["a"], ["a", "b"]), ({"a": "b"}, {"b": "b"})):
+        assert not same_value(one, other)
 
 
 def test_schema_1_is_read_and_becomes_schema_2_when_a_section_is_written(tmp_path):

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 import hf_kdtl
 from hf_kdtl import DistillationConfig
 from hf_kdtl.evaluation.cost import device_name
-from hf_kdtl.evaluation.results import FILE, read_results, update_results
+from hf_kdtl.evaluation.results import FILE, read_results, same_value, update_results
 
 YES = ("true", "yes", "1")
 # Settings that change where and how fast a run goes, and not what comes out.
@@ -52,7 +52,7 @@ def check_folder(config: DistillationConfig, run: dict[str, Any], overwrite: boo
 
 def _check_same_settings(folder: Path, config: DistillationConfig, run: dict[str, Any]) -> None:
     results = read_results(folder) if (folder / FILE).is_file() else {}
-    if (before := results.get("objectives", config.objectives)) != config.objectives:
+    if not same_value(before := results.get("objectives", config.objectives), config.objectives):
         raise ValueError(
             f"{folder} was begun with the objectives {before} and is now asked to continue with {config.objectives}. "
             "Set them back, or use another --output_dir."
@@ -60,7 +60,7 @@ def _check_same_settings(folder: Path, config: DistillationConfig, run: dict[str
     old, new = results.get("run", run)["settings"], run["settings"]
     for name in sorted({*old, *new} - {*FREE}):
         was, now = (settings.get(name, "the default") for settings in (old, new))
-        if was != now:
+        if not same_value(was, now):
             raise ValueError(
                 f"{folder} was begun with {name} {was!r} and is now asked to continue with {now!r}. Set it back, "
                 "start over with --overwrite_output_dir true --resume_from_checkpoint no, or use another --output_dir."

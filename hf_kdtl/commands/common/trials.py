@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import untracked
-from hf_kdtl.evaluation.results import to_json
+from hf_kdtl.evaluation.results import same_value, to_json
 
 RUNS = "runs.jsonl"
 Curve = list[list[float]]
@@ -62,7 +62,7 @@ class RunLog:
         facts = to_json(facts)
         if (found := self.lines.get(name)) is not None:
             for key, value in facts.items():
-                if found.get(key) != value:
+                if not same_value(found.get(key), value):
                     raise ValueError(
                         f"{self.path} holds {name} with {key} {found.get(key)!r}, and it is now {value!r}. Set it "
                         "back, or start over with --overwrite_output_dir true --resume_from_checkpoint no."
