@@ -45,13 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = cli.parse(CompareOptions, argv=argv, doc=__doc__)
     arms = [arm for run in options.runs for arm in read_arms(run)]
     check_comparable(arms, options.split)
-    metrics = list(dict.fromkeys(options.metrics))
+    metrics, folder = list(dict.fromkeys(options.metrics)), Path(options.output_dir).expanduser()
+    check_replaced(folder)
     text = markdown(arms, options.split, metrics)
-    folder = Path(options.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     comparison_figure(arms, options.split, metrics, folder / COMPARISON)
     (folder / "comparison.md").write_text(f"{text}\n![differences by seed]({COMPARISON})\n", encoding="utf-8")
     print(f"{text}\nThis is {folder / 'comparison.md'}, with the picture {folder / COMPARISON}.")
+
+
+def check_replaced(folder: Path) -> None:
+    """Raises ValueError where comparison.md or its picture would replace one that this command has not written."""
+    text = folder / "comparison.md"
+    if any(path.exists() for path in (text, folder / COMPARISON)):
+        first = text.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if text.is_file() else ""
+        if not (first.startswith("# ") and " models on the " in first):
+            raise ValueError(
+                f"{folder} holds {text.name} or {COMPARISON} of something else than hf-kdtl compare; name another "
+                "folder with --output_dir."
+            )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cut, output = options.cut, Path(options.output_dir).expanduser()
     if (output / "config.json").exists() and not options.overwrite:
         raise ValueError(f"{output} holds a model. Give another --output_dir, or replace it: --overwrite true.")
+    if output.resolve() == Path(options.teacher).expanduser().resolve():
+        raise ValueError(f"{output} is the teacher, which the student would replace; give another --output_dir.")
     if cut.importance == "first_order" and "dataset" not in cli.typed_names(*types, argv=argv):
         raise ValueError("--importance first_order needs labelled images: type --dataset <those of the teacher>.")
     teacher = Teacher.from_pretrained(builders.existing(options.teacher))

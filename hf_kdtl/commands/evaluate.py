@@ -32,7 +32,7 @@ from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.speed import DEFAULT, FORMS
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
 from hf_kdtl.data.loading import ImageData, load_images
-from hf_kdtl.evaluation.results import FILE, load_results, read_results, update_results
+from hf_kdtl.evaluation.results import FILE, load_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers.backbone import is_headless_path
 from hf_kdtl.reports.embedding import embedding_lines
@@ -209,11 +209,11 @@ def judge_embeddings(
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError where a folder holds a training, or an evaluation that is not to be replaced."""
-    if not (folder / FILE).is_file():
+    """Raises ValueError where a folder holds a training, reports of the user, or an evaluation that is not to be
+    replaced."""
+    if not (files := written(folder)):
         return
-    if (recipe := read_results(folder).get("run", {}).get("recipe")) != "evaluate_student":
-        raise ValueError(f"{folder} holds a run of {recipe}; name another folder with --output_dir.")
+    folders.check_written(folder, files, "evaluate_student")
     if not overwrite:
         raise ValueError(
             f"{folder} holds an evaluation. Replace it with --overwrite_output_dir true, or name another folder with "
@@ -221,12 +221,17 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
+def written(folder: Path) -> list[Path]:
+    """What an evaluation has written into a folder, results.json last."""
+    pictures = [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
+    found = [*(folder / name for name in (PATCHES, "report.md", "report.html")), *pictures, folder / FILE]
+    return [path for path in found if path.exists()]
+
+
 def clear(folder: Path) -> None:
     """Remove an earlier evaluation: its pictures may be more than those of the new one."""
-    pictures = [folder / PATCHES]
-    pictures += [path for what in FIGURES for path in (*folder.glob(f"{what}.png"), *folder.glob(f"{what}-*.png"))]
-    for path in (folder / FILE, folder / "report.md", folder / "report.html", *pictures):
-        path.unlink(missing_ok=True)
+    for path in written(folder):
+        path.unlink()
 
 
 def images_of(options: DataOptions) -> ImageData:

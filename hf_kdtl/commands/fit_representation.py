@@ -27,6 +27,7 @@ import hf_kdtl
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.commands.common.folders import check_written
 from hf_kdtl.commands.common.next_command import command, split_flags, student_flags
 from hf_kdtl.data import ImageDataset
 from hf_kdtl.data.decoding import decode_row
@@ -39,6 +40,7 @@ from hf_kdtl.models.bregman.layer import JSON, TENSORS, BregmanLayer, Provenance
 from hf_kdtl.models.bregman.outputs import check_of, needs_of, outputs_of, width_of
 from hf_kdtl.reports.figures.representation import PICTURE, representation_figure
 
+RECIPE = "fit_representation"
 ROWS, SHOWN, BEGUN = "rows.npy", "shown.txt", "directions.safetensors"
 FREE = ("output_dir", "resume", "overwrite_output_dir", "batch_size", "tolerance", "passes")
 SAMPLE = 4000  # rows that the picture is made from
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in remains:  # after everything that can be refused was checked
         path.unlink()
     place = device_name(device)
-    update_results(folder, "run", {"recipe": "fit_representation", "settings": settings, "device": place})
+    update_results(folder, "run", {"recipe": RECIPE, "settings": settings, "device": place})
     update_results(folder, "data", builders.facts(data, data_options))
     tqdm.write(
         f"{builders.summary(teacher.classifier())}: {options.of} of {len(images)} images, link {link}, {place}."
@@ -120,10 +122,13 @@ def leftovers(folder: Path, options: RepresentationOptions, settings: dict[str, 
     """What is to be removed from output_dir first: nothing where a fit continues.
 
     Raises:
-        ValueError: when it holds another fit, or the same with other settings; saying what to type.
+        ValueError: when it holds another fit, or the same with other settings, or what no fit has written; saying
+            what to type.
     """
-    remains = [p for name in (FILE, ROWS, SHOWN, BEGUN, JSON, TENSORS, PICTURE) if (p := folder / name).exists()]
-    if options.resume and (folder / FILE).is_file():
+    remains = [p for name in (ROWS, SHOWN, BEGUN, JSON, TENSORS, PICTURE, FILE) if (p := folder / name).exists()]
+    if remains:
+        check_written(folder, remains, RECIPE)
+    if options.resume and remains:
         before = read_results(folder)["run"]["settings"]
         for name, value in settings.items():
             if not same_value(before.get(name), value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.results import FILE, read_results, same_value, update_results
 
 YES = ("true", "yes", "1")
+INPUTS = ("model", "teacher", "student", "start", "dataset", "unlabelled")  # settings that name what is read
 # Settings that change where and how fast a run goes, and not what comes out.
 FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "seeds", "baseline", "disable_tqdm",
         "budget", "max_trials", "dataloader_num_workers", "save_total_limit", "use_cpu", "push_to_hub", "hub_model_id",
@@ -36,22 +38,59 @@ def check_folder(config: DistillationConfig, run: dict[str, Any], overwrite: boo
     """Stop where output_dir holds another run, unless it is to be continued or overwritten; continuing wins.
 
     Raises:
-        ValueError: saying what to type; also when the run to continue has other settings.
+        ValueError: saying what to type; also when the run to continue has other settings, and when something would be
+            removed that the command was given or that is no run's.
     """
     folder = folder_of(config)
-    if not run_files(folder):
+    if not (files := run_files(folder)):
         return
+    if resumes(config) and (folder / FILE).is_file():
+        check_written(folder, files, run["recipe"])
+        return _check_same_settings(folder, config, run)
+    if lost := _inputs_below([folder, *files], config, run):
+        raise ValueError(
+            f"{folder} holds {' and '.join(lost)}, which this command was given and would replace. Name another "
+            "folder with --output_dir."
+        )
     if resumes(config):
-        _check_same_settings(folder, config, run)
-    elif not overwrite:
+        return
+    check_written(folder, files)
+    if not overwrite:
         raise ValueError(
             f"{folder} holds another run. Continue it with --resume_from_checkpoint true, remove it with "
             "--overwrite_output_dir true, or name another folder with --output_dir."
         )
 
 
+def check_written(folder: Path, files: Sequence[Path], recipe: str | None = None) -> None:
+    """Check that files, which a command would replace, are those of a run; of this recipe, where one is named.
+
+    Raises:
+        ValueError: where there is no results.json, so that they are the user's own; or it is another recipe's.
+    """
+    if not (folder / FILE).is_file():
+        names = ", ".join(path.name for path in files)
+        raise ValueError(
+            f"{folder} holds {names} and no {FILE}, so they are of no run and would be lost. Move them away, or name "
+            "another folder with --output_dir."
+        )
+    found = read_results(folder).get("run", {}).get("recipe")
+    if recipe is not None and found != recipe:
+        raise ValueError(f"{folder} holds a run of {found}; name another folder with --output_dir.")
+
+
+def _inputs_below(places: Sequence[Path], config: DistillationConfig, run: dict[str, Any]) -> list[str]:
+    """Of the paths that a command was given, those that are one of these places or lie below it."""
+    values = [run["settings"].get(name) for name in INPUTS]
+    values += [entry.get("representation") for entry in config.entries]
+    paths = [path for one in values if one for path in (one.values() if isinstance(one, dict) else [one])]
+    return [
+        path for path in paths if any(Path(path).expanduser().resolve().is_relative_to(p.resolve()) for p in places)
+    ]
+
+
 def _check_same_settings(folder: Path, config: DistillationConfig, run: dict[str, Any]) -> None:
-    results = read_results(folder) if (folder / FILE).is_file() else {}
+    results = read_results(folder)
     if not same_value(before := results.get("objectives", config.objectives), config.objectives):
         raise ValueError(
             f"{folder} was begun with the objectives {before} and is now asked to continue with {config.objectives}. "
@@ -97,8 +136,8 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what `run_files` lists."""
-    for path in run_files(folder):
+    """Remove what `run_files` lists; last results.json, which says that the rest may be removed."""
+    for path in reversed(run_files(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -21,7 +21,7 @@ from hf_kdtl.hub.license import license_of
 from hf_kdtl.models.forward.capture import Needs
 from hf_kdtl.models.teachers import shown
 from hf_kdtl.models.teachers.store import signals
-from hf_kdtl.models.teachers.store.manifest import GB
+from hf_kdtl.models.teachers.store.manifest import GB, ROWS, is_store
 
 VIEWS, TEACHER_BATCH = 20, 64
 MAX_GB = 20.0  # of a store, unless --max_gb allows more
@@ -71,6 +71,13 @@ def storable(who: str, needs: Needs) -> Needs:
     return signals.storable(needs)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a store would lie among other files, some of which it would replace or remove."""
+    begun = is_store(folder) or (folder / ROWS).is_file()  # which is written first
+    if not begun and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other files than a store; name a new or an empty folder for it.")
+
+
 def check_size(writer: StoreWriter, missing: float, max_gb: float | None = None) -> None:
     """Raises ValueError where it is more than --max_gb or the disk holds, with what would shrink it."""
     if max_gb is not None and missing > max_gb * GB:
@@ -101,7 +108,7 @@ def fill(experiment: Experiment, typed: Mapping[str, Any]) -> FillingTeacher:
     if teacher is None or experiment.stores or options.teacher == "self":
         found = "several teachers" if len(experiment.teachers) > 1 else f"teacher {options.teacher!r}"
         raise ValueError(f"--cache stores what one live model gives, and found {found}; leave it out.")
-    folder = store_folder(experiment)
+    check_folder(folder := store_folder(experiment))
     trainer = experiment.trainer("distilled", experiment.seeds[0], experiment.folder)
     needs = needs_of(trainer)
     teacher.match(trainer.model, experiment.processor, compare_classes=False)  # in its own order of classes
