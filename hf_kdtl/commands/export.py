@@ -46,7 +46,7 @@ class ExportOptions:
         default=None, metadata={"help": "Side of the pixels; by default what the student's image processor makes."}
     )
     batch_size: int = field(default=16, metadata={"help": "Images a forward, of the second timing; the first has 1."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the file where it exists."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the files where they exist."})
     int8: bool = field(default=False, metadata={"help": "Also <output>.int8.onnx, calibrated on --dataset."})
     max_drop: float = field(default=1.0, metadata={"help": "Points of test accuracy that int8 may lose."})
 
@@ -104,8 +104,9 @@ def check(options: ExportOptions, output: Path) -> None:
     check_installed()
     if output.is_dir():
         raise ValueError(f"{output} is a folder; expected a file: --output {output / 'student.onnx'}.")
-    if output.exists() and not options.overwrite:
-        raise ValueError(f"{output} exists. Give another --output, or replace it: --overwrite true.")
+    for file in (output, *([int8.path_of(output)] if options.int8 else [])):
+        if file.exists() and not options.overwrite:
+            raise ValueError(f"{file} exists. Give another --output, or replace it: --overwrite true.")
     for name in ("image_size", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more.")

@@ -202,6 +202,14 @@ def test_bad_input_is_a_sentence(command, teacher, capsys, extra, message):
     assert message in capsys.readouterr().err and not Path("out").exists()
 
 
+def test_an_int8_file_that_exists_is_not_replaced(command, teacher, capsys):
+    Path("out/deep").mkdir(parents=True)
+    Path("out/deep/student.int8.onnx").write_text("precious")
+    assert cli.run(lambda: command("export").main(arguments("--int8", "true", "--dataset", "digits"))) == 2
+    assert "out/deep/student.int8.onnx exists. Give another --output" in capsys.readouterr().err
+    assert [path.name for path in Path("out/deep").iterdir()] == ["student.int8.onnx"]
+
+
 def test_without_the_extra_it_says_what_to_type(command, teacher, capsys, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name != "onnx" else object())
     assert cli.run(lambda: command("export").main(arguments())) == 2
