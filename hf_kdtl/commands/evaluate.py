@@ -31,7 +31,7 @@ from hf_kdtl.commands.common.candidates import Evaluation, open_candidates
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.speed import DEFAULT, FORMS
 from hf_kdtl.data.degradations import DEGRADATIONS, SEVERITIES, degradation
-from hf_kdtl.data.loading import ImageData, load_images
+from hf_kdtl.data.loading import ImageData
 from hf_kdtl.evaluation.results import FILE, load_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers.backbone import is_headless_path
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_folder(folder, options.overwrite_output_dir)
     run = folders.describe_run("evaluate_student", config, options, data_options)
     with config.main_process_first(local=False):
-        data = images_of(data_options)
+        data = builders.read_splits(data_options)  # a bad image is found in the first pass over its split
     notes: list[str] = []
     references = {"teacher": options.teacher, "baseline": options.baseline}
     if any(map(is_headless_path, options.models)):
@@ -232,13 +232,6 @@ def clear(folder: Path) -> None:
     """Remove an earlier evaluation: its pictures may be more than those of the new one."""
     for path in written(folder):
         path.unlink()
-
-
-def images_of(options: DataOptions) -> ImageData:
-    """The splits. None is read now, as before a training: a bad image is found in the first pass over its split."""
-    names = ("image_column", "label_column", "validation_fraction", "test_fraction", "on_bad_image", "multi_label")
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    return load_images(options.dataset, seed=options.split_seed, **given)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What a command opens: a saved model with its own head or a new one, and the image processor beside it."""
 
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from datasets import Dataset
 from transformers import ViTImageProcessor
 
 from hf_kdtl.commands.common import builders, candidates
-from hf_kdtl.data.loading import ImageData
+from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.data.loading import ImageData, load_images
 from hf_kdtl.models.labels import class_names
 from tests.support.tiny import build
 
@@ -85,3 +89,13 @@ def test_an_absent_processor_is_made_from_the_config_with_a_note_and_an_unreadab
     Path("saved", "preprocessor_config.json").write_text('{"image_mean": [0.485')
     with pytest.raises(OSError, match=r"could not be read from preprocessor_config\.json"):
         builders.processor_of("saved", model, notes)
+
+
+def test_every_option_of_the_splits_reaches_them(monkeypatch):
+    given = {field.name: object() for field in fields(DataOptions)}
+    called = {}
+    monkeypatch.setattr(builders, "load_images", lambda source, **options: called.update(source=source, **options))
+    builders.read_splits(SimpleNamespace(**given))
+    assert called.pop("source") is given["dataset"] and called.pop("seed") is given["split_seed"]
+    known = {*signature(load_images).parameters} - {"source", "seed"}
+    assert called == {name: given[name] for name in known}

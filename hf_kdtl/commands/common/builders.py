@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kdtl.commands.common.arguments import mapping
 from hf_kdtl.commands.common.labels import fewer_labels
+from hf_kdtl.commands.common.next_command import SPLIT_OPTIONS
 from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
 from hf_kdtl.evaluation.cost import parameters
@@ -63,20 +64,16 @@ class DataOptions:
 def open_data(options: DataOptions) -> ImageData:
     """The three splits, with train cut to `train_images` or `labels_per_class`."""
     Augmentation(mapping("augmentation", options.augmentation))  # a misspelt key fails before the images are read
-    data = load_images(
-        options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        validation_fraction=options.validation_fraction,
-        test_fraction=options.test_fraction,
-        seed=options.split_seed,
-        on_bad_image=options.on_bad_image,  # type: ignore[arg-type]
-        high_bit_depth=options.high_bit_depth,  # type: ignore[arg-type]
-        multi_label=options.multi_label,
-    )
+    data = read_splits(options)
     if options.on_bad_image == "error":
         data.check_readable()  # all of them now: a bad test image would be found after hours of training
     return fewer_labels(data, options.train_images, options.labels_per_class, options.split_seed)
+
+
+def read_splits(options: DataOptions) -> ImageData:
+    """The three splits, as `SPLIT_OPTIONS` say. None of the images is read."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in SPLIT_OPTIONS}
+    return load_images(given.pop("dataset"), seed=given.pop("split_seed"), **given)
 
 
 def pixels(
