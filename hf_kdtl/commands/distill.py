@@ -46,6 +46,7 @@ from hf_kdtl.evaluation.results import load_results, read_results, update_result
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers.resolve import open_classifier
+from hf_kdtl.models.teachers.source import called
 from hf_kdtl.reports.run_report import difference, note, table, write_report
 
 
@@ -110,9 +111,8 @@ def begin(experiment: Experiment, budget: float | None, argv: Sequence[str] | No
     assert experiment.chosen is not None
     duration = timing.settle_steps(experiment.chosen, experiment.makers(), len(experiment.seeds), budget)
     run = folders.describe_run("distill", config, options, data_options)
-    paths = options.teacher_paths.values()
-    splits = [note for path in paths for note in builders.split_notes(path, experiment.data, data_options)]
-    notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes, *splits]
+    notes = [*experiment.notes, *(first.teacher.notes if first.teacher else []), *first.distiller.notes]
+    notes += seen_before(experiment)
     members = first.teacher.members() if first.teacher else {}
     live = {name: model for name, one in members.items() if (model := one.classifier()) is not None}
     models = {in_words(name): builders.summary(model) for name, model in live.items()}
@@ -120,7 +120,7 @@ def begin(experiment: Experiment, budget: float | None, argv: Sequence[str] | No
     sections = {
         "run": run,
         "defaults": experiment.chosen.record(),
-        "data": builders.facts(experiment.data, data_options)
+        "data": builders.facts(experiment.data, data_options, experiment.images.unlabelled)
         | experiment.images.facts(config.per_device_train_batch_size),
         "objectives": config.objectives,
         "models": models_section(first, student_start(options, first.model, experiment.kept)),
@@ -133,6 +133,15 @@ def begin(experiment: Experiment, budget: float | None, argv: Sequence[str] | No
     long = not experiment.chosen.continued and experiment.chosen.steps >= timing.WORTH_MEASURING
     if long and (worth := store_worth(experiment, first, argv)):
         say(config, worth)
+
+
+def seen_before(experiment: Experiment) -> list[str]:
+    """A warning for each model that the student learns or starts from and that has seen test images."""
+    options = experiment.options
+    models = {called(name): stored.model_path(path) for name, path in options.teacher_paths.items()}
+    models |= {} if options.student is None else {"the student": options.student}
+    given = experiment.data, experiment.data_options
+    return [note for who, path in models.items() for note in builders.split_notes(path, *given, who)]
 
 
 def record_fingerprint(experiment: Experiment) -> None:

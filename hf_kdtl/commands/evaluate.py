@@ -145,13 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(map(is_headless_path, options.models)):
         embedding_evaluation.check(options, cli.typed_names(*types, argv=argv))
         judged = embedding_evaluation.open_candidates(options.models, references, notes)
+        for one in judged:
+            notes += builders.split_notes(one.path, data, data_options, one.name)
         return judge_embeddings(judged, data, number, config, run, builders.facts(data, data_options), notes)
     if data.multi_label:
         several_labels.check(cli.typed_names(*types, argv=argv))
     candidates = open_candidates(options.models, references, data, notes, options.templates)
     for candidate in candidates:
-        notes += [note.replace("the teacher", candidate.name)
-                  for note in builders.split_notes(candidate.path, data, data_options)]  # fmt: skip
+        notes += builders.split_notes(candidate.path, data, data_options, candidate.name)
     summaries = {one.name: f"{one.path}: {builders.summary(one.model)}" for one in candidates}
     say(config, *builders.describe_data(data), *(f"{who}: {what}" for who, what in summaries.items()))
     say(config, *(f"- {sentence}" for sentence in notes), folders.place(run))

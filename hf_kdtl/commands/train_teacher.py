@@ -87,6 +87,8 @@ def train(
     notes: list[str] = []
     set_seed(config.seed)
     model, processor, data = build(options, data, notes)
+    if options.model is not None:
+        notes += builders.split_notes(options.model, data, data_options, "the model")
     kind = "random" if options.model is None else "pretrained"
     chosen = Chosen(
         model, kind, data.train, len(data.train), processor, typed, config, data_options, budget is not None

@@ -232,6 +232,7 @@ class Data(Record):
     notes: list[str] = field(default_factory=list)
     unlabelled: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ import torch
 from hf_kdtl.evaluation.json_records import malformed
 from hf_kdtl.evaluation.model_records import Models
 from hf_kdtl.evaluation.records import Data, Evaluation, Results
-from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, to_json, upgrade
+from hf_kdtl.evaluation.results import FILE, SCHEMA, read_results, same_value, to_json, upgrade
 from hf_kdtl.hub.card_tables import ARM, evaluated_student, split_scores
 from hf_kdtl.hub.provenance import histories, models_section
 from hf_kdtl.models.labels import class_names
@@ -232,7 +232,7 @@ def _check_data(mine: Data, its: Data) -> None:
         "splits": (mine.splits, its.splits),
     }
     for what, (here, there) in pairs.items():
-        if here != there:
+        if not same_value(here, there):
             raise ValueError(
                 f"the run and the evaluation are of other data: {what} {here} and {there}. Evaluate again with the "
                 "run's --dataset, --split_seed, --validation_fraction and --test_fraction."
@@ -240,6 +240,11 @@ def _check_data(mine: Data, its: Data) -> None:
     mine_test, its_test = mine.sizes.get("test"), its.sizes.get("test")
     if mine_test != its_test:
         raise ValueError(f"the run has {mine_test} test images and the evaluation {its_test}: the data was changed.")
+    known = {data.digests["test"] for data in (mine, its) if "test" in data.digests}
+    if len(known) > 1:
+        raise ValueError(
+            "the run and the evaluation have other test images, of the same number: the data was changed."
+        )
 
 
 def _with_weights(students: Mapping[str, Any], results: Results) -> str:

@@ -1,5 +1,6 @@
 """What a command opens: a saved model with its own head or a new one, and the image processor beside it."""
 
+import shutil
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import ViTImageProcessor
 from hf_kdtl.commands.common import builders, candidates
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.data.loading import ImageData, load_images
+from hf_kdtl.evaluation.results import update_results
 from hf_kdtl.models.labels import class_names
 from tests.support.tiny import build
 
@@ -99,3 +101,34 @@ def test_every_option_of_the_splits_reaches_them(monkeypatch):
     assert called.pop("source") is given["dataset"] and called.pop("seed") is given["split_seed"]
     known = {*signature(load_images).parameters} - {"source", "seed"}
     assert called == {name: given[name] for name in known}
+
+
+def _noted(model="t/model", **given):
+    options = DataOptions(**given)
+    return builders.split_notes(model, builders.read_splits(options), options)
+
+
+def test_a_model_that_has_seen_test_images_is_noted(images):
+    options = DataOptions(dataset=images)
+    update_results("t", "data", builders.facts(builders.read_splits(options), options))
+    for same in ("images", "./images", "images/", str(Path("images").absolute())):
+        assert _noted(dataset=same) == []
+        for model in ("t/model", "t/alone-seed42/model"):
+            (found,) = _noted(model, dataset=same, split_seed=7)
+            assert "it may have seen images that are test images here. Use the same three settings." in found
+    shutil.copy("images/red/0.png", "images/red/00.png")
+    (found,) = _noted(dataset="images")
+    assert "when it held other images" in found and "Train the teacher again" in found
+    assert _noted("elsewhere/model", dataset="images") == _noted(dataset="digits") == []
+    update_results("t", "run", {"recipe": "evaluate_student"})  # it trained nothing
+    assert _noted(dataset="images") == []
+
+
+def test_a_test_split_that_no_setting_cuts_is_the_same_with_any(images):
+    shutil.copytree(images, "photos/test")
+    Path(images).rename("photos/train")
+    options = DataOptions(dataset="photos")
+    update_results("t", "data", facts := builders.facts(builders.read_splits(options), options))
+    assert _noted(dataset="photos", split_seed=7) == []
+    update_results("t", "data", {name: value for name, value in facts.items() if name != "digests"})
+    assert len(_noted(dataset="photos", split_seed=7)) == 1  # results of an earlier version say no more

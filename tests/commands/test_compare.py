@@ -101,11 +101,12 @@ def test_one_seed_has_no_interval(compare_runs):
             "classes: a/alone has 3 classes (fox only there) and b/alone has 3 classes (wolf only there)",
         ),
         ({"splits": DATA["splits"] | {"split_seed": 7}}, "way of splitting: a/alone has {'split_seed': 42"),
+        ({"digests": {"test": "b"}}, "hash of the test images: a/alone has 'a' and b/alone has 'b'"),
         ({"sizes": DATA["sizes"] | {"test": 31}}, "test images: a/alone has 30 and b/alone has 31"),
     ],
 )
 def test_runs_on_other_data_are_refused(compare_runs, data, message):
-    run("a", {"alone": ALONE})
+    run("a", {"alone": ALONE}, data={"digests": {"test": "a"}})
     run("b", {"alone": ALONE}, data=data)
     code, printed = compare_runs("--runs", "a", "b")
     assert code == 2 and message in printed and not Path("runs").exists()

@@ -1,12 +1,13 @@
 """The folder of a run: the same command continues it, and nothing that a command was given or a user wrote is lost."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import folders
+from hf_kdtl.commands.common import builders, folders
 from hf_kdtl.commands.common.trials import RunLog
 from hf_kdtl.evaluation.results import read_results, update_results
 
@@ -16,9 +17,11 @@ def train_teacher(command, monkeypatch, capsys):
     """train_teacher(...) -> (exit code, its error): begins a run in out and trains nothing."""
     module = command("train_teacher")
 
-    def begin(options, data_options, config, *rest):
-        Path("out/model").mkdir(parents=True, exist_ok=True)
-        update_results("out", "run", folders.describe_run("train_teacher", config, options, data_options))
+    def begin(options, data_options, config, data, *rest):
+        run = folders.describe_run("train_teacher", config, options, data_options)
+        trainer = SimpleNamespace(args=config, accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+        folders.begin(trainer, {"run": run, "data": builders.facts(data, data_options)})
+        Path("out/model").mkdir(exist_ok=True)
 
     def call(*given):
         argv = ["--output_dir", "out", "--use_cpu", "true", *map(str, given)]
@@ -61,18 +64,27 @@ def test_paths_in_objectives_and_of_trials_are_the_same_paths():
         assert line["objectives"][0]["representation"] == "layer"
 
 
+def test_a_run_does_not_go_on_with_other_images(train_teacher, images):
+    assert train_teacher("--dataset", images) == (0, "")
+    resume = ("--dataset", images, "--resume_from_checkpoint", "true")
+    shutil.copy("images/red/0.png", "images/red/00.png")
+    before = Path("out/results.json").read_text()
+    code, error = train_teacher(*resume)
+    assert code == 2 and "images has other images or labels (train, validation, test, labels) than when" in error
+    assert Path("out/results.json").read_text() == before
+    Path("images/red/00.png").unlink()
+    assert train_teacher(*resume) == (0, "")
+    old = read_results("out")["data"]
+    update_results("out", "data", {name: value for name, value in old.items() if name != "digests"})
+    assert train_teacher(*resume) == (0, "")  # of an earlier version
+
+
 @pytest.mark.parametrize("given", ["--model", "--teacher", "--dataset"])
 def test_what_a_command_was_given_is_not_removed(command, train_teacher, images, capsys, given):
     assert train_teacher("--dataset", images) == (0, "")
     Path("out/model/config.json").write_text("trained for days")
     flags = ["--output_dir", "out", "--use_cpu", "true", "--overwrite_output_dir", "true"]
-    value = (
-        '{"a": "./out/model", "b": "other"}'
-        if given == "--teacher"
-        else "out"
-        if given == "--dataset"
-        else "out/model"
-    )
+    value = {"--model": "out/model", "--dataset": "out", "--teacher": '{"a": "./out/model", "b": "x"}'}[given]
     module = command("distill" if given == "--teacher" else "train_teacher")
     assert cli.run(lambda: module.main([*flags, given, value])) == 2
     assert "which this command was given and would replace" in capsys.readouterr().err

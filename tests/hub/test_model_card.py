@@ -512,6 +512,7 @@ def _other(section, **changed):
         (_other(["run"], recipe="distill"), "found results of 'distill'"),
         (_other(["data"], source="other/pets"), "other data: source"),
         (_other(["data"], classes=["cat", "dog"]), "other data: classes"),
+        (_other(["data"], digests={"test": "b"}), "have other test images"),
         (_other(["data", "sizes"], test=61), "60 test images and the evaluation 61"),
         (_other(["evaluation", "models", "student"], fingerprint="s2"), "another student: the run's has weights s1"),
         (_other(["evaluation", "models", "teacher"], fingerprint="t2"), "teacher has other weights"),
@@ -519,8 +520,10 @@ def _other(section, **changed):
     ],
 )
 def test_an_evaluation_of_something_else_is_refused(its, message):
+    mine = results()
+    mine["data"]["digests"] = {"test": "a"}
     with pytest.raises(ValueError, match=message):
-        with_evaluation(results(), its)
+        with_evaluation(mine, its)
 
 
 def test_an_evaluation_may_list_the_classes_in_another_order():

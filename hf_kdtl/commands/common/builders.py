@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,14 +21,17 @@ from hf_kdtl.commands.common.labels import fewer_labels
 from hf_kdtl.commands.common.next_command import SPLIT_OPTIONS
 from hf_kdtl.data import ImageData, ImageDataset, load_images
 from hf_kdtl.data.augmentation import Augmentation
+from hf_kdtl.data.digests import digests
 from hf_kdtl.evaluation.cost import parameters
-from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.evaluation.results import read_results, same_value
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels, same_classes, set_class_names
 from hf_kdtl.models.teachers.processor_files import open_processor
 from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, renew_head
 from hf_kdtl.utils.distributed import unsharded_class
 from hf_kdtl.utils.options import check_known
+
+CUTS = ("split_seed", "validation_fraction", "test_fraction")  # settings that decide which images become test images
 
 
 @dataclass
@@ -223,33 +227,50 @@ def summary(model: Any) -> str:
     return f"{unsharded_class(model).__name__}, {parameters(model):,} parameters"
 
 
-def facts(data: ImageData, options: DataOptions) -> dict[str, Any]:
+def facts(data: ImageData, options: DataOptions, unlabelled: Dataset | None = None) -> dict[str, Any]:
     """The section `data` of results.json."""
+    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    further = {} if unlabelled is None else {"unlabelled": unlabelled}
     return {
         "source": data.source,
         "hub": data.source != "digits" and not glob(str(Path(data.source).expanduser())),
-        "sizes": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
+        "sizes": {name: len(split) for name, split in splits.items()},
         "classes": data.label_names,
-        "splits": {name: getattr(options, name) for name in ("split_seed", "validation_fraction", "test_fraction")},
+        "splits": {name: getattr(options, name) for name in CUTS},
+        "digests": digests(splits | further),
         "augmentation": mapping("augmentation", options.augmentation),
         "high_bit_depth": data.high_bit_depth,
         "notes": data.notes,
     }
 
 
-def split_notes(teacher: str, data: ImageData, options: DataOptions) -> list[str]:
-    """A warning where a teacher of hf-kdtl train-teacher was trained on images that are test images here."""
-    try:
-        before = read_results(Path(teacher).expanduser().parent)["data"]
-    except (OSError, ValueError, KeyError):
+def split_notes(model: str, data: ImageData, options: DataOptions, called: str = "the teacher") -> list[str]:
+    """A warning where a saved model was trained by these commands on images that are test images here."""
+    before, cut = trained_on(model), {name: getattr(options, name) for name in CUTS}
+    if "splits" not in before or not same_value(before["source"], data.source):
         return []
-    mine = facts(data, options)
-    if before["source"] != mine["source"] or before["splits"] == mine["splits"]:
+    seen = before.get("digests", {}).get("test")  # results of earlier versions have none
+    if before["splits"] == cut if seen is None else seen == digests({"test": data.test})["test"]:
         return []
+    how, cure = f"split by {before['splits']}, here it is split by {cut}", "Use the same three settings."
+    if before["splits"] == cut:
+        how, cure = "when it held other images", f"Train {called} again, or test on images of their own."
     return [
-        f"Careful: the teacher was trained on {before['source']} split by {before['splits']}, here it is split by "
-        f"{mine['splits']}: it may have seen images that are test images here. Use the same three settings."
+        f"Careful: {called} was trained on {before['source']} {how}: it may have seen images that are test images "
+        f"here. {cure}"
     ]
+
+
+def trained_on(model: str) -> dict[str, Any]:
+    """The section `data` of the run that a saved model is of: in its folder, or that of one of several seeds; {} of a
+    model of no run."""
+    for folder in [*Path(model).expanduser().resolve().parents][:2]:
+        try:
+            results = read_results(folder)
+        except (OSError, ValueError):
+            continue
+        return {} if results.get("run", {}).get("recipe") == "evaluate_student" else results.get("data", {})
+    return {}
 
 
 def describe_data(data: ImageData) -> list[str]:

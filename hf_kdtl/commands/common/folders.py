@@ -106,6 +106,17 @@ def _check_same_settings(folder: Path, config: DistillationConfig, run: dict[str
             )
 
 
+def _check_same_images(folder: Path, data: dict[str, Any]) -> None:
+    before = read_results(folder).get("data", {}) if (folder / FILE).is_file() else {}
+    kept = [(before.get(what, {}), data.get(what, {})) for what in ("sizes", "digests")]
+    other = dict.fromkeys(key for old, new in kept for key in old if old[key] != new.get(key, old[key]))
+    if other:
+        raise ValueError(
+            f"{data['source']} has other images or labels ({', '.join(other)}) than when {folder} was begun: what was "
+            "trained before may have seen images that are test images now. Set them back, or use another --output_dir."
+        )
+
+
 def check_resumes_all(config: DistillationConfig) -> None:
     """Raises ValueError when one checkpoint is named, where a list of runs is to be continued."""
     if resumes(config) and str(config.resume_from_checkpoint).lower() not in YES:
@@ -186,8 +197,16 @@ def _versions(*names: str) -> dict[str, str]:
 
 
 def begin(trainer: Any, sections: dict[str, Any]) -> None:
-    """Make output_dir this run's: what another one left is removed unless it is continued, and results.json begun."""
+    """Make output_dir this run's: what another one left is removed unless it is continued, and results.json begun.
+
+    Raises:
+        ValueError: where the run to continue was begun on other images or labels.
+    """
     config = trainer.args
+    if resumes(config):
+        _check_same_images(
+            folder_of(config), sections["data"]
+        )  # by each process: the first writes what the others read
     if config.process_index == 0:
         if not resumes(config):
             clear(folder_of(config))

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import runs
 from hf_kdtl.commands.common.embedding_scores import SPLITS, picture, scores
+from hf_kdtl.data.digests import digests
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.reports.embedding import embedding_lines
@@ -26,7 +27,9 @@ def sections(study: Any, run: dict, models: dict, notes: list[str], first: Any) 
     labelled = {}
     if study.labelled is not None:
         labelled = {f"labelled {name}": len(getattr(study.labelled, name)) for name in SPLITS}
+    images = {"held out": study.held_out} | ({} if study.stream else {"train": study.train})
     data = {"source": str(study.options.unlabelled), "hub": False, "sizes": sizes | labelled, "classes": []}
+    data |= {"digests": digests(images)}
     data |= {"notes": study.notes, "augmentation": cli.mapping("augmentation", study.data_options.augmentation)}
     return {
         "run": run,

@@ -1,0 +1,41 @@
+"""What identifies the images and the labels of splits: by it one sees that a folder has grown, or is cut otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from os.path import basename
+
+from datasets import Dataset
+
+from hf_kdtl.data.columns import source_rows
+from hf_kdtl.data.several import SEVERAL
+
+
+def digests(splits: Mapping[str, Dataset]) -> dict[str, str]:
+    """{split: a hash of its images, in their order; "labels": one of all their labels}. No image is read: each is
+    known by its file's name, without the folder, which may be typed in several ways; one without a name by its row."""
+    found = {name: _hash(_names(split)) for name, split in splits.items()}
+    return found | {"labels": _hash(label for split in splits.values() for label in _labels(split))}
+
+
+def _names(split: Dataset) -> Iterator[str]:
+    cells = split.with_format(None).select_columns("image").flatten()  # the bytes beside the paths stay unread
+    paths = cells["image.path"][:]
+    for path, row in zip(paths, source_rows(split).tolist(), strict=True):
+        yield basename(path) if path else str(row)
+
+
+def _labels(split: Dataset) -> Iterator[str]:
+    """By name: a model may list the classes in another order than the data."""
+    names = split.features["label"].names
+    if SEVERAL not in split.features:
+        return (names[label] if label >= 0 else "" for label in split["label"][:])
+    return (str(sorted(zip(names, row, strict=True))) for row in split[SEVERAL][:])
+
+
+def _hash(words: Iterable[str]) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for word in words:
+        found.update(f"{len(word)} {word}".encode())
+    return found.hexdigest()
