@@ -31,6 +31,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.speed import speeds
 from hf_kdtl.evaluation.records import Speed
 from hf_kdtl.export import BATCHES, TOLERANCE, OnnxModel, check_installed, export_onnx, largest_difference
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers.backbone import is_headless_path, open_backbone
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.reports.evaluation_summary import speed_table
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(options.output).expanduser()
     check(options, output)
     if options.int8:
-        int8.check(options.max_drop, cli.typed_names(*types, argv=argv))
+        int8.check(options.max_drop, cli.typed_names(*types, argv=argv), data_options)
     source = builders.existing(options.student)
     student = opened(source, options.int8)
     pixels = random_pixels(source, student, options)
@@ -79,15 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         int8.report(output, images, forms, timing, options.max_drop, source)
 
 
-def opened(source: str, int8: bool) -> Any:
+def opened(source: str, quantized: bool) -> Any:
     """The student, a classifier or without a head.
 
     Raises:
-        ValueError: for int8 without a head.
+        ValueError: for int8 without a head, or with several labels an image.
     """
     if not is_headless_path(source):
-        return open_classifier(source, role="the student", dtype=torch.float32).model.eval()
-    if int8:
+        model = open_classifier(source, role="the student", dtype=torch.float32).model.eval()
+        int8.check_one_label(quantized and is_multi_label(model))
+        return model
+    if quantized:
         raise ValueError(
             f"--int8 is kept by its accuracy on test images, and the student {source} has no classifier. Leave --int8 "
             f"out, or give it a head first: hf-kdtl train-teacher --model {source} --dataset <labelled images>."

@@ -194,12 +194,23 @@ def test_the_pixels_are_those_of_the_processor_or_as_asked(copied, teacher, caps
         (["--batch_size", "0"], "batch_size is 0, expected 1 or more"),
         (["--image_size", "-1"], "image_size is -1, expected 1 or more"),
         (["--int8", "true"], "calibrated on training images and scored on test images, and none were given"),
+        (
+            ["--int8", "true", "--dataset", "digits", "--multi_label", "true"],
+            "several labels an image. Leave --int8 out",
+        ),
         (["--int8", "true", "--dataset", "digits", "--max_drop", "-1"], "max_drop is -1.0, expected 0 or more"),
     ],
 )
 def test_bad_input_is_a_sentence(command, teacher, capsys, extra, message):
     assert cli.run(lambda: command("export").main(arguments(*extra))) == 2
     assert message in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_a_student_with_several_labels_an_image_is_not_kept_by_accuracy(command, teacher, capsys):
+    config = Path(teacher, "config.json")
+    config.write_text(config.read_text().replace("{", '{"problem_type": "multi_label_classification",', 1))
+    assert cli.run(lambda: command("export").main(arguments("--int8", "true", "--dataset", "digits"))) == 2
+    assert "several labels an image. Leave --int8 out" in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_an_int8_file_that_exists_is_not_replaced(command, teacher, capsys):

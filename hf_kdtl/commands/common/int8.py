@@ -23,12 +23,22 @@ from hf_kdtl.reports.run_report import write_report
 BATCH = 64
 
 
-def check(max_drop: float, typed: Iterable[str]) -> None:
+def check_one_label(several: bool) -> None:
+    """Raises ValueError for a student or images with several labels an image, of which there is no accuracy."""
+    if several:
+        raise ValueError(
+            "--int8 is kept by its accuracy on test images, and these have several labels an image. Leave --int8 out; "
+            "the float32 file is compared with the student itself."
+        )
+
+
+def check(max_drop: float, typed: Iterable[str], options: DataOptions) -> None:
     """What --int8 needs.
 
     Raises:
         ValueError: saying what to type.
     """
+    check_one_label(options.multi_label)
     if "dataset" not in typed:
         raise ValueError(
             "--int8 is calibrated on training images and scored on test images, and none were given: type --dataset "
