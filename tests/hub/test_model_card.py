@@ -526,8 +526,9 @@ def test_an_evaluation_of_something_else_is_refused(its, message):
         with_evaluation(mine, its)
 
 
-def test_an_evaluation_may_list_the_classes_in_another_order():
+def test_an_evaluation_may_list_the_classes_in_another_order_and_type_the_path_otherwise():
     its = evaluated()
+    its["data"]["source"] = f"./{its['data']['source']}/"
     its["data"]["classes"] = its["data"]["classes"][::-1]
     assert str(student_card(with_evaluation(results(), its))) == str(
         student_card(with_evaluation(results(), evaluated()))
