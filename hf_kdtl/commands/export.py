@@ -86,16 +86,17 @@ def opened(source: str, quantized: bool) -> Any:
     Raises:
         ValueError: for int8 without a head, or with several labels an image.
     """
-    if not is_headless_path(source):
-        model = open_classifier(source, role="the student", dtype=torch.float32).model.eval()
-        int8.check_one_label(quantized and is_multi_label(model))
-        return model
-    if quantized:
+    headless = is_headless_path(source)
+    if headless and quantized:
         raise ValueError(
             f"--int8 is kept by its accuracy on test images, and the student {source} has no classifier. Leave --int8 "
             f"out, or give it a head first: hf-kdtl train-teacher --model {source} --dataset <labelled images>."
         )
-    return open_backbone(source, role="the student", dtype=torch.float32).model.eval()
+    student = (open_backbone if headless else open_classifier)(source, role="the student", dtype=torch.float32)
+    for note in student.unread:
+        tqdm.write(note)
+    int8.check_one_label(quantized and is_multi_label(student.model))
+    return student.model.eval()
 
 
 def check(options: ExportOptions, output: Path) -> None:

@@ -150,9 +150,10 @@ def pretrained(path: str, names: Sequence[str], notes: list[str]) -> Any:
     )
     if known is None and count == len(names):
         named = f"{path} does not name its {count} classes: they are taken to be those of the data, in order."
-        notes += opened.notes or [named]
+        notes += [*opened.notes, *([] if opened.new_head else [named])]
         return opened.model
     notes.append(f"{path} has a head for {count} other classes: it gets a new one for the {len(names)} of the data.")
+    notes += opened.unread
     if not opened.new_head:  # of the same size, so it was loaded
         renew_head(opened.model)
     return opened.model

@@ -95,9 +95,11 @@ def _open(
     by_text = role == "teacher" and bool(templates or has_text_tower(open_config(path, role=name)))
     if by_text:
         teacher = TextHeadTeacher.from_pretrained(path, class_names=data.label_names, templates=templates)
-        model = teacher.classifier()
+        model, unread = teacher.classifier(), teacher.unread
     else:
-        model = open_classifier(path, role=name).model.eval()
+        opened = open_classifier(path, role=name)
+        model, unread = opened.model.eval(), opened.unread
+    notes += unread
     several = is_multi_label(model)
     if several and not data.multi_label:
         raise ValueError(f"{name} ({path}) has several labels an image, and the data one: type --multi_label true.")

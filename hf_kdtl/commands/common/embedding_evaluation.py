@@ -62,6 +62,7 @@ def open_candidates(
 def _open(role: str, name: str, path: str, notes: list[str]) -> EmbeddingCandidate:
     if role == "teacher":
         teacher = Teacher.from_pretrained(path)
+        notes += teacher.notes
         processor = teacher.processing_class or builders.processor_of(path, teacher.classifier(), notes)
         return EmbeddingCandidate(name, role, path, teacher, processor)
     opened = open_vision_model(path, role=name)

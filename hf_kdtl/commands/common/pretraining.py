@@ -149,7 +149,9 @@ class Pretraining:
         options = self.options
         check_one_student(options)
         if options.student is not None:
-            return open_student(options.student, dtype=torch.float32)
+            opened = open_student(options.student, dtype=torch.float32)
+            self.notes += [note for note in opened.notes if note not in self.notes]  # opened again for each seed
+            return opened.model
         if options.student_config is not None:
             settings = dict(cli.mapping("student_config", options.student_config))
             kind = settings.pop("model_type", None)

@@ -13,8 +13,9 @@ from transformers import AutoModel, ViTConfig, ViTModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
 
 from hf_kdtl.models.forward.embedding import is_headless
+from hf_kdtl.models.teachers.file_names import describe_missing
 from hf_kdtl.models.teachers.flat_patches import FlatPatches
-from hf_kdtl.models.teachers.resolve import Opened, describe_missing, open_classifier, open_config, open_with
+from hf_kdtl.models.teachers.resolve import Opened, open_classifier, open_config, open_with
 
 MASKED, FLAT = "vit_mae", "siglip2"
 """Model types that mask patches, and (as a prefix) that read flat ones."""
@@ -46,7 +47,7 @@ def open_vision_model(path: str | Path, *, role: str = "the model", **options: A
     config = open_config(path, role=role, **options)
     if has_classifier(config) or {"num_labels", "id2label"} & options.keys():
         opened = open_classifier(path, role=role, keep_head=False, **options)
-        return OpenedBackbone(opened.model, opened.new_head, opened.notes)
+        return OpenedBackbone(opened.model, opened.new_head, opened.notes, opened.unread)
     return open_backbone(path, config, role=role, **options)
 
 
@@ -75,9 +76,9 @@ def open_backbone(path: str | Path, config: Any = None, *, role: str = "the mode
     """
     config = open_config(path, role=role, **options) if config is None else config
     who = f"{role} {str(path)!r}"
-    model, lacking, mismatched = open_with(_opener(config, who), path, role=role, **options)
+    model, lacking, mismatched, unread = open_with(_opener(config, who), path, role=role, **options)
     if any("visual_projection" in key for key in lacking):  # CLIP's vision tower, saved without its projection
-        model, lacking, mismatched = open_with(MODEL_MAPPING[type(model.config)], path, role=role, **options)
+        model, lacking, mismatched, unread = open_with(MODEL_MAPPING[type(model.config)], path, role=role, **options)
     poolers = [key for key in lacking if {*key.split(".")} & {*_POOLERS}]
     if lost := [key for key in lacking if key not in poolers]:
         raise ValueError(
@@ -86,10 +87,10 @@ def open_backbone(path: str | Path, config: Any = None, *, role: str = "the mode
             "model.save_pretrained(folder)."
         )
     check_reads_images(model, who)
-    return OpenedBackbone(prepared(model), [], [], pooler=not poolers)
+    return OpenedBackbone(prepared(model), [], unread, unread, pooler=not poolers)
 
 
-def open_student(path: str | Path, **options: Any) -> Any:
+def open_student(path: str | Path, **options: Any) -> Opened:
     """The vision model without a head that a folder or a Hub name holds, to be trained; of ViT-MAE the ViT that it is
     when nothing is masked.
 
@@ -100,11 +101,12 @@ def open_student(path: str | Path, **options: Any) -> Any:
     if config.model_type == MASKED:
         settings = {name: value for name, value in config.to_dict().items() if name != "model_type"}
         options = options | {"config": ViTConfig.from_dict(settings)}
-        model: Any = open_with(ViTModel, path, role="the student", **options)[0]
+        loaded = open_with(ViTModel, path, role="the student", **options)
+        opened = Opened(loaded.model, [], loaded.unread, loaded.unread)
     else:
-        model = open_backbone(path, config, role="the student", **options).model
-    check_trainable(model)
-    return model
+        opened = open_backbone(path, config, role="the student", **options)
+    check_trainable(opened.model)
+    return opened
 
 
 def check_trainable(student: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from hf_kdtl.models.blocks import find_blocks
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.forward.embedding import classifier_config
+from hf_kdtl.models.teachers.file_names import check_names, describe_missing, unread_weights
 
 # Options of from_pretrained that say where a file lies and whether its code may run: the model's and its processor's.
 TRUST = "trust_remote_code"
@@ -25,17 +25,28 @@ WHERE |= {TRUST, "code_revision"}
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and what its file did not hold.
+    """A model, what its file did not hold, and what of it was not read.
 
     Args:
         model: the classifier, in eval mode as transformers returns it.
         new_head: tensors of the head that the file lacks, which are random now.
-        notes: what a user should know, as sentences.
+        unread: of tensors in the file that the model does not have, a sentence; empty where there are none.
     """
 
     model: Any
     new_head: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
+class Loaded(NamedTuple):
+    """What `open_with` read: the model, the tensors that its file lacks, {name: (shape in the file, shape wanted)} of
+    those among them that have another shape there, and a sentence where it holds others."""
+
+    model: Any
+    lacking: list[str]
+    mismatched: dict[str, Any]
+    unread: list[str]
 
 
 def untrusted(options: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
         ValueError: when weights of the backbone are not in the file, or those of the head where `keep_head`.
     """
     options = _of_a_tower(path, options)
-    model, lacking, mismatched = open_with(AutoModelForImageClassification, path, role=role, **options)
+    model, lacking, mismatched, unread = open_with(AutoModelForImageClassification, path, role=role, **options)
     head = _head_names(model, lacking)
     if backbone := [key for key in lacking if key not in head]:
         saved_alone = [type(model.base_model).__name__] == model.config.architectures
@@ -93,7 +104,8 @@ def open_classifier(path: str | Path, *, role: str = "the model", keep_head: boo
     if head and keep_head:
         raise ValueError(missing_head(f"{role} {str(path)!r}", head, mismatched))
     random = f"{describe_missing(head, mismatched)} start from random values."
-    return Opened(model, head, [f"{role} {str(path)!r} has no trained head in its file: {random}"] if head else [])
+    notes = [f"{role} {str(path)!r} has no trained head in its file: {random}"] if head else []
+    return Opened(model, head, [*notes, *unread], unread)
 
 
 def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +120,12 @@ def _of_a_tower(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     return options | {"config": both, "key_mapping": {r"^(?!vision_model\.)": "vision_model."}}
 
 
-def open_with(
-    opener: Any, path: str | Path, *, role: str = "the model", **options: Any
-) -> tuple[Any, list[str], dict[str, Any]]:
-    """(model, names of the tensors that its file lacks, {name: (shape in the file, shape wanted)} of those among them
-    that have another shape there), by a class that has `from_pretrained`.
+def open_with(opener: Any, path: str | Path, *, role: str = "the model", **options: Any) -> Loaded:
+    """A model, by a class that has `from_pretrained`.
 
     Raises:
-        OSError, ValueError: as `open_classifier`, for names with a prefix and blocks that the config leaves out.
+        OSError, ValueError: as `open_classifier`, for names with a prefix, and for blocks and weights of the file that
+            the config leaves out.
     """
     source = locate(path, role)
     options = untrusted(options)
@@ -130,8 +140,9 @@ def open_with(
         raise OSError(f"{role} {str(path)!r} could not be opened ({said}). {_cure(source, error, options)}") from error
     mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
     lacking = sorted(k for k in {*info["missing_keys"], *mismatched} if not k.endswith("num_batches_tracked"))
-    _check_names(lacking, sorted(info["unexpected_keys"]), model, f"{role} {str(path)!r}")
-    return model, lacking, mismatched
+    unexpected = sorted(info["unexpected_keys"])
+    check_names(lacking, unexpected, model, f"{role} {str(path)!r}")
+    return Loaded(model, lacking, mismatched, unread_weights(unexpected, model, f"{role} {str(path)!r}"))
 
 
 @contextmanager
@@ -213,29 +224,6 @@ def _cure(source: str, error: Exception, options: dict[str, Any]) -> str:
     return "Expected a saved image classifier."
 
 
-def _check_names(lacking: list[str], unexpected: list[str], model: Any, who: str) -> None:
-    """Refuse a file whose names have a prefix, and one with more blocks than the config says."""
-    names = set(model.state_dict())
-    for prefix in {key[: -len(name)] for key in unexpected for name in lacking if key.endswith(f".{name}")}:
-        if sum(key.removeprefix(prefix) in names for key in unexpected) > len(unexpected) / 2:
-            raise ValueError(
-                f"the names of the weights of {who} begin with {prefix!r} (as a wrapper of the model, such as "
-                f"nn.DataParallel, saves them), so none was loaded. Pass key_mapping={{{_pattern(prefix)}: ''}} to "
-                "from_pretrained, or save the model inside the wrapper: model.module.save_pretrained(folder)."
-            )
-    shapes = {re.sub(r"\.\d+\.", ".#.", name) for name in names}
-    if left := [key for key in unexpected if re.sub(r"\.\d+\.", ".#.", key) in shapes]:
-        raise ValueError(
-            f"the file of {who} has {len(left)} weights of further blocks that its config leaves out: "
-            f"{describe_missing(left, {})}. Expected a config with as many blocks as the file; for fewer of them use "
-            "hf_kdtl.make_student(teacher, layers=...)."
-        )
-
-
-def _pattern(prefix: str) -> str:
-    return "r'^" + prefix.replace(".", "\\.") + "'"
-
-
 def _head_names(model: Any, keys: Iterable[str]) -> list[str]:
     """Those of the keys that belong to the head: outside the module with the blocks, its classifiers, its pooler."""
     backbone = find_blocks(model)[0][0].split(".")[0]
@@ -245,12 +233,3 @@ def _head_names(model: Any, keys: Iterable[str]) -> list[str]:
         for key in keys
         if key.split(".")[0] != backbone or ".pooler." in key or any(key.startswith(f"{head}.") for head in heads)
     ]
-
-
-def describe_missing(names: Sequence[str], mismatched: dict[str, Any], most: int = 4) -> str:
-    """The first of some tensors, with their shapes where these differ."""
-    shown = [
-        f"{name} {mismatched[name][0]} in place of {mismatched[name][1]}" if name in mismatched else name
-        for name in names[:most]
-    ]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -68,7 +68,7 @@ class StartingPoint(Teacher):
         except (OSError, ValueError) as error:
             raise type(error)(str(error).replace("the teacher", "the start")) from error
         start = cls(student, saved)
-        start.new_head = saved.new_head
+        start.new_head, start.unread, start.notes = saved.new_head, saved.unread, [*saved.unread]
         if start.processing_class is not None:
             if processing_class is None:
                 raise ValueError(

@@ -54,6 +54,7 @@ class Teacher(SignalSource):
     of_each_class = False  # whether the sigmoid of an output is a probability whatever it was trained for
     _multi_label = False  # whether the student has several labels an image
     new_head: Sequence[str] = ()  # tensors of the head that are random, because its file has none
+    unread: Sequence[str] = ()  # a sentence where its file holds further tensors
     pool: Pool = "auto"
     pooler = True  # whether its pooler's weights are trained
     teacher_batch: int | None = None
@@ -85,10 +86,9 @@ class Teacher(SignalSource):
         """Take a model as it is; subclasses whose model trains elsewhere do not freeze it."""
         self.model: Any = model
         self.processing_class = processing_class
-        self.notes, self.order = [], None
+        self.notes, self.order, self._fingerprint = [*self.unread], None, ""
         self._pixels: PixelAdapter | None = None
         self._geometry: dict[tuple[int, ...], ModelGeometry] = {}
-        self._fingerprint = ""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, pool: Pool = "auto", **model_options: Any) -> Teacher:
@@ -116,7 +116,7 @@ class Teacher(SignalSource):
     def of(cls, opened: Opened, processing_class: Any, pool: Pool = "auto") -> Teacher:
         """A model that was opened, with what its file did not hold."""
         teacher = cls(opened.model, processing_class, pool=pool)
-        teacher.new_head = opened.new_head
+        teacher.new_head, teacher.unread, teacher.notes = opened.new_head, opened.unread, [*opened.unread]
         teacher.pooler = teacher.pooler and getattr(opened, "pooler", True)
         teacher._fingerprint = fingerprint(teacher.model, gathered=True) if is_sharded(teacher.model) else ""
         return teacher
@@ -140,7 +140,7 @@ class Teacher(SignalSource):
                 "teacher and student share parameters, so freezing the teacher froze the student. Pass a copy: "
                 "copy.deepcopy(model); or for a student with adapters teacher='self', which is it without them."
             )
-        self.notes, self.order = [], None
+        self.notes, self.order = [*self.unread], None
         self._geometry, self._multi_label = {}, is_multi_label(student)
         if compare_classes:
             self._check_is_classifier()

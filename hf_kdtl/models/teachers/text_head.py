@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_kdtl.models.labels import class_names
+from hf_kdtl.models.teachers.file_names import describe_missing
 from hf_kdtl.models.teachers.processor_files import open_processor
-from hf_kdtl.models.teachers.resolve import locate, open_config, untrusted
+from hf_kdtl.models.teachers.resolve import Loaded, locate, open_config, open_with, untrusted
 from hf_kdtl.models.teachers.source import SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
 from hf_kdtl.models.text_classifier import TOWERS, TextHeadClassifier, checked_templates, text_embeddings
@@ -82,9 +83,11 @@ class TextHeadTeacher(Teacher):
         checked_templates(templates)
         who = f"the teacher {str(path)!r}"
         check_tower(open_config(path, role="the teacher"), who)
-        model, tokenizer = _open(path, who, model_options), _tokenizer(path, who)
+        loaded, tokenizer = _open(path, who, model_options), _tokenizer(path, who)
         processor = open_processor(path, role="the teacher", **model_options)
-        return cls(model, tokenizer, processor, class_names=class_names, templates=templates)
+        teacher = cls(loaded.model, tokenizer, processor, class_names=class_names, templates=templates)
+        teacher.unread, teacher.notes = loaded.unread, [*loaded.unread]
+        return teacher
 
     @property
     def named(self) -> bool:
@@ -166,19 +169,15 @@ def has_text_tower(config: Any) -> bool:
     return getattr(config, "model_type", "") in TOWERS and not any("ForImageClassification" in name for name in names)
 
 
-def _open(path: str | Path, who: str, options: dict[str, Any]) -> Any:
-    source, options = locate(path, "the teacher"), untrusted(options)
-    try:
-        model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise OSError(f"{who} could not be opened ({error}). Expected a saved model of images and texts.") from error
-    lacking = sorted(info["missing_keys"])
-    if lacking:
+def _open(path: str | Path, who: str, options: dict[str, Any]) -> Loaded:
+    loaded = open_with(AutoModel, path, role="the teacher", **options)
+    if loaded.lacking:
         raise ValueError(
-            f"{who} lacks {len(lacking)} weights of {type(model).__name__}, such as {lacking[0]}, which would be "
-            "random. Expected a file with both towers: save the model again with model.save_pretrained(folder)."
+            f"{who} lacks {len(loaded.lacking)} weights of {type(loaded.model).__name__}, which would be random: "
+            f"{describe_missing(loaded.lacking, loaded.mismatched)}. Expected a file with both towers: save the model "
+            "again with model.save_pretrained(folder)."
         )
-    return model
+    return loaded
 
 
 def _tokenizer(path: str | Path, who: str) -> Any:

@@ -2,19 +2,29 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from hf_kdtl import make_student
 from hf_kdtl.models import Needs, Teacher
+from hf_kdtl.models.teachers.backbone import open_student
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.models.teachers.start import StartingPoint
 from tests.support.helpers import and_slow, largest_difference, trainer, weights
 from tests.support.tiny import TINY, build
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES |= {"image_size": 16, "patch_size": 8}
 HEADS = {"poolformer": "norm.", "cvt": "layernorm."}  # a norm that only the classifier has
 
 
@@ -72,6 +82,58 @@ def test_blocks_that_the_config_leaves_out_are_an_error(tmp_path):
     build("vit", layers=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"32 weights of further blocks.*make_student"):
         open_classifier(tmp_path, num_hidden_layers=1)
+
+
+# ---- Weights in the file that the model does not have ----
+
+
+def _with(folder, model, config=(), **tensors):
+    """A saved model with other values in its config.json, and further tensors in its file."""
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file, {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(config)))
+    return folder
+
+
+@pytest.mark.parametrize("who", ["teacher", "start", "student", "model"])
+def test_trained_weights_that_the_config_leaves_out_are_an_error_everywhere(tmp_path, who):
+    model, no_bias = build("vit", seed=5), {"qkv_bias": False}
+    for name, saved, config, tensors, message in [
+        ("biases", model, no_bias, {}, r"holds weights that ViT.* leaves out.*k_proj\.bias.*such as qkv_bias"),
+        ("alone", model.vit, no_bias, {}, r"k_proj\.bias"),
+        ("scale", model, {}, {"vit.encoder.layer.0.ls.lambda": torch.ones(32)}, r"layers\.0\.ls\.lambda"),
+        ("embedding", model, {}, {"vit.embeddings.registers": torch.ones(1, 4, 32)}, r"embeddings\.registers"),
+    ]:
+        folder = _with(tmp_path / name, saved, config, **tensors)
+        with pytest.raises(ValueError, match=message):
+            _openers(folder)[who]()
+
+
+def test_weights_beside_the_model_are_noted(tmp_path):
+    model = build("vit", seed=5)
+    beside = {"decoder.0.weight": torch.ones(2), "vit.pooler.dense.bias": torch.ones(32), "logit_scale": torch.ones(1)}
+    folder = _with(tmp_path, model, **beside, **{"vit.embeddings.mask_token": torch.ones(1, 1, 32)})
+    opened, student = open_classifier(folder), build("vit")
+    said = r"ViTForImageClassification does not have .*\(decoder, logit_scale, pooler: 3\).*correct its config\.json"
+    assert re.search(said, opened.notes[0]) and largest_difference(weights(opened.model), weights(model)) == 0
+    for source in (Teacher.from_pretrained(folder), StartingPoint.from_path(folder, student, None)):
+        before = list(source.notes)
+        source.match(student, None, compare_classes=True)
+        assert re.search(said, before[0]) and source.notes[0] == before[0]
+
+
+def test_pre_trained_models_open_with_their_other_parts_unread(tmp_path):
+    sizes = {**SIZES, "decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    beit = BeitConfig(**SIZES, vocab_size=9, use_mask_token=True)
+    for name, model, part in [
+        ("beit", BeitForMaskedImageModeling(beit), "layernorm, lm_head: 4"),
+        ("mae", ViTMAEForPreTraining(ViTMAEConfig(**sizes, decoder_intermediate_size=8)), "decoder: 23"),
+    ]:
+        model.save_pretrained(tmp_path / name)
+        assert f"({part})" in open_student(tmp_path / name).notes[0]
+        assert f"({part})" in Teacher.from_pretrained(tmp_path / name).notes[0]
 
 
 def test_another_image_size_is_an_error_although_sizes_are_ignored(tmp_path):
