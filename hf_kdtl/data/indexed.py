@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from hf_kdtl.data.on_device import CHANGES, PARTNERS
+from hf_kdtl.utils.wrapped import holders, item_of, source_of
 
 INDEX, VIEW, TEACHER_PIXELS = "image_index", "image_view", "teacher_pixel_values"
 NOT_THE_STUDENTS = (INDEX, VIEW, TEACHER_PIXELS)
@@ -53,7 +54,8 @@ class IndexedDataset(Dataset):
     """A map-style dataset whose items come with their row and view.
 
     The row is that of the dataset, or what its `source_index(i)` gives: a subset can name the rows of the data that it
-    was taken from. The view is what its `image_view(i)` gives, where it has this method.
+    was taken from. The view is what its `image_view(i)` gives, where it has this method. Of torch's Subset and
+    ConcatDataset the dataset inside is asked; where they join several datasets, the row is the item's number.
 
     Args:
         unfinished: of an `ImageDataset`: leave colors, erasing and mixing to the trainer.
@@ -69,6 +71,7 @@ class IndexedDataset(Dataset):
                 "Use a train_dataset with a length and an index."
             )
         self.data, self.unfinished = data, unfinished
+        self._one_source, self._viewed = source_of(data) is not None, bool(holders(data, "image_view"))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -83,12 +86,13 @@ class IndexedDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Pass on which epoch begins, to data that is augmented by it."""
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(epoch)
+        for one in holders(self.data, "set_epoch"):
+            one.set_epoch(epoch)
 
     def _indexed(self, item: Any, i: int) -> IndexedItem:
-        row = self.data.source_index(i) if hasattr(self.data, "source_index") else int(i)
-        view = self.data.image_view(i) if hasattr(self.data, "image_view") else None
+        data, at = item_of(self.data, i)
+        row = data.source_index(at) if self._one_source and hasattr(data, "source_index") else int(i)
+        view = data.image_view(at) if hasattr(data, "image_view") else 0 if self._viewed else None
         aside = {key: item.pop(key) for key in _ASIDE if key in item} if isinstance(item, dict) else {}
         return IndexedItem(item, row, view, aside)
 

@@ -8,6 +8,7 @@ from typing import Any
 from unicodedata import normalize
 
 from hf_kdtl.models.forward.embedding import is_headless
+from hf_kdtl.utils.wrapped import inside
 
 
 def class_names(config: Any) -> list[str] | None:
@@ -120,15 +121,13 @@ def _contradiction(config: Any, who: str) -> str:
 
 def dataset_class_names(dataset: Any) -> list[str] | None:
     """The names of label 0, 1, ... where a dataset has them: ImageDataset, features of `datasets`, torchvision, and
-    torch's Subset and ConcatDataset of these.
+    what holds these (Subset, ConcatDataset, a wrapper with the attribute `dataset`).
 
     Raises:
         ValueError: when joined datasets list their classes differently.
     """
-    while type(dataset).__name__ == "Subset":
-        dataset = dataset.dataset
-    if type(dataset).__name__ == "ConcatDataset":
-        lists = [names for part in dataset.datasets if (names := dataset_class_names(part)) is not None]
+    if parts := inside(dataset):
+        lists = [names for part in parts if (names := dataset_class_names(part)) is not None]
         if odd := [names for names in lists if _composed(names) != _composed(lists[0])]:
             raise ValueError(
                 f"the datasets that are joined list their classes differently, {lists[0][:5]} and {odd[0][:5]}, so "

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_kdtl.utils.wrapped import holders
+
 
 class SetDatasetEpoch(TrainerCallback):
-    """Call `set_epoch` of the training data at the start of each epoch, on every process.
+    """Call `set_epoch` of the training data at the start of each epoch, on every process, also inside a Subset.
 
     Accelerate does so only in the simplest case: with several processes, or in the epoch in which a run is resumed,
     it reaches the sampler only, and the augmented images of epoch 0 would be repeated.
@@ -24,9 +26,8 @@ class SetDatasetEpoch(TrainerCallback):
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(int(state.epoch or 0))
+        for dataset in holders(getattr(train_dataloader, "dataset", None), "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):

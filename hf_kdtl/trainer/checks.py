@@ -15,6 +15,7 @@ from hf_kdtl.models.labels import MULTI_LABEL, adopt_class_names, class_problem,
 from hf_kdtl.models.teachers import check_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layerwise import check_layerwise
+from hf_kdtl.trainer.data_checks import evaluation_pixels_problem, training_data_problems
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.versions import CHECKPOINTING
 
@@ -102,14 +103,7 @@ def check_setting(trainer: Trainer) -> None:
             "mixed precision is fp16 (from the launcher), whose scaling of the loss neither a gradient_rule nor "
             "derivative objectives allow. Use bf16: accelerate launch --mixed_precision bf16."
         )
-    problems += _too_few(trainer)
-    its = getattr(trainer.train_dataset, "view_seed", args.view_seed)
-    if its != args.view_seed:
-        problems.append(
-            f"view_seed is {args.view_seed} in the config and {its} in train_dataset, where the views are drawn. Give "
-            f"both the same: ImageDataset(..., view_seed={args.view_seed})."
-        )
-    problems += _on_device_problems(trainer)
+    problems += training_data_problems(trainer)
     if args.layer_rates is not None and trainer.optimizer is not None:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
@@ -117,23 +111,11 @@ def check_setting(trainer: Trainer) -> None:
     for dataset in (trainer.train_dataset, *eval_sets.values()):
         problem = class_problem(trainer.model, dataset)
         problems += [problem] if problem else []
+    for dataset in eval_sets.values():
+        problem = evaluation_pixels_problem(trainer, dataset)
+        problems += [problem] if problem else []
     if problems:
         raise ValueError(problems[0])
-
-
-def _on_device_problems(trainer: Any) -> list[str]:
-    if not trainer.args.augment_on_device:
-        return []
-    if not hasattr(trainer.train_dataset, "unfinished_items"):
-        found = type(trainer.train_dataset).__name__
-        return [f"augment_on_device is of an ImageDataset, and train_dataset is {found}. Use one, or leave it out."]
-    if trainer.args.teacher_pixels == "own":
-        return ["augment_on_device does not go with teacher_pixels 'own', made where images are read. Leave one out."]
-    if trainer.teacher is not None and trainer.teacher.needs_index and trainer.train_dataset.finishes_later:
-        return [
-            "augment_on_device does not go with a stored teacher, which saw pixels rounded to 8 bits. Leave it out."
-        ]
-    return []
 
 
 def sharding_problems(trainer: Any) -> list[str]:
@@ -168,23 +150,6 @@ def sharding_problems(trainer: Any) -> list[str]:
         ),
     }
     return found + [f"{what} is not supported under FSDP2. Use DDP: {DDP}." for what, is_so in unfit.items() if is_so]
-
-
-def _too_few(trainer: Trainer) -> list[str]:
-    """Batch statistics for which the last micro-batch of an epoch is too small: reported now, not after an epoch."""
-    args: Any = trainer.args
-    data: Any = trainer.train_dataset
-    full = args.dataloader_drop_last or getattr(data, "labelled_share", None) is not None
-    if not hasattr(data, "__len__") or full or args.world_size > 1:
-        return []
-    size = args.per_device_train_batch_size
-    last = len(data) % size or size
-    return [
-        f"objective {key!r} needs {least} images in a micro-batch, and the last one of an epoch has {last} "
-        f"({len(data)} images in batches of {size}). Set dataloader_drop_last=True, or another batch size."
-        for key, objective in args.build_objectives().items()
-        if (least := getattr(objective, "least_images", 1)) > last
-    ]
 
 
 def setting_problems(args: DistillationConfig, student: Any) -> list[str]:

@@ -20,6 +20,7 @@ from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import class_problem, is_multi_label
 from hf_kdtl.objectives import Objective
 from hf_kdtl.trainer.batch import as_indices
+from hf_kdtl.trainer.data_checks import evaluation_pixels_problem
 from hf_kdtl.trainer.data_errors import data_problem
 from hf_kdtl.trainer.distiller import Counts
 from hf_kdtl.trainer.publishing import PublishingTrainer
@@ -66,16 +67,17 @@ class EvaluatingTrainer(PublishingTrainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset=None):
-        self._check_classes(eval_dataset)
+        self._check_data(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        self._check_classes(test_dataset)
+        self._check_data(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
-    def _check_classes(self, dataset: Any) -> None:
-        """Refuse data whose label i is not the student's class i; the constructor's was checked there."""
-        if problem := class_problem(self.model, dataset):
+    def _check_data(self, dataset: Any) -> None:
+        """Refuse data whose label i is not the student's class i, or with other pixels; the constructor's was checked
+        there."""
+        if problem := class_problem(self.model, dataset) or evaluation_pixels_problem(self, dataset):
             raise ValueError(problem)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

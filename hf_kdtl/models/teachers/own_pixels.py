@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.geometry import ModelGeometry
+from hf_kdtl.models.teachers.processor_files import processor_differences
 from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceFacts, SourceInfo
 from hf_kdtl.models.teachers.teacher import Teacher
+from hf_kdtl.utils.wrapped import holders
 
 CHOICES = ("shared", "own")
 _MAKE = "ImageDataset(..., teacher_processor=<the teacher's image processor>)"
@@ -71,10 +73,10 @@ class OwnPixels(SignalSource):
 
     def check_data(self, data: Any) -> None:
         """Refuse data that does not render the teacher's pixels, or by another processor than the teacher's."""
-        rendered = getattr(data, "teacher_processor", None)
-        if rendered is None:
+        rendered = [one.teacher_processor for one in holders(data, "teacher_processor")]
+        if not rendered or None in rendered:
             raise ValueError(f"teacher_pixels is 'own' and train_dataset has no pixels for the teacher. Use {_MAKE}.")
-        if rendered is not self.processing_class and rendered.to_dict() != self.processing_class.to_dict():
+        if any(processor_differences(one, self.processing_class) for one in rendered):
             raise ValueError(f"train_dataset renders the teacher's pixels by another image processor. Use {_MAKE}.")
 
     def unserved(self, needs: Needs) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +30,17 @@ def check_processor(processor: Any) -> Any:
             "was made: AutoImageProcessor.from_pretrained(<a path>)."
         )
     return processor
+
+
+def processor_differences(one: Any, other: Any) -> list[str]:
+    """The settings in which two image processors differ; none where one of them does not say what it does."""
+    if one is other or not (hasattr(one, "to_json_string") and hasattr(other, "to_json_string")):
+        return []
+    ours, its = ({k: v for k, v in json.loads(p.to_json_string()).items() if v is not None} for p in (one, other))
+    for settings in (ours, its):  # the same steps, by another library; and a class that holds a tokenizer too
+        settings["image_processor_type"] = settings.get("image_processor_type", "").removesuffix("Fast")
+        settings.pop("processor_class", None)
+    return sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name))
 
 
 def open_processor(path: str | Path, *, role: str = "the model", **options: Any) -> Any:

@@ -110,7 +110,7 @@ class StoredTeacher(SignalSource):
                 "changed, or its rows were. Use the data that the store was written from."
             )
         if images.viewed:
-            data.views = self.manifest.views
+            images.data.views = self.manifest.views
         elif self.manifest.views > 1:
             raise ValueError(
                 f"the store {self.name} has {self.manifest.views} views of an image, and {type(data).__name__} does "

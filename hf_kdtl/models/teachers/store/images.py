@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_kdtl.utils.wrapped import item_of, source_of
+
 
 class TrainingImages:
-    """Any training data with an index. `ImageDataset` also has views; other data has one, its items as they are.
+    """Any training data with an index. `ImageDataset` also has views; other data has one, its items as they are. Of a
+    Subset `data` is what it was taken from.
 
     Raises:
-        ValueError: for data without a length and an index.
+        ValueError: for data without a length and an index, and for several datasets that are joined.
     """
 
     def __init__(self, data: Any):
@@ -24,12 +27,17 @@ class TrainingImages:
                 f"a store is looked up by the row of each image, and {type(data).__name__} has none. Use a "
                 "train_dataset with a length and an index, such as hf_kdtl.data.ImageDataset."
             )
-        self.data = data
-        self.viewed = hasattr(data, "image_view")
-        row = getattr(data, "source_index", int)
-        self.rows = np.array([row(i) for i in range(len(data))], np.int64)
+        self.data = source_of(data)
+        if self.data is None:
+            raise ValueError(
+                "a store is looked up by the row of each image, and train_dataset joins datasets whose rows are not "
+                "told apart. Join their splits: ImageDataset(datasets.concatenate_datasets([...]), image_processor)."
+            )
+        self.viewed = hasattr(self.data, "image_view")
+        row, items = getattr(self.data, "source_index", int), [item_of(data, i)[1] for i in range(len(data))]
+        self.rows = np.array([row(i) for i in items], np.int64)
         """(n,) the row of the source split that each item is."""
-        self._item = dict(zip(self.rows.tolist(), range(len(data)), strict=True))
+        self._item = dict(zip(self.rows.tolist(), items, strict=True))
 
     def record(self, own: bool = False) -> dict[str, Any]:
         """What the pixels of a view depend on besides the image, field by field; empty where the data does not say.
