@@ -59,18 +59,19 @@ class IndexedDataset(Dataset):
 
     Args:
         unfinished: of an `ImageDataset`: leave colors, erasing and mixing to the trainer.
+        checks: called with the row and the item of each, where it is read (`SignalSource.item_checks`).
 
     Raises:
         ValueError: for data that has no index.
     """
 
-    def __init__(self, data: Any, unfinished: bool = False):
+    def __init__(self, data: Any, unfinished: bool = False, checks: Sequence[Callable[[int, Any], None]] = ()):
         if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(
                 f"the teacher's signals are looked up by the row of each image, and {type(data).__name__} has none. "
                 "Use a train_dataset with a length and an index."
             )
-        self.data, self.unfinished = data, unfinished
+        self.data, self.unfinished, self.checks = data, unfinished, checks
         self._one_source, self._viewed = source_of(data) is not None, bool(holders(data, "image_view"))
 
     def __len__(self) -> int:
@@ -91,8 +92,10 @@ class IndexedDataset(Dataset):
 
     def _indexed(self, item: Any, i: int) -> IndexedItem:
         data, at = item_of(self.data, i)
-        row = data.source_index(at) if self._one_source and hasattr(data, "source_index") else int(i)
+        row = getattr(data, "source_index", int)(at) if self._one_source else int(i)
         view = data.image_view(at) if hasattr(data, "image_view") else 0 if self._viewed else None
+        for check in self.checks:
+            check(row, item)
         aside = {key: item.pop(key) for key in _ASIDE if key in item} if isinstance(item, dict) else {}
         return IndexedItem(item, row, view, aside)
 

@@ -133,8 +133,7 @@ class StoreWriter:
                 "it with the data it was made from, or more."
             )
         added = np.setdiff1d(rows, there)
-        if (changed := self.images.changed(there, digests)) is not None:
-            raise ValueError(f"image {changed} of the data is another one than in the store {self.folder}.")
+        self.images.check(there, digests, self.folder)
         kinds = old.kinds | self._kinds(request.needs, pixels, request)
         views, blocks = max(old.views, request.views), [*old.blocks, *_blocks(len(added), old.block)]
         settings = old.settings | request.settings
@@ -179,14 +178,18 @@ class StoreWriter:
 
         Args:
             filling: rows are written as a run meets them (`hf_kdtl.data.filling`), which may have begun before.
+
+        Raises:
+            ValueError: where an image is another one than in what is there.
         """
         path, text = self.folder / FILE, self.manifest.to_json()
+        digests = self.images.digests_for(self.folder, self.rows)
         if not filling or not path.exists() or path.read_text("utf-8") != text:
             forget(self.folder)
         for part in self.folder.rglob("*.part"):
             part.unlink()
         self._write_array(ROWS, self.rows)
-        self._write_array(DIGESTS, self.images.digests(self.rows))
+        self._write_array(DIGESTS, digests)
         save_facts(self.teacher, self.manifest, self.folder / "teacher")
         write_file(path, text.encode())
         for shard in self.missing if filling else ():

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from hf_kdtl.data.indexed import INDEX, TEACHER_PIXELS, VIEW, IndexedDataset
 from hf_kdtl.data.stream import ImageStream
 from hf_kdtl.models.forward.capture import Capture, Needs
-from hf_kdtl.models.teachers.source import SignalSource
+from hf_kdtl.models.teachers.source import ItemCheck, SignalSource
 from hf_kdtl.objectives.base import Objective
 
 Images = Callable[[int], Iterable[dict[str, Any]] | None]
@@ -111,6 +111,12 @@ def carries_rows(trainer: Any) -> bool:
     return listed and any(objective.needs_index for objective in trainer.args.build_objectives().values())
 
 
+def item_checks(trainer: Any) -> list[ItemCheck]:
+    """What the teachers ask of each training item."""
+    teachers = [] if trainer.teacher is None else trainer.teacher.members().values()
+    return [check for teacher in teachers for check in teacher.item_checks()]
+
+
 class StreamSample:
     """Batches of the first images of a stream, as process 0 reads them; the same at each iteration."""
 
@@ -140,7 +146,7 @@ def training_sample(trainer: Any, number: int) -> TrainingSample | StreamSample 
         trainer._get_collator_with_removed_columns(trainer.data_collator),
     )
     if carries_rows(trainer):
-        data = IndexedDataset(data)
+        data = IndexedDataset(data, checks=item_checks(trainer))
     # All at once where a batch in training is as large: results do not depend on the split beyond rounding.
     return TrainingSample(data, collate, number, size, trainer.accelerator.device)
 

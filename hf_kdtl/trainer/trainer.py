@@ -44,7 +44,7 @@ from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.optimizer_check import check_optimizer
 from hf_kdtl.trainer.process_checks import check_ranks
-from hf_kdtl.trainer.sample import carries_rows, training_sample, without_unused_columns
+from hf_kdtl.trainer.sample import carries_rows, item_checks, training_sample, without_unused_columns
 
 logger = logging.get_logger(__name__)
 
@@ -202,7 +202,7 @@ class DistillationTrainer(LossTrainer):
     ):
         if is_training and self._indexed:
             later = self.args.augment_on_device and dataset.finishes_later
-            dataset = IndexedDataset(without_unused_columns(self, dataset), later)
+            dataset = IndexedDataset(without_unused_columns(self, dataset), later, item_checks(self))
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, train_dataset=None):

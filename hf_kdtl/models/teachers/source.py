@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.geometry import ModelGeometry
+
+ItemCheck = Callable[[int, Any], None]
+"""Raises ValueError for (the row of the source split, the item) that the signals are not of."""
 
 
 class Batch(TypedDict, total=False):
@@ -121,6 +124,10 @@ class SignalSource(Protocol):
             ValueError: when the signals are of other images or views, saying what to type.
         """
         return None
+
+    def item_checks(self) -> list[ItemCheck]:
+        """After `check_data`: what each training item is shown to where it is read, before it is used."""
+        return []
 
     def keep(self) -> None:
         """A checkpoint is about to be written: put on the disk what a run that is continued from it will not meet."""

@@ -19,10 +19,10 @@ from hf_kdtl.models.labels import match_labels
 from hf_kdtl.models.teachers.facts import in_order
 from hf_kdtl.models.teachers.own_pixels import OwnPixels
 from hf_kdtl.models.teachers.processor_files import open_processor
-from hf_kdtl.models.teachers.source import Batch, SignalSource, SourceInfo
+from hf_kdtl.models.teachers.source import Batch, ItemCheck, SignalSource, SourceInfo
 from hf_kdtl.models.teachers.store import signals
 from hf_kdtl.models.teachers.store.facts import load_classifier, teacher_record
-from hf_kdtl.models.teachers.store.images import TrainingImages
+from hf_kdtl.models.teachers.store.images import FirstReads, TrainingImages
 from hf_kdtl.models.teachers.store.manifest import DIGESTS, differences
 from hf_kdtl.models.teachers.store.named import find_store
 from hf_kdtl.models.teachers.store.shards import Reader
@@ -61,6 +61,7 @@ class StoredTeacher(SignalSource):
         self._looked = False
         self._matched: tuple[Any, ...] = ()
         self._checked: Any = None
+        self._first_reads: FirstReads | None = None
 
     # ---- What it belongs to ----
 
@@ -104,11 +105,8 @@ class StoredTeacher(SignalSource):
                 f"hf-kdtl cache --output {self._growable} with this data."
             )
         rows = np.unique(images.rows)
-        if (changed := images.changed(rows, self._digests()[self.reader.places(rows)])) is not None:
-            raise ValueError(
-                f"image {changed} of the training data is another one than in the store {self.name}: the data was "
-                "changed, or its rows were. Use the data that the store was written from."
-            )
+        digests = self._digests()[self.reader.places(rows)]
+        images.check(rows, digests, self.name)
         if images.viewed:
             images.data.views = self.manifest.views
         elif self.manifest.views > 1:
@@ -117,6 +115,12 @@ class StoredTeacher(SignalSource):
                 "not say which one it gives. Use hf_kdtl.data.ImageDataset, or a store with --views 1."
             )
         self._checked = data
+        if images.has_files or not images.viewed:  # else an item has other pixels in another view
+            self._first_reads = FirstReads(images, rows, digests, self.name)
+
+    def item_checks(self) -> list[ItemCheck]:
+        """Each image is compared with the one of the store when it is first read."""
+        return [] if self._first_reads is None else [self._first_reads]
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Refuse a live teacher that is not the one of the store, naming what differs."""

@@ -247,6 +247,28 @@ def test_another_teacher_class_or_image_is_refused():
         write(data=Images(20))
 
 
+def test_every_changed_image_is_found_before_its_outputs_are_used():
+    """Of more images than are looked at beforehand: when it is first read, also by a worker, or when it is grown."""
+    write(data=Images(150), needs=Needs(logits=True))
+    message = "image 1 of the training data is another one than in the store"
+    for changed in ([1], [0, 1]):
+        other = Images(150)
+        other.pixels[changed] += 1
+        for workers in (0, 1):
+            with pytest.raises(ValueError, match=message if changed == [1] else "image 0 of the training data"):
+                trained("store", [{"name": "logit_kd"}], other, 25, dataloader_num_workers=workers)
+    other = Images(150)
+    other.pixels[1] += 1
+    before = tree("store")
+    with pytest.raises(ValueError, match=message):
+        write(data=other, needs=Needs(pooled=True))
+    assert tree("store") == before
+    trained("store", [{"name": "logit_kd"}], torch.utils.data.Subset(other, range(2, 150)), 25)
+    part = torch.utils.data.Subset(Images(150), [149, 3, 77, 20, 21, 22])
+    live = trained(Teacher(build("vit", seed=5, layers=3), teacher_batch=4), [{"name": "logit_kd"}], part, 2)
+    assert largest_difference(trained("store", [{"name": "logit_kd"}], part, 2), live) < 1e-6
+
+
 def test_a_view_and_a_row_that_are_not_there_are_refused():
     store, pixels = write(), Images(2).pixels
     batch = {"image_index": torch.tensor([0, 1]), "image_view": torch.tensor([0, 3])}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_kdtl.models.teachers.store.manifest import DIGESTS, is_store, read_manifest
 from hf_kdtl.utils.wrapped import item_of, source_of
 
 
@@ -34,6 +35,7 @@ class TrainingImages:
                 "told apart. Join their splits: ImageDataset(datasets.concatenate_datasets([...]), image_processor)."
             )
         self.viewed = hasattr(self.data, "image_view")
+        self.has_files = not isinstance(getattr(self.data, "split", None), str | None)
         row, items = getattr(self.data, "source_index", int), [item_of(data, i)[1] for i in range(len(data))]
         self.rows = np.array([row(i) for i in items], np.int64)
         """(n,) the row of the source split that each item is."""
@@ -59,20 +61,72 @@ class TrainingImages:
 
     def digests(self, rows: np.ndarray) -> np.ndarray:
         """(n,) a hash of the file of each image, or of its pixels where the data has no files."""
-        return np.array([_hash(self._content(i)) for i in self.items(rows)], np.uint64)
+        return np.array([self.digest(i) for i in self.items(rows)], np.uint64)
 
-    def changed(self, rows: np.ndarray, digests: np.ndarray, most: int = 64) -> int | None:
-        """The first of up to `most` of these rows, evenly spaced, whose image is another one; None where none is."""
+    def check(self, rows: np.ndarray, digests: np.ndarray, store: str | Path, most: int = 64) -> None:
+        """Look at up to `most` of these rows, evenly spaced: what can be known without reading all files.
+
+        Raises:
+            ValueError: for one whose image is another one.
+        """
         spaced = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64))
-        other = self.digests(rows[spaced]) != digests[spaced]
-        return int(rows[spaced][other][0]) if other.any() else None
+        refuse_changed(rows[spaced], self.digests(rows[spaced]) != digests[spaced], store)
 
-    def _content(self, i: int) -> bytes:
-        split = getattr(self.data, "split", None)
-        if split is None or isinstance(split, str):
-            return torch.as_tensor(self.data[i]["pixel_values"]).contiguous().numpy().tobytes()
-        image = split[i]["image"]
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    def digests_for(self, folder: Path, rows: np.ndarray) -> np.ndarray:
+        """`digests` of a store that is written or grown in this folder.
+
+        Args:
+            rows: those that are there, in their order, and more.
+
+        Raises:
+            ValueError: where the image of one that is there is another one.
+        """
+        digests = self.digests(rows)
+        if is_store(folder):
+            old = np.load(folder / DIGESTS)[: read_manifest(folder).images]
+            refuse_changed(rows[: len(old)], digests[: len(old)] != old, folder)
+        return digests
+
+    def digest(self, i: int, item: Any = None) -> int:
+        """Of the image at a place of the data; `item` is what the data gives there, where it is known."""
+        if not self.has_files:
+            item = self.data[i] if item is None else item
+            return _hash(torch.as_tensor(item["pixel_values"]).contiguous().numpy().tobytes())
+        image = self.data.split[i]["image"]
+        return _hash(Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"])
+
+
+class FirstReads:
+    """Compares each image with the one that a store was written from when a run reads it for the first time, in the
+    process that reads it: hashing all files beforehand would read the whole data once more.
+
+    Args:
+        rows, digests: of the training images, as the store has them.
+        store: its name, for the error.
+    """
+
+    def __init__(self, images: TrainingImages, rows: np.ndarray, digests: np.ndarray, store: str):
+        self.images, self.store = images, store
+        self.expected = np.zeros(int(rows.max()) + 1, np.uint64)
+        self.expected[rows] = digests
+        self.seen = torch.zeros(len(self.expected), dtype=torch.bool).share_memory_()  # by all workers
+
+    def __call__(self, row: int, item: Any) -> None:
+        """Raises ValueError for the row's item where its image is another one."""
+        if not self.seen[row]:
+            other = self.images.digest(self.images.items(np.array([row]))[0], item) != int(self.expected[row])
+            refuse_changed(np.array([row]), np.array([other]), self.store)
+            self.seen[row] = True
+
+
+def refuse_changed(rows: np.ndarray, other: np.ndarray, store: str | Path) -> None:
+    """Raises ValueError where the images of some rows are other ones than in the store."""
+    if other.any():
+        raise ValueError(
+            f"image {rows[other][0]} of the training data is another one than in the store {store}: the data was "
+            "changed, or its rows were. Use the data that the store was written from, or write another store: "
+            "hf-kdtl cache --output <another folder>."
+        )
 
 
 def _hash(content: bytes) -> int:
