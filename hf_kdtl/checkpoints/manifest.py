@@ -94,11 +94,26 @@ def write_manifest(folder: Path, processes: int, needed: list[str], run: str = "
 
 
 def changed_since(folder: Path, **facts: Any) -> str:
-    """What has changed since this checkpoint was written, as text; empty where nothing has."""
-    before, now = read_manifest(folder)["written_with"], _software() | facts
+    """What has changed since this checkpoint was written, as text; empty where nothing has. A fact that it does not
+    record is not compared."""
+    before, now = read_manifest(folder)["written_with"], json.loads(json.dumps(_software() | facts))
+    left = {name: value for name, value in now.items() if name in before}
+    was, here = _flat({name: before[name] for name in left}), _flat(left)
     return ", ".join(
-        f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value
+        f"{name} {was.get(name)} (now {here.get(name)})" for name in {**here, **was} if was.get(name) != here.get(name)
     )
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Facts inside facts under dotted names.
+
+    >>> _flat({"seed": 1, "size": {"height": 32}})
+    {'seed': 1, 'size.height': 32}
+    """
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def fsync_tree(folder: Path) -> None:

@@ -26,6 +26,7 @@ from hf_kdtl.checkpoints.rotation import (
     to_prune,
 )
 from hf_kdtl.checkpoints.state import CheckpointPart, save_parts
+from hf_kdtl.trainer.resume_facts import run_facts, settings_that_are_kept
 from hf_kdtl.trainer.streaming import StreamingTrainer
 
 logger = logging.get_logger(__name__)
@@ -113,7 +114,7 @@ class CheckpointingTrainer(StreamingTrainer):
         path, damaged = resolve_checkpoint(asked, folder)
         for skipped, wrong in damaged.items():
             logger.warning(f"{skipped} is skipped, because {'; '.join(wrong)}. {path} is used.")
-        if changed := changed_since(path, processes=self.args.world_size, seed=self.args.seed):
+        if changed := changed_since(path, processes=self.args.world_size, **run_facts(self)):
             logger.warning(
                 f"{path} was written with {changed}: resuming, but not bit-identical to an uninterrupted run."
             )
@@ -160,7 +161,8 @@ class CheckpointingTrainer(StreamingTrainer):
                 f"{checkpoint} was trained with the optimizer {before} and this run has {self._optimizer_name()}: set "
                 "optim back, or start a new run from the checkpoint's weights."
             )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with settings_that_are_kept(self.optimizer, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _optimizer_name(self) -> str:
         return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
@@ -218,8 +220,7 @@ class CheckpointingTrainer(StreamingTrainer):
                 kept[name] = [*kept[name], state] if isinstance(kept[name], list) else state
         self.state.save_to_json(str(folder / UNLISTED))
         optimizer = None if self.args.save_only_model else self._optimizer_name()
-        facts = {"seed": self.args.seed, "optimizer": optimizer}
-        write_manifest(folder, self.args.world_size, self._needed(), self._run, **facts)
+        write_manifest(folder, self.args.world_size, self._needed(), self._run, optimizer=optimizer, **run_facts(self))
 
     def _finalize(self, output_dir: str) -> None:
         """Verify the checkpoint, and find what can be removed now that it is complete."""

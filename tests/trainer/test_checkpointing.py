@@ -279,6 +279,22 @@ def test_another_optimizer_is_refused_and_another_seed_is_reported(run_folder, c
     assert "was written with seed 42 (now 7): resuming, but not bit-identical" in caplog.text
 
 
+def test_another_learning_rate_or_decay_is_said_not_to_be_used(run_folder, caplog):
+    runner(run_folder).train(resume_from_checkpoint=True)
+    assert "settings of its optimizer" not in caplog.text and "was written with" not in caplog.text
+    rate = runner(run_folder).args.learning_rate
+    again = runner(run_folder, learning_rate=3e-6, weight_decay=0.25, adam_beta1=0.5)
+    again.train(resume_from_checkpoint=True)
+    assert again.optimizer.param_groups[0]["initial_lr"] == rate
+    for said in (
+        f"learning_rate {rate} (asked for: 3e-06)",
+        "weight_decay 0.0 (asked for: 0.25)",
+        "betas (0.9, 0.999)",
+    ):
+        assert said in caplog.text
+    assert "start a new run from its weights" in caplog.text
+
+
 # ---- A save that fails ----
 
 

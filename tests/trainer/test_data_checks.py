@@ -155,6 +155,27 @@ def test_a_store_of_all_images_serves_a_subset_of_them(tmp_path):
         StoredTeacher(tmp_path / "store").check_data(Subset(images(view_seed=3), [1]))
 
 
+def test_a_resumed_run_says_what_else_is_not_as_it_was(tmp_path, caplog):
+    teacher, other = (Teacher(build("vit", seed=seed), processor(0.3)) for seed in (5, 6))
+    flip = Augmentation({"flip": True})
+    run = {"its": processor(), "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, images(augmentation=flip), teacher, **run).train()
+    more = run | {"max_steps": 2, "save_strategy": "no"}
+    trainer(tmp_path, images(augmentation=flip), teacher, **more).train(resume_from_checkpoint=True)
+    assert "was written with" not in caplog.text
+    data = images(16, augmentation=Augmentation({"crop": 2}), view_seed=3, its=processor(0.4))
+    more |= {"its": processor(0.4), "view_seed": 3, "lr_scheduler_type": "cosine"}
+    trainer(tmp_path, data, other, **more).train(resume_from_checkpoint=True)
+    assert "resuming, but not bit-identical" in caplog.text
+    for said in (
+        "view_seed 0 (now 3)", "training images 8 (now 16)", "data.augmentation.flip True (now None)",
+        "data.image_processor.image_mean [0.5, 0.5, 0.5] (now [0.4, 0.4, 0.4])",
+        "lr_scheduler_type linear (now cosine)",
+        f"teacher.weights {teacher.fingerprint} (now {other.fingerprint})",
+    ):  # fmt: skip
+        assert said in caplog.text
+
+
 # ---- Image processors that are not the student's ----
 
 
