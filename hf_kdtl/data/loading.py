@@ -159,7 +159,7 @@ def load_images(
             raise ValueError(f"{name}_fraction is {fraction}, expected a share between 0 and 1, such as 0.15.")
     if (
         not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32
-    ):  # None would cut anew every time
+    ):  # None would cut another split every time
         raise ValueError(f"seed (--split_seed) is {seed!r}, expected a whole number from 0 on, such as 42.")
     notes: list[str] = []
     splits = with_two_columns(

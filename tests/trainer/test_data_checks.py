@@ -129,7 +129,7 @@ def test_rows_and_views_are_those_inside_and_joined_rows_are_told_apart():
     assert [one.row for one in IndexedDataset(same).__getitems__([0, 1])] == [5, 2]
     several = IndexedDataset(ConcatDataset([data, images()]))
     assert [(one.row, one.view) for one in several.__getitems__([1, 9])] == [(1, 2), (9, 0)]
-    with pytest.raises(ValueError, match=r"joins datasets whose rows are not told apart.*concatenate_datasets"):
+    with pytest.raises(ValueError, match=r"joins datasets whose rows are not distinguished.*concatenate_datasets"):
         TrainingImages(ConcatDataset([data, images()]))
 
 

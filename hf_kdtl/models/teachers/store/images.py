@@ -32,7 +32,8 @@ class TrainingImages:
         if self.data is None:
             raise ValueError(
                 "a store is looked up by the row of each image, and train_dataset joins datasets whose rows are not "
-                "told apart. Join their splits: ImageDataset(datasets.concatenate_datasets([...]), image_processor)."
+                "distinguished. Join their splits: "
+                "ImageDataset(datasets.concatenate_datasets([...]), image_processor)."
             )
         self.viewed = hasattr(self.data, "image_view")
         self.has_files = not isinstance(getattr(self.data, "split", None), str | None)
