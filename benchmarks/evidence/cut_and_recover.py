@@ -44,24 +44,30 @@ def objectives(arm: str, weight: float = 1.0) -> list[dict[str, Any]]:
     return [*(TASK if arm == "labels" else KD), *further]
 
 
-class RecoveredOnDigits:
-    """One run. The table's `weight` is the learning rate of `labels` and `kd`, and the weight of another's term."""
+class OnDigits:
+    """Students cut out of the demo's teacher, every second block, that learn from a few labelled digits."""
 
     def __init__(self, teacher: str):
         self.teacher, self.data = Teacher.from_pretrained(teacher), load_images("digits")
         self.rates: dict[str, float] = {}
 
-    def __call__(self, run: Run) -> dict[str, Any]:
-        images = self.images(DIGITS[run.setting], run.seed)
+    def trained(
+        self,
+        seed: int,
+        labels: int,
+        rate: float,
+        objectives: list[dict[str, Any]],
+        teacher: Teacher | None,
+        **further: Any,
+    ) -> dict[str, Any]:
+        """Accuracy of the last step and on the way, and weights that were measured."""
+        images = self.images(labels, seed)
         held_out = {name: stacked(images[name]) for name in HELD_OUT}
-        rate = self.rates[run.setting] if run.arm in (*TERMS, *AUTO) else run.weight
-        curve, shared = Curve(held_out["validation"], DIGITS_MARKS), {"per_device_train_batch_size": 32}
-        config = settings(
-            run.seed, DIGITS_MARKS[-1], rate, objectives=objectives(run.arm, run.weight), warmup_steps=10, **shared
-        )
+        curve = Curve(held_out["validation"], DIGITS_MARKS)
+        further |= {"per_device_train_batch_size": 32, "warmup_steps": 10, "objectives": objectives}
         trainer = DistillationTrainer(
-            make_student(self.teacher, 0.5), config, train_dataset=images["train"], callbacks=[curve],
-            teacher=None if run.arm == "labels" else self.teacher, processing_class=self.teacher.processing_class,
+            make_student(self.teacher, 0.5), settings(seed, DIGITS_MARKS[-1], rate, **further), callbacks=[curve],
+            train_dataset=images["train"], teacher=teacher, processing_class=self.teacher.processing_class,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -77,6 +83,15 @@ class RecoveredOnDigits:
         test = datasets.concatenate_datasets([self.data.test, rest])
         splits = {"train": train.select(rows), "validation": self.data.validation, "test": test}
         return {name: ImageDataset(split, self.teacher.processing_class) for name, split in splits.items()}
+
+
+class RecoveredOnDigits(OnDigits):
+    """One run. The table's `weight` is the learning rate of `labels` and `kd`, and the weight of another's term."""
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        rate = self.rates[run.setting] if run.arm in (*TERMS, *AUTO) else run.weight
+        teacher = None if run.arm == "labels" else self.teacher
+        return self.trained(run.seed, DIGITS[run.setting], rate, objectives(run.arm, run.weight), teacher)
 
 
 class Recovered:
