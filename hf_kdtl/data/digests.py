@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from os.path import basename
+from os.path import commonprefix
+from pathlib import PurePath
 
 from datasets import Dataset
 
@@ -14,7 +15,8 @@ from hf_kdtl.data.several import SEVERAL
 
 def digests(splits: Mapping[str, Dataset]) -> dict[str, str]:
     """{split: a hash of its images, in their order; "labels": one of all their labels}. No image is read: each is
-    known by its file's name, without the folder, which may be typed in several ways; one without a name by its row."""
+    known by its file's name below the folder that all share, because that one may be typed in several ways; one
+    without a name by its row."""
     found = {name: _hash(_names(split)) for name, split in splits.items()}
     return found | {"labels": _hash(label for split in splits.values() for label in _labels(split))}
 
@@ -22,8 +24,10 @@ def digests(splits: Mapping[str, Dataset]) -> dict[str, str]:
 def _names(split: Dataset) -> Iterator[str]:
     cells = split.with_format(None).select_columns("image").flatten()  # the bytes beside the paths stay unread
     paths = cells["image.path"][:]
-    for path, row in zip(paths, source_rows(split).tolist(), strict=True):
-        yield basename(path) if path else str(row)
+    parts = [PurePath(path).parts if path else () for path in paths]
+    shared = len(commonprefix([found[:-1] for found in parts if found] or [()]))  # of lists, name by name
+    for found, row in zip(parts, source_rows(split).tolist(), strict=True):
+        yield "/".join(found[shared:]) or str(row)
 
 
 def _labels(split: Dataset) -> Iterator[str]:

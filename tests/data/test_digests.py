@@ -64,3 +64,16 @@ def test_labels_are_compared_by_name_and_several_too():
         Path("photos/labels.jsonl").write_text("\n".join(map(json.dumps, line)))
         found.append(of(load_images("photos/labels.jsonl", multi_label=True))["labels"])
     assert found[0] != found[1]
+
+
+def test_files_of_one_name_are_known_by_their_folders():
+    for shade, item in enumerate("abcdefgh"):
+        Path("items", item).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4, 3), shade, np.uint8)).save(f"items/{item}/image.png")
+    Path("items/labels.csv").write_text(
+        "file_name,label\n" + "".join(f"{item}/image.png,{'xy'[n % 2]}\n" for n, item in enumerate("abcdefgh"))
+    )
+    train = load_images("items/labels.csv", validation_fraction=0.25, test_fraction=0.25).train
+    rows = len(train)
+    first, other = (digests({"test": train.select(part)}) for part in (range(rows - 1), range(1, rows)))
+    assert first["test"] != other["test"]
