@@ -16,6 +16,7 @@ from statistics import fmean
 import numpy as np
 
 from benchmarks.evidence.comparison import ArmRuns, Lines, against, arm_runs, comparison_table, curve_table
+from benchmarks.evidence.few_labels_many_images import AUTO, MAPS
 from benchmarks.evidence.runs import RESULTS
 from benchmarks.evidence.small_pages import auto_weight, cut, probe_reliability
 from hf_kdtl.evaluation.statistics import mean_and_std, mean_interval
@@ -67,7 +68,7 @@ FEW_LABELS = {
 
 
 def few_labels(lines: Lines) -> str:
-    """Table 1: against `kd_labelled`, and against `alone`."""
+    """Table 1: against `kd_labelled`, against `alone`, and what is added to `kd_unlabelled` against that."""
     runs = arm_runs(lines)
     settings = sorted({run.setting for run in runs}, key=_dataset_and_labels)
     runs.sort(key=lambda run: settings.index(run.setting))
@@ -75,7 +76,13 @@ def few_labels(lines: Lines) -> str:
     against_alone = comparison_table(
         [run for run in runs if run.arm != "kd_labelled"], {s: f"{s}/alone" for s in settings}
     )
-    return f"Reference `kd_labelled`:\n\n{text}\n\nReference `alone`:\n\n{against_alone}\n\n{_worth(runs)}"
+    more = {run.setting for run in runs if run.arm in (AUTO, MAPS)}
+    to_unlabelled = comparison_table(
+        [run for run in runs if run.setting in more and run.arm in ("kd_unlabelled", AUTO, MAPS)],
+        {s: f"{s}/kd_unlabelled" for s in more},
+    )
+    tables = {"kd_labelled": text, "alone": against_alone, "kd_unlabelled": to_unlabelled}
+    return "\n\n".join([*(f"Reference `{arm}`:\n\n{table}" for arm, table in tables.items()), _worth(runs)])
 
 
 def _dataset_and_labels(setting: str) -> tuple[str, int]:
