@@ -151,8 +151,8 @@ def backbone_transfer(lines: Lines) -> str:
 
 
 def conv_guides_vit(lines: Lines) -> str:
-    """Table 2: against soft labels, and against labels."""
-    return f"{against(arm_runs(lines), 'logit_kd', 'alone')}\n\n{curve_table(lines)}"
+    """Table 2: against soft labels, labels, and the features without soft labels."""
+    return f"{against(arm_runs(lines), 'logit_kd', 'alone', 'hidden_states')}\n\n{curve_table(lines)}"
 
 
 def rates_of_layers(lines: Lines) -> str:
