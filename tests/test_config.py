@@ -67,6 +67,8 @@ def test_a_name_stands_for_an_entry_with_its_defaults(tmp_path, given):
         ([{"name": "task"}, {"name": "task"}], "two entries have the key 'task'"),
         ([{"name": "task", "key": "a.b"}], "expected a word without dots"),
         ([{"name": "task", "key": "forward"}], "which torch's modules use"),
+        ([{"name": "task", "key": "loss"}], "key is 'loss', which is another number in the log; take 'loss_term'"),
+        ([{"name": "task", "key": "kd_share"}], "another number in the log"),
         ([{"name": "task", "role": "teacher"}], "role is 'teacher'; expected 'task' or 'transfer'"),
     ],
 )

@@ -21,6 +21,27 @@ def adapted(model: Any) -> bool:
     return hasattr(model, "disable_adapter")
 
 
+BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""The init_lora_weights of PEFT that leave the base weights alone; the others take out of them what the adapter begins
+with, so that the model with its adapters off is not the one that was adapted."""
+
+
+def check_base_kept(model: Any, who: str) -> None:
+    """Raises ValueError for adapters that changed the base weights when they were added, naming `who` needs these."""
+    for name, config in model.peft_config.items():
+        began = getattr(config, "init_lora_weights", True)
+        option = f"init_lora_weights={began!r}"
+        if getattr(config, "kasa_config", None) is not None:
+            option = "kasa_config"
+        elif (began.lower() if isinstance(began, str) else began) in BASE_KEPT:
+            continue
+        raise ValueError(
+            f"{who} is the student with its adapters off, and {option} of the adapter {name!r} changed the weights "
+            "below it when it was added: without it they are not those of the model that was given. Use "
+            "init_lora_weights=True, or train without adapters."
+        )
+
+
 _off: WeakSet[nn.Module] = WeakSet()
 
 

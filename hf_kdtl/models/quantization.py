@@ -86,3 +86,10 @@ def round_layers(model: nn.Module) -> int:
     if not found:
         raise ValueError(f"quantize: {type(model).__name__} has no linear or convolution layers to round.")
     return found
+
+
+def plain_layers(model: nn.Module) -> None:
+    """What `round_layers` changed, taken back: a student that was trained so computes in full again."""
+    plain = {rounded: kind for kind, rounded in _ROUNDED.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))

@@ -12,6 +12,9 @@ from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.utils.options import check_option, is_number
 
 AUTO = "auto"
+LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos", "num_input_tokens_seen", "runtime",
+          "samples_per_second", "steps_per_second", "model_preparation_time")  # fmt: skip
+"""What Trainer logs under these names, also behind `eval_`."""
 
 
 def entry_key(entry: Mapping[str, Any]) -> str:
@@ -23,6 +26,8 @@ def entry_key(entry: Mapping[str, Any]) -> str:
         raise ValueError(f"objectives: key is {key!r}; expected a word without dots, for the log.")
     if hasattr(nn.ModuleDict, key):  # in which the objectives are held by their keys
         raise ValueError(f"objectives: key is {key!r}, which torch's modules use; take {key + '_1'!r}.")
+    if key in LOGGED or key.endswith("_share"):
+        raise ValueError(f"objectives: key is {key!r}, which is another number in the log; take {key + '_term'!r}.")
     return key
 
 

@@ -14,7 +14,7 @@ from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
-from hf_kdtl.models.quantization import round_layers
+from hf_kdtl.models.quantization import plain_layers, round_layers
 from hf_kdtl.models.run_context import RunContext
 from hf_kdtl.models.teachers.backbone import check_trainable
 from hf_kdtl.models.teachers.chance import ChanceChecks
@@ -73,6 +73,7 @@ def build_distiller(
     plans = _plans(student, sources, objectives, options if options and options.measured else None, images)
     compiled, checkpointing = bool(config.torch_compile), bool(getattr(config, CHECKPOINTING))
     teachers = {name: source for name, source in sources.items() if name != "start"}
+    plain_layers(student)  # of an earlier trainer
     if config.quantize is not None:
         round_layers(student)
     distiller = Distiller(

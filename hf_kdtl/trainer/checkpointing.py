@@ -102,9 +102,11 @@ class CheckpointingTrainer(StreamingTrainer):
             asked = asked.lower() == "true"
         if asked is None or asked is False:
             if others := checkpoints(folder):
+                limit = self.args.save_total_limit
+                too = f", save_total_limit={limit} removes the oldest of both" if limit else ""
                 logger.warning(
                     f"{folder} holds checkpoints of another run, up to {others[-1].name}. This run replaces those of "
-                    "its own steps, and is resumed from its own. Use another output_dir to keep the two apart."
+                    f"its own steps{too}, and it is resumed from its own. Use another output_dir to keep the two apart."
                 )
             return uuid.uuid4().hex, None, frozenset()
         if asked is not True and (asked == "" or not isinstance(asked, str | Path)):

@@ -62,8 +62,10 @@ class EvaluatingTrainer(PublishingTrainer):
             why = data_problem(dataloader.dataset, False) or "no image has a label."
             logger.warning(f"there is no {metric_key_prefix}_loss: {why}")
         if self._eval_terms is not None:
-            means = self._eval_terms.means()
-            output.metrics.update({f"{metric_key_prefix}_{key}": mean for key, mean in means.items()})
+            means = {f"{metric_key_prefix}_{key}": mean for key, mean in self._eval_terms.means().items()}
+            if taken := sorted(means.keys() & output.metrics.keys()):
+                logger.warning(f"{taken} are of compute_metrics; give the objectives another key to see their terms.")
+            output.metrics.update({**means, **output.metrics})
         return output
 
     def get_eval_dataloader(self, eval_dataset=None):

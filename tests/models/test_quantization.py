@@ -108,3 +108,12 @@ def test_what_does_not_fit(tmp_path):
         round_layers(lora)
     with pytest.raises(ValueError, match="ReLU has no linear or convolution layers"):
         round_layers(nn.ReLU())
+
+
+def test_a_later_trainer_without_quantize_computes_in_full(tmp_path):
+    first = trainer(tmp_path, build("vit"), build("vit", seed=5), quantize="int8")
+    second = trainer(tmp_path, first.distiller.student, build("vit", seed=5)).distiller.student
+    assert {type(m) for m in second.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    with torch.no_grad():
+        assert torch.equal(second(pixel_values=PIXELS).logits, build("vit")(pixel_values=PIXELS).logits)
+        assert not torch.equal(first.distiller.student(pixel_values=PIXELS).logits, second(pixel_values=PIXELS).logits)

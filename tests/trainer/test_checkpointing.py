@@ -224,6 +224,10 @@ def test_a_second_run_in_a_folder_is_reported_and_continued_as_itself(run_folder
     second._resolve_resume(None)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]  # a name is no draw
     assert f"{run_folder} holds checkpoints of another run, up to checkpoint-6" in caplog.text
+    second.args.save_total_limit = 1
+    second._resolve_resume(None)
+    assert "its own steps, save_total_limit=1 removes the oldest of both, and" in caplog.text
+    second.args.save_total_limit = None
     second.train()
     assert name(2) not in ("", first)
     caplog.clear()

@@ -155,6 +155,23 @@ def test_a_store_of_all_images_serves_a_subset_of_them(tmp_path):
         StoredTeacher(tmp_path / "store").check_data(Subset(images(view_seed=3), [1]))
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_data_keeps_its_number_of_views_beside_a_store_of_two(tmp_path, asked):
+    flip = Augmentation({"flip": True})
+    writer = StoreWriter(
+        tmp_path, Teacher(build("vit")), images(augmentation=flip), Request(Needs(logits=True), views=2)
+    )
+    writer.begin()
+    writer.write()
+    data, store = images(augmentation=flip, views=asked), StoredTeacher(tmp_path)
+    if asked == 3:
+        with pytest.raises(ValueError, match=r"shows 3 views of an image, and the store .* has 2\. Give .* views=2"):
+            store.check_data(data)
+    else:
+        store.check_data(data)
+    assert data.views == asked
+
+
 def test_a_resumed_run_says_what_else_is_not_as_it_was(tmp_path, caplog):
     teacher, other = (Teacher(build("vit", seed=seed), processor(0.3)) for seed in (5, 6))
     flip = Augmentation({"flip": True})

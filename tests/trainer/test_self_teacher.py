@@ -290,3 +290,23 @@ def test_what_no_adapter_file_holds_is_refused(tmp_path):
     own.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="could not be resumed"):
         run(tmp_path, own, base)
+
+
+@pytest.mark.parametrize("began", ["pissa", "olora", "pissa_niter_2"])
+def test_adapters_that_change_the_weights_below_them_have_no_start(began):
+    student, base = adapted(moved=False, init_lora_weights=began)
+    images = batch()["pixel_values"]
+    with student.disable_adapter():
+        assert (student.eval()(images).logits - base.eval()(images).logits).abs().max() > 1e-3
+    for give in (lambda: SelfTeacher().match(student, None, False), lambda: StartingPoint(student)):
+        with pytest.raises(ValueError, match=f"init_lora_weights='{began}' of the adapter 'default' changed"):
+            give()
+
+
+@pytest.mark.parametrize("began", [True, False, "gaussian", "orthogonal"])
+def test_other_adapters_leave_the_model_below_them_as_it_was(began):
+    student, base = adapted(moved=False, init_lora_weights=began)
+    teacher = SelfTeacher()
+    teacher.match(student, None, False)
+    found = teacher.capture(batch()["pixel_values"], Needs(logits=True)).logits
+    assert torch.equal(found, base.eval()(batch()["pixel_values"]).logits)

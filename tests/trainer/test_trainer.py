@@ -88,6 +88,14 @@ def test_terms_are_evaluated_when_asked_for(tmp_path):
     assert metrics["eval_task"] == pytest.approx(terms["task"].sum().item() / (data.labels != -100).sum().item())
 
 
+def test_a_metric_keeps_its_name_beside_a_term_of_that_key(tmp_path, caplog):
+    entries = [{"name": "task"}, {"name": "logit_kd", "key": "accuracy"}]
+    runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=entries, eval_objectives=True)
+    runner.compute_metrics = lambda prediction: {"accuracy": 0.25}
+    assert runner.evaluate(Images(8))["eval_accuracy"] == 0.25
+    assert "['eval_accuracy'] are of compute_metrics; give the objectives another key" in caplog.text
+
+
 def test_training_with_unlabelled_images_only_needs_no_task(tmp_path):
     data = [{"pixel_values": row["pixel_values"]} for row in Images()]
     runner = trainer(tmp_path, build("vit"), build("vit", seed=5), data, [{"name": "logit_kd"}], max_steps=2)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_kdtl.functional.divergences import check_labels, cross_entropy, labelled
+from hf_kdtl.functional.multi_label import binary_cross_entropy
 from hf_kdtl.models.blocks import find_blocks, vision_config
 from hf_kdtl.models.cutting.families import head_width, sizes_of
 from hf_kdtl.models.forward.modes import evaluating
+from hf_kdtl.models.labels import is_multi_label
 
 SAMPLE = 256  # images, at most
 _BATCH = 32
@@ -35,7 +37,8 @@ class Scores:
 
 
 def first_order(model: Any, data: Any) -> Scores:
-    """|sum over images <a, dL/da>| for each block, head and neuron, with a its output and L the cross-entropy.
+    """|sum over images <a, dL/da>| for each block, head and neuron, with a its output and L the cross-entropy, of
+    several labels the binary one.
 
     To the first order it is by how much the summed loss changes when this output is set to zero. [paper: Michel et
     al. 2019, arXiv 1905.10650, whose absolute value is inside the mean over images; Molchanov et al. 2019, arXiv
@@ -43,8 +46,8 @@ def first_order(model: Any, data: Any) -> Scores:
 
     Args:
         model: an image classifier; it runs in eval mode and its weights get no gradient.
-        data: a data set or list of rows with pixel_values (C, h, w), as the model reads them, and labels; at most
-            `SAMPLE` of them are used, evenly spaced, without those that have no label.
+        data: a data set or list of rows with pixel_values (C, h, w), as the model reads them, and labels, a class or
+            (K,); at most `SAMPLE` of them are used, evenly spaced, without those that have no label.
 
     Cost: one forward and one backward of these images.
 
@@ -58,7 +61,7 @@ def first_order(model: Any, data: Any) -> Scores:
             "data=hf_kdtl.data.ImageDataset(split, processor); or type importance='uniform'."
         )
     rows = [data[i * len(data) // min(SAMPLE, len(data))] for i in range(min(SAMPLE, len(data)))]
-    rows = [row for row in rows if row.get("labels") is not None and int(row["labels"]) >= 0]
+    rows = [row for row in rows if row.get("labels") is not None and labelled(torch.as_tensor(row["labels"])[None])]
     if not rows:
         raise ValueError("importance='first_order' needs images with labels; or type importance='uniform'.")
     sums: dict[tuple[str, int], Tensor] = {}
@@ -76,7 +79,8 @@ def _add_batch(model: Any, rows: list[dict[str, Any]], sums: dict[tuple[str, int
     pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
     # The graph hangs on the pixels: a frozen teacher's weights have no gradient.
     pixels = pixels.to(model.device, model.dtype).requires_grad_(True)
-    labels = torch.tensor([int(row["labels"]) for row in rows], device=model.device)
+    labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows]).to(model.device)
+    labels = labels if labels.is_floating_point() else labels.long()
     with torch.enable_grad(), _watching(model) as seen:
         logits = getattr(model(pixel_values=pixels), "logits", None)
         if logits is None:
@@ -84,8 +88,12 @@ def _add_batch(model: Any, rows: list[dict[str, Any]], sums: dict[tuple[str, int
                 f"importance='first_order' needs a loss, and {type(model).__name__} has no classifier; type "
                 "importance='uniform'."
             )
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, [activation for activation, _ in seen.values()])
+        if is_multi_label(model):
+            losses = binary_cross_entropy(logits, labels)
+        else:
+            check_labels(labels, logits.shape[-1])
+            losses = cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(losses.sum(), [activation for activation, _ in seen.values()])
     for (key, (activation, before)), gradient in zip(seen.items(), gradients, strict=True):
         output = activation if before is None else activation - before
         product = (output.detach() * gradient).double()

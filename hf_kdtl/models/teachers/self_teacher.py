@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.models.adapters import adapted, adapters_off, plain_state
+from hf_kdtl.models.adapters import adapted, adapters_off, check_base_kept, plain_state
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers.source import Batch, SourceInfo
@@ -31,13 +31,14 @@ class SelfTeacher(Teacher):
         """Take the student whose adapters are turned off.
 
         Raises:
-            ValueError: when it has none.
+            ValueError: when it has none, or has some that changed its weights when they were added.
         """
         if not adapted(student):
             raise ValueError(
                 f"teacher='self' is the student with its adapters off, and {type(student).__name__} has none. Give "
                 "it some: peft.get_peft_model(model, LoraConfig(...)); or pass a copy: teacher=copy.deepcopy(model)."
             )
+        check_base_kept(student, "teacher='self'")
         if student is not self.model:
             self._hold(student)
             self._checked = False

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_kdtl.models.adapters import adapted, adapters_off
+from hf_kdtl.models.adapters import adapted, adapters_off, check_base_kept
 from hf_kdtl.models.forward.capture import Needs, WeightPair
 from hf_kdtl.models.forward.classifier import classifiers
 from hf_kdtl.models.forward.embedding import is_headless
@@ -33,10 +33,15 @@ class StartingPoint(Teacher):
     """
 
     def __init__(self, student: nn.Module, saved: Teacher | None = None):
-        """The student as it is now; or a model of its architecture, in place of it."""
+        """The student as it is now; or a model of its architecture, in place of it.
+
+        Raises:
+            ValueError: for a student with adapters that changed its weights when they were added.
+        """
         self.kept: Path | None = None
         self.adapted = saved is None and adapted(student)
         if self.adapted:
+            check_base_kept(student, "the start")
             self._hold(student)
         elif saved is None:
             super().__init__(copy.deepcopy(student))

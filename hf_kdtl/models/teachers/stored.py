@@ -108,7 +108,7 @@ class StoredTeacher(SignalSource):
         digests = self._digests()[self.reader.places(rows)]
         images.check(rows, digests, self.name)
         if images.viewed:
-            images.data.views = self.manifest.views
+            self._share_views(images.data)
         elif self.manifest.views > 1:
             raise ValueError(
                 f"the store {self.name} has {self.manifest.views} views of an image, and {type(data).__name__} does "
@@ -117,6 +117,16 @@ class StoredTeacher(SignalSource):
         self._checked = data
         if images.has_files or not images.viewed:  # else an item has other pixels in another view
             self._first_reads = FirstReads(images, rows, digests, self.name)
+
+    def _share_views(self, data: Any) -> None:
+        """The data shows the store's views, or as many of the first of them as it was made with."""
+        if data.views is not None and data.views > self.manifest.views:
+            raise ValueError(
+                f"the training data shows {data.views} views of an image, and the store {self.name} has "
+                f"{self.manifest.views}. Give the data views={self.manifest.views} (--views), or add to the store: "
+                f"hf-kdtl cache --views {data.views} --output {self._growable}."
+            )
+        data.views = data.views or self.manifest.views
 
     def item_checks(self) -> list[ItemCheck]:
         """Each image is compared with the one of the store when it is first read."""

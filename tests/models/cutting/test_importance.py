@@ -61,6 +61,23 @@ def test_scores_are_the_slope_of_the_loss(family):
             assert float(found.neurons[i][neuron]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
+def test_distributions_and_several_labels_have_scores():
+    model, data = teacher_of("vit").double(), rows()
+    one_hot = [row | {"labels": F.one_hot(torch.tensor(row["labels"]), 3).double()} for row in data]
+    assert torch.equal(first_order(model, one_hot).blocks, first_order(model, data).blocks)
+    model.config.problem_type = "multi_label_classification"
+    several = [row | {"labels": torch.tensor([1.0, 0.0, -100.0])} for row in data]
+    several.append(data[0] | {"labels": torch.full((3,), -100.0)})
+    (found, *_), (_, block) = first_order(model, several).blocks, find_blocks(model)[0]
+    values = []
+    for s in (1 + 1e-5, 1 - 1e-5):
+        hook = block.register_forward_hook(lambda _, args, out, s=s: args[0] + s * (out - args[0]))
+        logits = model.eval()(pixel_values=torch.stack([row["pixel_values"] for row in data])).logits[:, :2]
+        values.append(F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 0.0]] * 3).double()) * 3)
+        hook.remove()
+    assert float(found) == pytest.approx(float((values[0] - values[1]).detach().abs() / 2e-5), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["vit", "convnext", "swin"])
 def test_a_frozen_teacher_is_scored_and_left_as_it_was(name):
     teacher = Teacher(build(name))

@@ -351,3 +351,9 @@ def test_a_stored_sketch_trains_as_the_live_one_bitwise():
     assert largest_difference(stored, live) == 0
     without = trained(teacher(teacher_batch=4), [{"name": "jacobian", "fraction": 0.5}, {"name": "task"}], data, 6)
     assert largest_difference(stored, without) > 1e-5
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_as_many_class_outputs_as_there_are_classes_are_stored_without_top_k(k):
+    with pytest.raises(ValueError, match=f"top_k is {k} and the teacher has 3 classes; leave it out"):
+        write(needs=Needs(logits=True), top_k=k)

@@ -117,7 +117,15 @@ def kinds_of(arrays: dict[str, np.ndarray]) -> dict[str, Kind]:
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(B, k + 1): the k largest, and the log-sum-exp of the rest; (B, k): their indices."""
+    """(B, k + 1): the k largest, and the log-sum-exp of the rest; (B, k): their indices.
+
+    Raises:
+        ValueError: where k leaves no rest.
+    """
+    if k >= logits.shape[-1]:
+        raise ValueError(
+            f"top_k is {k} and the teacher has {logits.shape[-1]} classes; leave it out to store them all."
+        )
     values, index = logits.topk(k, dim=-1)
     rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([values, rest], -1), index
