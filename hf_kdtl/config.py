@@ -60,7 +60,7 @@ class DistillationConfig(TrainingArguments):
         augment_on_device: colors, erasing and mixing of `ImageDataset` a batch at once, not rounded to 8 bits.
         eval_objectives: report every term as eval_<key> too. `eval_loss` is the task loss either way.
         quantize: "int8": the student's linear and convolution layers round inputs and weights to 8 bits in training;
-            what is saved is the plain model, for an int8 export that loses less. In memory the student goes on rounding.
+            what is saved is the plain model, for an int8 export that loses less. In memory it still rounds.
         license: the license under which `push_to_hub` publishes the student, such as "apache-2.0". None: its
             teacher's, which must then be known and allow it.
 

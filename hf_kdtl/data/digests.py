@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import PurePath
 
 from datasets import Dataset
@@ -25,7 +25,9 @@ def _names(split: Dataset) -> Iterator[str]:
     cells = split.with_format(None).select_columns("image").flatten()  # the bytes beside the paths stay unread
     paths = cells["image.path"][:]
     parts = [PurePath(path).parts if path else () for path in paths]
-    shared = len(commonprefix([found[:-1] for found in parts if found] or [()]))  # of lists, name by name
+    folders = [found[:-1] for found in parts if found] or [()]
+    ends = zip(min(folders), max(folders), strict=False)  # what the first and the last share all do
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
     for found, row in zip(parts, source_rows(split).tolist(), strict=True):
         yield "/".join(found[shared:]) or str(row)
 

@@ -106,7 +106,7 @@ class CheckpointingTrainer(StreamingTrainer):
                 too = f", save_total_limit={limit} removes the oldest of both" if limit else ""
                 logger.warning(
                     f"{folder} holds checkpoints of another run, up to {others[-1].name}. This run replaces those of "
-                    f"its own steps{too}, and it is resumed from its own. Use another output_dir to keep the two apart."
+                    f"its own steps{too}, and is resumed from its own. Use another output_dir to keep the two apart."
                 )
             return uuid.uuid4().hex, None, frozenset()
         if asked is not True and (asked == "" or not isinstance(asked, str | Path)):

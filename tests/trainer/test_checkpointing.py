@@ -226,7 +226,7 @@ def test_a_second_run_in_a_folder_is_reported_and_continued_as_itself(run_folder
     assert f"{run_folder} holds checkpoints of another run, up to checkpoint-6" in caplog.text
     second.args.save_total_limit = 1
     second._resolve_resume(None)
-    assert "its own steps, save_total_limit=1 removes the oldest of both, and" in caplog.text
+    assert "its own steps, save_total_limit=1 removes the oldest of both, and is" in caplog.text
     second.args.save_total_limit = None
     second.train()
     assert name(2) not in ("", first)
