@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     typed = cli.typed_values(*types, argv=argv)
     budget = timing.check_budget(options.time_budget, typed)
     folders.check_resumes_all(config)
-    chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
+    chosen.put_in(chosen.restored(config, typed) or [], config, data_options, typed)
     free = pretraining.asked(options, config, typed)
     if options.streaming and not free:
         raise ValueError(

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = timing.check_budget(options.time_budget, typed)
     if config.objectives == DEFAULT_OBJECTIVES:
         config.objectives = TASK
-    put_in(restored(config, typed) or [], config, data_options)
+    put_in(restored(config, typed) or [], config, data_options, typed)
     run = folders.describe_run("train_teacher", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     with config.main_process_first(local=False):

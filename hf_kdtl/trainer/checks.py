@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
@@ -18,6 +19,8 @@ from hf_kdtl.optim.layerwise import check_layerwise
 from hf_kdtl.trainer.data_checks import evaluation_pixels_problem, training_data_problems
 from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.versions import CHECKPOINTING
+
+logger = logging.get_logger(__name__)
 
 DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <script>"
@@ -116,6 +119,25 @@ def check_setting(trainer: Trainer) -> None:
         problems += [problem] if problem else []
     if problems:
         raise ValueError(problems[0])
+    if (higher := best_is_highest(args)) is not None and args.greater_is_better not in (None, higher):
+        logger.warning_once(
+            f"greater_is_better is {args.greater_is_better} and the best {args.metric_for_best_model} is the "
+            f"{'highest' if higher else 'lowest'}: the worst model would be kept. Set greater_is_better={higher}; "
+            "unset, Trainer goes by whether the name ends in 'loss'."
+        )
+
+
+def best_is_highest(args: DistillationConfig) -> bool | None:
+    """Whether the highest value of `metric_for_best_model` is the best; None of a metric that is not known here."""
+    if args.metric_for_best_model is None:
+        return None
+    from hf_kdtl.evaluation.metrics import RECORDS  # here: it imports evaluate and datasets
+
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if name == "loss" or (args.eval_objectives and name in args.weights()):
+        return False
+    # Of several sets of evaluation data it is called photos_nll.
+    return next((one.higher_is_better for key, one in RECORDS.items() if f"_{name}".endswith(f"_{key}")), None)
 
 
 def sharding_problems(trainer: Any) -> list[str]:

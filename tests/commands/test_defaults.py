@@ -117,7 +117,7 @@ def test_a_file_of_ours_that_trains_fixes_what_a_rule_would_change():
 
 def test_they_reach_the_settings_as_trainer_has_them():
     config, options = DistillationConfig("out", objectives=["task"], use_cpu=True), DataOptions()
-    put_in(choose(CUT, {}), config, options)
+    put_in(choose(CUT, {}), config, options, ())
     same = DistillationConfig(
         "out",
         objectives=["task"],
@@ -128,6 +128,33 @@ def test_they_reach_the_settings_as_trainer_has_them():
     assert {name for name in theirs if mine[name] != theirs[name]} == set()
     assert type(config.save_strategy) is type(same.save_strategy)
     assert options.augmentation == {"resized_crop": [0.6, 1.0], "flip": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "higher"),
+    [
+        ({"metric_for_best_model": "nll"}, False),
+        ({"metric_for_best_model": "eval_ece"}, False),
+        ({"metric_for_best_model": "map"}, True),
+        ({"metric_for_best_model": "knn"}, True),
+        ({"metric_for_best_model": "loss"}, False),
+        ({"metric_for_best_model": "logit_kd", "eval_objectives": True, "objectives": ["task", "logit_kd"]}, False),
+        ({"metric_for_best_model": "nll", "greater_is_better": True}, True),  # typed
+    ],
+)
+def test_the_best_model_is_the_best_by_what_the_metric_is(settings, higher):
+    config = DistillationConfig("out", use_cpu=True, **settings)
+    put_in([], config, DataOptions(), settings)
+    assert config.greater_is_better is higher
+
+
+def test_a_metric_that_is_set_later_brings_its_direction():
+    """Where load_best_model_at_end alone is typed, Trainer has set the metric loss, and its direction."""
+    config = DistillationConfig("out", use_cpu=True, load_best_model_at_end=True, save_strategy="epoch",
+                                eval_strategy="epoch")  # fmt: skip
+    typed = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    put_in(choose(CUT, typed), config, DataOptions(), typed)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("accuracy", True)
 
 
 def test_the_list_names_each_with_its_reason():

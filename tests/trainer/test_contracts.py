@@ -487,3 +487,10 @@ def test_a_plain_checkpoint_that_is_not_enough_is_refused(tmp_path, objectives, 
     ours = DistillationTrainer(build("vit"), arguments, teacher=teacher, train_dataset=Images())
     with pytest.raises(ValueError, match=says):
         ours.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_best_model_that_would_be_the_worst_is_said(tmp_path, caplog):
+    for metric in ("accuracy", "f1", "loss", "eval_photos_nll"):
+        assert "worst" not in caplog.text, metric
+        DistillationTrainer(build("vit"), config(tmp_path, TASK, metric_for_best_model=metric), train_dataset=Images())
+    assert "the best eval_photos_nll is the lowest" in caplog.text and "Set greater_is_better=False" in caplog.text

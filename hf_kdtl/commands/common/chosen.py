@@ -21,6 +21,7 @@ from hf_kdtl.data.decoding import decode_row
 from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import FILE, read_results
+from hf_kdtl.trainer.checks import best_is_highest
 
 LOOKED_AT = 32  # images, for color
 GREY = 4.0  # mean spread of red, green and blue, of 255, that a compressed grey image may have
@@ -63,7 +64,9 @@ class Chosen:
         before = restored(config, self.typed)
         self.continued = before is not None
         self.defaults: list[Default] = before or []
-        if not self.continued:
+        if self.continued:
+            put_in(self.defaults, config, data_options, self.typed)
+        else:
             self.set(1 if budgeted else None)
 
     def set(self, steps: int | None = None) -> None:
@@ -71,7 +74,7 @@ class Chosen:
         before, self.defaults = self.defaults, choose(self.case, self.typed, steps)
         # What holds no longer (num_train_epochs, where steps are given) is as if it had never been chosen.
         back = [replace(default, value=self.initial[default.name]) for default in before]
-        put_in([*back, *self.defaults], self.config, self.data_options)
+        put_in([*back, *self.defaults], self.config, self.data_options, self.typed)
 
     @property
     def known(self) -> dict[str, Any]:
@@ -116,7 +119,9 @@ def can_augment(train: Dataset, processor: Any) -> bool:
     return True
 
 
-def put_in(defaults: Iterable[Default], config: DistillationConfig, data_options: DataOptions) -> None:
+def put_in(
+    defaults: Iterable[Default], config: DistillationConfig, data_options: DataOptions, typed: Iterable[str]
+) -> None:
     """Put the defaults into the settings.
 
     Not by a new config: making a second one resets accelerate's state, and on several processes every one of them is
@@ -127,8 +132,9 @@ def put_in(defaults: Iterable[Default], config: DistillationConfig, data_options
         before = getattr(target, default.name)
         setattr(target, default.name, type(before)(default.value) if isinstance(before, Enum) else default.value)
     config.do_eval = config.do_eval or config.eval_strategy != "no"
-    if config.load_best_model_at_end and config.greater_is_better is None:
-        config.greater_is_better = not str(config.metric_for_best_model).endswith("loss")
+    if config.metric_for_best_model is not None and "greater_is_better" not in {*typed}:
+        known = best_is_highest(config)
+        config.greater_is_better = not config.metric_for_best_model.endswith("loss") if known is None else known
 
 
 def restored(config: DistillationConfig, typed: Iterable[str]) -> list[Default] | None:

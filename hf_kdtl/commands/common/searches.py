@@ -45,7 +45,7 @@ def open_experiment(
     if config.world_size > 1:
         raise ValueError("the runs are on one process; start this command without accelerate launch or torchrun.")
     folders.check_resumes_all(config)
-    chosen.put_in(chosen.restored(config, typed) or [], config, data_options)
+    chosen.put_in(chosen.restored(config, typed) or [], config, data_options, typed)
     run = folders.describe_run(recipe, config, own, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     options.seeds = options.seeds or [config.seed + i for i in range(SEEDS)]
