@@ -26,9 +26,10 @@ from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import LOOKED_AT, has_attention, has_color
 from hf_kdtl.commands.common.defaults import SMALL_IMAGE, Case, choose, yaml_value
-from hf_kdtl.commands.common.next_command import SPLIT_OPTIONS, command, student_settings
+from hf_kdtl.commands.common.next_command import command, student_settings
 from hf_kdtl.data import ImageData
 from hf_kdtl.data.decoding import decode_row
+from hf_kdtl.data.several import SEVERAL
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.models.teachers.resolve import open_classifier
 
@@ -58,17 +59,21 @@ class Found:
     width: int
     height: int
     color: bool
+    several: bool = False
 
     @classmethod
     def of(cls, data: ImageData) -> Found:
         """By all labels of train, and by some of its images."""
-        counts = Counter(label for label in data.train["label"] if label >= 0)
+        if data.multi_label:
+            counts = (np.array(data.train[SEVERAL][:]) == 1).sum(0).tolist()
+        else:
+            counts = list(Counter(label for label in data.train["label"] if label >= 0).values())
         rows = np.linspace(0, len(data.train) - 1, min(LOOKED_AT, len(data.train))).astype(int)
         cells = data.train.select(rows)["image"]
         sizes = [decode_row(cell, int(i), len(data.train)).size for i, cell in zip(rows, cells, strict=True)]
         width, height = (int(median(side)) for side in zip(*sizes, strict=True))
-        amount = min(counts.values()), max(counts.values())
-        return cls(len(data.train), len(data.label_names), *amount, width, height, has_color(data.train))
+        images = len(data.train), len(data.label_names), min(counts), max(counts)
+        return cls(*images, width, height, has_color(data.train), data.multi_label)
 
     def sentences(self) -> list[str]:
         """For the terminal, and for the head of the file."""
@@ -80,7 +85,8 @@ class Found:
         if self.smallest < FEW:
             notes.append(f"A class has {self.smallest} images: expect little of it, or add some.")
         if self.largest > 10 * self.smallest:
-            notes.append("The classes differ much in size: look at mean_class_accuracy, not at accuracy alone.")
+            better = "macro_f1, not at micro_f1" if self.several else "mean_class_accuracy, not at accuracy"
+            notes.append(f"The classes differ much in size: look at {better} alone.")
         return notes
 
 
@@ -94,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words.insert(0, "--dataset")
-    options, data_options = cli.parse(InitOptions, DataOptions, argv=words, doc=__doc__)
+    types = (InitOptions, DataOptions)
+    options, data_options = cli.parse(*types, argv=words, doc=__doc__)
+    typed = data_settings(data_options, cli.typed_names(*types, argv=words))
     source = Path(data_options.dataset).expanduser().absolute()
     here = Path.cwd().resolve()
     if source.is_dir() and here.is_relative_to(source.resolve()):
@@ -104,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     data = builders.open_data(data_options)
     found, name = Found.of(data), source.name.split(".")[0].replace("*", "images") or "images"
-    files = settings_files(name, found, options.teacher, data, data_options)
+    files = settings_files(name, found, options.teacher, data, typed)
     if there := [file for file in files if Path(file).exists()]:
         raise FileExistsError(f"{' and '.join(there)} exists here and is left as it is; move it away for a new one.")
     for file, text in files.items():
@@ -121,15 +129,15 @@ def next_commands(files: Mapping[str, str]) -> list[str]:
 
 
 def settings_files(
-    name: str, found: Found, teacher: str | None, data: ImageData, options: DataOptions
+    name: str, found: Found, teacher: str | None, data: ImageData, typed: dict[str, Any]
 ) -> dict[str, str]:
     """{file: its text}."""
-    common: Lines = [(option, value, "") for option, value in split_settings(options).items()]
+    common: Lines = [(option, value, "") for option, value in typed.items()]
     files = {}
     if teacher is None:
         model, case, student = new_teacher(found, data)
         lines = [*common, *model, ("output_dir", f"runs/{name}_teacher", "")]
-        files[f"{name}_teacher.yaml"] = text("The teacher", found, lines, case)
+        files[f"{name}_teacher.yaml"] = text("The teacher", found, lines, case, typed)
         teacher = f"runs/{name}_teacher/model"
     else:
         opened = open_classifier(builders.existing(teacher)).model
@@ -148,15 +156,14 @@ def settings_files(
         ("baseline", True, "also the student alone: what the teacher is worth"),
         ("output_dir", f"runs/{name}", ""),
     ]  # fmt: skip
-    files[f"{name}.yaml"] = text("The student", found, lines, case)
+    files[f"{name}.yaml"] = text("The student", found, lines, case, typed)
     return files
 
 
-def split_settings(options: DataOptions) -> dict[str, Any]:
-    """The dataset, and what was typed of its splits."""
-    default = DataOptions()
-    values = {name: getattr(options, name) for name in SPLIT_OPTIONS}
-    return {name: value for name, value in values.items() if name == "dataset" or value != getattr(default, name)}
+def data_settings(options: DataOptions, typed: set[str]) -> dict[str, Any]:
+    """The dataset, and what was typed of the images."""
+    values = vars(options) | {"augmentation": cli.mapping("augmentation", options.augmentation)}
+    return {name: value for name, value in values.items() if name == "dataset" or name in typed}
 
 
 def new_teacher(found: Found, data: ImageData) -> tuple[Lines, Case, dict[str, Any]]:
@@ -177,13 +184,14 @@ def new_teacher(found: Found, data: ImageData) -> tuple[Lines, Case, dict[str, A
 
 def case_of(kind: str, transformer: bool, size: int, found: Found, side: int) -> Case:
     """What the rules look at."""
-    return Case(kind, transformer, size, found.images, side, found.color)
+    metric = "map" if found.several else "accuracy"
+    return Case(kind, transformer, size, found.images, side, found.color, metric=metric)
 
 
-def text(title: str, found: Found, lines: Lines, case: Case) -> str:
+def text(title: str, found: Found, lines: Lines, case: Case, typed: Mapping[str, Any]) -> str:
     """A settings file: what was found, the settings, and the defaults as lines that can be edited."""
     head = [f"{title}, by hf-kdtl init. Every line can be edited; a flag overrides it.", "", *found.sentences()]
-    chosen = [(default.name, default.value, default.reason) for default in choose(case, {})]
+    chosen = [(default.name, default.value, default.reason) for default in choose(case, typed)]
     shown = [f"# {line}".rstrip() for line in head] + [_line(*one) for one in lines]
     return "\n".join([*shown, "", *(_line(*one) for one in chosen), ""])
 

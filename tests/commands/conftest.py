@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["blue", "green", "red"]
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = {"model_type": "vit", "image_size": 16, "patch_size": 8} | VIT
+CELLS = ["red;green", "red", "none", "green;blue", "blue", "green"]
 QUICK = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--use_cpu", "true"]
 QUICK += ["--per_device_eval_batch_size", "4", "--disable_tqdm", "true", "--save_steps", "1"]
 
@@ -47,6 +48,17 @@ def images():
             pixels[..., channel] += 100
             Image.fromarray(pixels).save(folder / f"{number}.png")
     return "images"
+
+
+@pytest.fixture
+def table():
+    """The flags of images.csv: 48 images with several labels."""
+    draw, lines = np.random.default_rng(0), ["file,label"]
+    for i in range(48):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(f"{i}.png")
+        lines.append(f'{i}.png,"{CELLS[i % 6]}"')
+    Path("images.csv").write_text("\n".join(lines) + "\n")
+    return ["--dataset", "images.csv", "--multi_label", "true"]
 
 
 @pytest.fixture

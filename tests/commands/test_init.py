@@ -48,6 +48,27 @@ def test_with_a_teacher_there_is_one_file(command, images, teacher):
     assert (found["teacher"], found["student_flops"], found["test_fraction"]) == ("teacher", 0.5, 0.2)
 
 
+def test_every_typed_setting_of_the_images_is_in_the_files(command, images):
+    typed = {"labels_per_class": 3, "views": 2, "augmentation": {"flip": True}, "on_bad_image": "skip"}
+    flags = [word for name, value in typed.items() for word in (f"--{name}", str(value))]
+    flags[flags.index("--augmentation") + 1] = '{"flip": true}'
+    command("init").main(["images", *flags])
+    for file in ("images_teacher.yaml", "images.yaml"):
+        lines = Path(file).read_text()
+        assert typed.items() <= yaml.safe_load(lines).items() and "9 training images of 3 classes, 3 of each" in lines
+        assert lines.count("augmentation:") == 1
+
+
+def test_images_with_several_labels_are_counted_by_class_and_judged_by_map(command, table):
+    command("init").main(table)
+    labels = load_images("images.csv", multi_label=True).train["labels"][:]
+    counts = [sum(row[i] == 1 for row in labels) for i in range(3)]
+    for file in ("images_teacher.yaml", "images.yaml"):
+        text = Path(file).read_text()
+        assert yaml.safe_load(text)["metric_for_best_model"] == "map"
+        assert f"{min(counts)} to {max(counts)} of each" in text
+
+
 @pytest.mark.parametrize(
     ("width", "height", "expected"), [(16, 12, 16), (28, 28, 32), (300, 60, 64), (300, 200, "facebook/deit-small")]
 )

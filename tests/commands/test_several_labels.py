@@ -3,27 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from transformers import pipeline
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.evaluation import read_results
 from hf_kdtl.hub.model_card import student_card, with_evaluation
 from tests.commands.conftest import CONFIG, QUICK
-
-CELLS = ["red;green", "red", "none", "green;blue", "blue", "green"]
-
-
-@pytest.fixture
-def table():
-    draw, lines = np.random.default_rng(0), ["file,label"]
-    for i in range(48):
-        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(f"{i}.png")
-        lines.append(f'{i}.png,"{CELLS[i % 6]}"')
-    Path("images.csv").write_text("\n".join(lines) + "\n")
-    return ["--dataset", "images.csv", "--multi_label", "true"]
 
 
 def test_from_a_table_to_a_student_and_its_card(command, table, capsys):
