@@ -101,6 +101,7 @@ def test_labels_beside_it_serve_knn_and_probe_and_then_a_head(command, backbone,
         (["--student_layers", "2"], "found student_config and student_layers; expected one of"),
         (["--student_config", '{"model_type": "vit_mae"}'], "ViTModel.from_pretrained"),
         (["--teacher_pool", "pooled"], "pool is 'pooled'; expected 'auto' or 'pooler'"),
+        (["--metric_for_best_model", "knn", "--eval_strategy", "steps"], "metric_for_best_model: 'knn'. Valid: loss"),
         (["--gradient_rule", '{"name": "never_hurt"}', "--objectives", "feature_kd"], "protects the task, and none"),
     ],
 )

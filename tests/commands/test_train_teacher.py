@@ -90,6 +90,10 @@ def test_a_new_head_for_other_classes(command, images, teacher):
         (["--dataset", "images/bleu"], "does not exist (close matches"),
         (["--objectives", '[{"name": "logit_kd"}]'], "need a teacher"),
         (["--model", "a", "--model_config", "{}"], "expected one of --model"),
+        (
+            ["--metric_for_best_model", "f1", "--eval_strategy", "steps"],
+            "unknown metric_for_best_model: 'f1'. Valid: loss, accuracy, mean_class_accuracy, nll, brier, ece.",
+        ),
     ],
 )
 def test_bad_input_is_a_sentence_and_writes_nothing(command, images, capsys, extra, message):

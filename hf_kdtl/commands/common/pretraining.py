@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Neighbours:
     dataset: Any
     batch: int
     trainer: Any = None
+    names: ClassVar = ["knn"]
 
     def __call__(self, predictions: Any) -> dict[str, float]:
         model = self.trainer.model

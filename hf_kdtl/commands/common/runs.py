@@ -20,12 +20,14 @@ from hf_kdtl.commands.common import adapters, builders
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.folders import YES, finished, folder_of, resumes
 from hf_kdtl.evaluation.cost import images_per_second, parameters
-from hf_kdtl.evaluation.metrics import compute_metrics
+from hf_kdtl.evaluation.metrics import compute_metrics, paired_scores
 from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.hub.provenance import histories
 from hf_kdtl.models.adapters import adapted
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers.resolve import open_classifier
 from hf_kdtl.trainer.sample import training_sample
+from hf_kdtl.utils.options import check_known
 
 TASK: list[dict[str, Any]] = [{"name": "task"}]
 
@@ -76,11 +78,25 @@ def _shown(logs: dict[str, Any] | None) -> dict[str, str]:
 def make_trainer(model: Any, config: DistillationConfig, processor: Any, title: str = "", **parts: Any) -> Any:
     """A DistillationTrainer as all commands use it."""
     parts = {"compute_metrics": compute_metrics} | parts
+    _check_best_metric(model, config, parts["compute_metrics"])
     trainer = DistillationTrainer(model, config, processing_class=processor, **parts)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(title) if sys.stderr.isatty() else Lines(title))
     return trainer
+
+
+def _check_best_metric(model: Any, config: DistillationConfig, metrics: Any) -> None:
+    """Refuse a metric_for_best_model that no evaluation has: Trainer looks for it after the first one."""
+    if config.metric_for_best_model is None or config.eval_strategy == IntervalStrategy.NO:
+        return
+    names = ["loss", *(config.weights() if config.eval_objectives else ())]
+    if metrics is compute_metrics:
+        one_each = np.eye(min(model.config.num_labels, 6))  # top5 is of six classes and more
+        names += paired_scores(one_each, one_each if is_multi_label(model) else one_each.argmax(1))
+    elif metrics is not None:
+        names += metrics.names
+    check_known("metric_for_best_model", config.metric_for_best_model.removeprefix("eval_"), names)
 
 
 def run_settings(
