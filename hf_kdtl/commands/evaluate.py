@@ -129,6 +129,13 @@ def check_max_drop(options: EvaluateOptions) -> None:
         raise ValueError("max_drop needs a model to compare with; add --teacher or --baseline.")
 
 
+def check_read(typed: set[str], headless: bool) -> None:
+    """Raises ValueError for settings of the training images that nothing here is measured with."""
+    unread = {"augmentation", "views"} | (set() if headless else {"train_images", "labels_per_class"})
+    if found := sorted(unread & typed):
+        raise ValueError(f"{found[0]} is about training images, and nothing is trained here; leave {found[0]} out.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge every model; write results.json, report and figures. Returns the exit code: 1 where a student fails."""
     cli.quiet()
@@ -137,19 +144,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, number, forms, folder = options.chosen, options.number, options.forms, folders.folder_of(config)
     check_max_drop(options)
     check_folder(folder, options.overwrite_output_dir)
+    typed, headless = cli.typed_names(*types, argv=argv), any(map(is_headless_path, options.models))
+    check_read(typed, headless)
     run = folders.describe_run("evaluate_student", config, options, data_options)
     with config.main_process_first(local=False):
         data = builders.read_splits(data_options)  # a bad image is found in the first pass over its split
     notes: list[str] = []
     references = {"teacher": options.teacher, "baseline": options.baseline}
-    if any(map(is_headless_path, options.models)):
-        embedding_evaluation.check(options, cli.typed_names(*types, argv=argv))
+    if headless:
+        embedding_evaluation.check(options, typed, data)
+        data = builders.fewer_images(data, data_options)
         judged = embedding_evaluation.open_candidates(options.models, references, notes)
         for one in judged:
             notes += builders.split_notes(one.path, data, data_options, one.name)
         return judge_embeddings(judged, data, number, config, run, builders.facts(data, data_options), notes)
     if data.multi_label:
-        several_labels.check(cli.typed_names(*types, argv=argv))
+        several_labels.check(typed)
     candidates = open_candidates(options.models, references, data, notes, options.templates)
     for candidate in candidates:
         notes += builders.split_notes(candidate.path, data, data_options, candidate.name)

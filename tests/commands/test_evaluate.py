@@ -59,6 +59,7 @@ def test_it_passes_or_fails_and_says_what_it_will_take(evaluate, student):
         (["--max_drop", "1"], "max_drop needs a model to compare with"),
         (["--max_drop", "-1", "--teacher", "teacher"], "expected 0 or more points"),
         (["--speed", "egaer"], "egaer"),
+        (["--labels_per_class", "1"], "labels_per_class is about training images"),
     ):
         code, printed = evaluate(*arguments("--overwrite_output_dir", "true", *given))
         assert code == 2 and message in printed

@@ -163,6 +163,8 @@ def test_a_pipeline_sees_the_pixels_that_the_student_was_trained_on(command, bac
         (["--max_drop", "1"], "max_drop is about accuracy, and a student in student has no head"),
         (["--degradations", "jpeg"], "degradations is about accuracy"),
         (["--split", "validation"], "split is 'validation', and the linear probe"),
+        (["--views", "2"], "views is about training images, and nothing is trained here; leave views out"),
+        (["--multi_label", "true"], "of one label an image, and the data has several"),
     ],
 )
 def test_an_evaluation_without_a_head_refuses_what_needs_one(command, images, flags, message):
@@ -170,6 +172,19 @@ def test_an_evaluation_without_a_head_refuses_what_needs_one(command, images, fl
     given = ["--models", "student", "--teacher", "student", "--dataset", images, "--output_dir", "out", *flags]
     with pytest.raises(ValueError, match=message):
         command("evaluate").main(given)
+
+
+def test_an_evaluation_without_a_head_learns_from_as_few_labels_as_are_typed(command, images, capsys):
+    headless("vit", image_size=16).save_pretrained("student")
+    flags = ["--models", "student", "--dataset", images, "--output_dir", "out", "--use_cpu", "true"]
+    command("evaluate").main([*flags, "--labels_per_class", "2"])
+    assert read_results("out")["data"]["sizes"]["train"] == 6
+    assert "labelled images of train are used: 2 of each class" in capsys.readouterr().out
+
+
+def test_labels_beside_a_run_without_labels_are_of_one_an_image(command, backbone, table):
+    with pytest.raises(ValueError, match="of one label an image, and the data has several.*Leave multi_label out"):
+        command("distill").main([*FLAGS, *QUICK, *table, "--objectives", "feature_kd"])
 
 
 def test_int8_is_refused_without_a_head(command, images):

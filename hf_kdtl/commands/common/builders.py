@@ -71,13 +71,18 @@ def open_data(options: DataOptions) -> ImageData:
     data = read_splits(options)
     if options.on_bad_image == "error":
         data.check_readable()  # all of them now: a bad test image would be found after hours of training
-    return fewer_labels(data, options.train_images, options.labels_per_class, options.split_seed)
+    return fewer_images(data, options)
 
 
 def read_splits(options: DataOptions) -> ImageData:
     """The three splits, as `SPLIT_OPTIONS` say. None of the images is read."""
     given: dict[str, Any] = {name: getattr(options, name) for name in SPLIT_OPTIONS}
     return load_images(given.pop("dataset"), seed=given.pop("split_seed"), **given)
+
+
+def fewer_images(data: ImageData, options: DataOptions) -> ImageData:
+    """The data with train cut to `train_images` or `labels_per_class`."""
+    return fewer_labels(data, options.train_images, options.labels_per_class, options.split_seed)
 
 
 def pixels(

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.candidates import some_of, student_names
-from hf_kdtl.commands.common.embedding_scores import Sides, picture, scores
+from hf_kdtl.commands.common.embedding_scores import Sides, check_labels, picture, scores
 from hf_kdtl.data.loading import ImageData
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.fingerprint import fingerprint
@@ -35,8 +35,9 @@ class EmbeddingCandidate:
         return self.model.model if self.role == "teacher" else self.model
 
 
-def check(options: Any, typed: set[str]) -> None:
+def check(options: Any, typed: set[str], data: ImageData) -> None:
     """Raises ValueError for settings that ask for what a student without a head does not have."""
+    check_labels(data)
     for name in sorted(UNUSED.keys() & typed):
         raise ValueError(
             f"{name} is about {UNUSED[name]}, and a student in {', '.join(options.models)} has no head: it is judged "

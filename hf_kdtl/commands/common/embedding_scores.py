@@ -24,6 +24,16 @@ Sides = dict[str, tuple[Any, Any]]
 """{name: (a model or a Teacher, the image processor that makes its pixels)}; the teacher's name is "teacher"."""
 
 
+def check_labels(data: Any) -> None:
+    """Raises ValueError for labels that embeddings are not scored by."""
+    if data.multi_label:
+        raise ValueError(
+            "kNN, probe and recall of a student without a head are of one label an image, and the data has several. "
+            "Leave multi_label out and name images with one, or give the student a head: hf-kdtl train-teacher "
+            "--model <student> --dataset <these images> --multi_label true."
+        )
+
+
 def scores(sides: Sides, images: Any, labelled: Any, size: int) -> dict[str, Any]:
     """Agreement with the teacher on images of any kind; kNN, probe and recall where a labelled set is given."""
     found: dict[str, dict[str, Any]] = {

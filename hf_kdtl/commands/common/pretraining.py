@@ -19,7 +19,7 @@ from hf_kdtl.commands.common import builders, folders, pretrained, runs, stored,
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.chosen import Chosen
 from hf_kdtl.commands.common.defaults import listing
-from hf_kdtl.commands.common.embedding_scores import embeddings
+from hf_kdtl.commands.common.embedding_scores import check_labels, embeddings
 from hf_kdtl.commands.common.folders import folder_of
 from hf_kdtl.commands.common.streams import COUNTS_AS, Streamed, check_streaming
 from hf_kdtl.commands.common.students import check_one_student
@@ -95,6 +95,8 @@ class Pretraining:
         with config.main_process_first(local=False):
             self.train, self.held_out = self._images()
             self.labelled = builders.open_data(data_options) if "dataset" in typed else None
+        if self.labelled is not None:
+            check_labels(self.labelled)
         student = self.new_student()
         self.processor = self._processor(student)
         if "metric_for_best_model" not in typed:
