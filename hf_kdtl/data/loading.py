@@ -218,9 +218,9 @@ def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) 
     names = train.features["label"].names
     splits = {}
     for name, size in sizes.items():
-        strata = _strata(labels[rest], size) if SEVERAL in train.features else labels[rest]
+        by = strata(labels[rest], size) if SEVERAL in train.features else labels[rest]
         try:
-            rest, cut = train_test_split(rest, test_size=size, stratify=strata, random_state=seed)
+            rest, cut = train_test_split(rest, test_size=size, stratify=by, random_state=seed)
         except ValueError as error:
             why = str(error).partition(". ")[0]  # it would list every class
             rarest = min(counts, key=lambda index: counts[index], default=0)
@@ -232,14 +232,14 @@ def _cut(train: Dataset, shares: dict[str, float], seed: int, notes: list[str]) 
         splits[name] = train.select(np.sort(cut))
         notes.append(
             f"No {name} split was found: {size} images were cut from train, "
-            f"{'at random' if strata is None else 'stratified by class'}, seed {seed}."
+            f"{'at random' if by is None else 'stratified by class'}, seed {seed}."
         )
     left = np.union1d(rest, np.flatnonzero(labels == UNLABELLED))
     notes.append(f"{len(left)} images are left in train.")
     return {"train": train.select(left), **splits}
 
 
-def _strata(rarest: np.ndarray, size: int) -> np.ndarray | None:
+def strata(rarest: np.ndarray, size: int) -> np.ndarray | None:
     """What a cut of images with several labels is stratified by: the rarest class; None where too few have it."""
     counts = np.unique(rarest, return_counts=True)[1]
     return rarest if counts.min() > 1 and len(counts) <= min(size, len(rarest) - size) else None

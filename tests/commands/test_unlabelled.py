@@ -1,6 +1,7 @@
 """Few labels and many images: --labels_per_class, --unlabelled, --labelled_share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,22 @@ def test_what_cannot_be_done_is_refused(command, images, settings, message):
         training_images(data, UnlabelledOptions(**settings), options, [])
     with pytest.raises(ValueError, match="expected one of them"):
         fewer_labels(data, 10, 2, 0)
+
+
+def test_a_number_of_images_that_leaves_a_class_without_a_share_is_refused(images, table):
+    data = load_images("images")
+    total = len(data.train)
+    assert [len(fewer_labels(data, number, None, 0).train) for number in (3, total - 3, total)] == [
+        3,
+        total - 3,
+        total,
+    ]
+    for number in (2, total - 2, total + 1):
+        with pytest.raises(ValueError, match=rf"is {number}, expected 3 to {total - 3}, .* or {total} \(all of train"):
+            fewer_labels(data, number, None, 0)
+    rare = replace(data, train=data.train.select([*np.flatnonzero(np.array(data.train["label"][:]) > 0), 0]))
+    with pytest.raises(ValueError, match="a class has one image in train.*labels_per_class"):
+        fewer_labels(rare, 10, None, 0)
+    several = load_images("images.csv", multi_label=True)
+    few = fewer_labels(several, len(several.train) - 1, None, 0)
+    assert len(few.train) == len(several.train) - 1 and "are used, at random, seed 0." in few.notes[-1]

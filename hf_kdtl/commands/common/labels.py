@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from hf_kdtl.data.columns import UNLABELLED
 from hf_kdtl.data.labelled_share import LabelledShareSampler, labelled_per_batch
-from hf_kdtl.data.loading import ImageData
+from hf_kdtl.data.loading import ImageData, strata
 from hf_kdtl.data.unlabelled import by_label, open_unlabelled, without_labels
 
 REST, SHARE = "rest", 0.25
@@ -47,7 +47,7 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
         raise ValueError("labels_per_class counts one label an image, and the data has several; use train_images.")
     labels = np.array(data.train["label"][:])
     if images is not None and images != len(labels):
-        rows, message = _stratified(labels, images, len(data.label_names), seed)
+        rows, message = _stratified(labels, images, data, seed)
     elif per_class is not None:
         rows, message = _each_class(labels, per_class, data.label_names, seed)
     else:
@@ -57,14 +57,24 @@ def fewer_labels(data: ImageData, images: int | None, per_class: int | None, see
     return replace(data, train=data.train.select(np.sort(rows)), rest=left, notes=[*data.notes, message])
 
 
-def _stratified(labels: np.ndarray, number: int, classes: int, seed: int) -> tuple[np.ndarray, str]:
-    total = len(labels)
-    if not classes <= number < total:
+def _stratified(labels: np.ndarray, number: int, data: ImageData, seed: int) -> tuple[np.ndarray, str]:
+    total, counts = len(labels), np.unique(labels, return_counts=True)[1]
+    by = strata(labels, number) if data.multi_label else labels
+    least = len(data.label_names) if by is None else len(counts)
+    most = total - (1 if by is None else least)
+    if not least <= number <= most:
         raise ValueError(
-            f"train_images is {number}, expected {classes} (one of each class) to {total} (all of train)."
+            f"train_images is {number}, expected {least} to {most}, so that each class keeps its share, or {total} "
+            "(all of train)."
         )
-    rows, _ = train_test_split(np.arange(total), train_size=number, stratify=labels, random_state=seed)
-    return rows, f"{number} of {total} images of train are used, stratified by class, seed {seed}."
+    if by is not None and counts.min() < 2:
+        raise ValueError(
+            f"train_images is {number} and a class has one image in train, of which it cannot keep a share. Add "
+            "images, or type --labels_per_class instead."
+        )
+    rows, _ = train_test_split(np.arange(total), train_size=number, stratify=by, random_state=seed)
+    how = "at random" if by is None else "stratified by class"
+    return rows, f"{number} of {total} images of train are used, {how}, seed {seed}."
 
 
 def _each_class(labels: np.ndarray, number: int, names: list[str], seed: int) -> tuple[np.ndarray, str]:
