@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_kdtl.config import DistillationConfig, entry_key
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.classifier import blank_pixels
+from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.pairing import PairingPlan, plan
 from hf_kdtl.models.teachers import SignalSource, as_source
@@ -28,10 +29,13 @@ from hf_kdtl.trainer.checks import check_teacher_usage, setting_problems
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 from hf_kdtl.utils.distributed import fsdp_requested
 
+TASK, ALONE = "task", "task alone"
+
 
 @dataclass
 class Cost:
-    """One objective in addition to the task, on one batch, as a multiple of the task alone."""
+    """One objective in addition to the task, on one batch, as a multiple of the task alone; of a student without a
+    head one alone, as a multiple of the first."""
 
     key: str
     time: float
@@ -45,10 +49,11 @@ class Report:
     Args:
         pairing: the plan's table, or why there is none.
         notes: labels, pixels, kernels: what was decided.
-        costs: time and memory held for the backward pass, against the plain task step.
+        costs: time and memory held for the backward pass, against the step of `base` alone.
         warnings: what will not be as expected, and what to type instead.
         problems: what will not run; each says what to type.
         rates: the layers' learning rates as a table; empty where there is one rate.
+        base: the task; of a student without a head the first objective.
     """
 
     pairing: str
@@ -57,12 +62,14 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     rates: str = ""
+    base: str = TASK
 
     def __str__(self) -> str:
         lines = ["Pairing", self.pairing, ""]
         lines += ["Learning rates", self.rates, ""] if self.rates else []
-        lines += ["Cost of a step, task alone = 1.00 (one batch, this machine)"]
-        lines += [f"  task + {c.key:<22} time {c.time:5.2f}   memory {c.memory:5.2f}" for c in self.costs]
+        lines += [f"Cost of a step, {self.base} alone = 1.00 (one batch, this machine)"]
+        plus = "task + " * (self.base == TASK)
+        lines += [f"  {plus}{c.key:<22} time {c.time:5.2f}   memory {c.memory:5.2f}" for c in self.costs]
         for title, entries in (("Decided", self.notes), ("Mind", self.warnings), ("Will not run", self.problems)):
             lines += ["", title, *(f"  - {entry}" for entry in entries or ["nothing"])]
         return "\n".join(lines)
@@ -143,7 +150,7 @@ def _measure(
     pixels: Tensor,
     options: dict[str, Any],
 ) -> None:
-    """Build and try each objective together with the task, and report what it costs.
+    """Build and try each objective, together with the task where the student has classes, and report what it costs.
 
     Args:
         options: of `build_distiller`.
@@ -154,11 +161,12 @@ def _measure(
         labels = torch.nn.functional.one_hot(labels, model_config.num_labels).float()
     inputs = {"pixel_values": pixels, "labels": labels}
     steps = {}
-    entries = {entry_key(entry): entry for entry in config.entries if entry["name"] != "task"}
-    for key, entry in {"task alone": None, **entries}.items():
+    task: list[dict[str, Any]] = [] if is_headless(student) else [{"name": TASK, "key": ALONE}]
+    added = {entry_key(entry): [entry | {"weight": 1.0}] for entry in config.entries if entry["name"] != TASK}
+    for key, entries in ({ALONE: []} | added if task else added).items():
         one: Any = copy.copy(config)
         one.layer_rates = one.gradient_rule = None
-        one.objectives = [{"name": "task", "key": "task alone"}, *([entry | {"weight": 1.0}] if entry else [])]
+        one.objectives = [*task, *entries]
         try:
             # A copy: an evaluation's or BatchNorm's state, and gradients, must not be left behind.
             trained = copy.deepcopy(student).train()
@@ -170,8 +178,9 @@ def _measure(
         except (ValueError, RuntimeError) as error:
             without = missing_derivative(error)
             report.problems.append(f"objective {key!r}: {without}" if without else str(error))
-    if "task alone" in steps:
-        report.costs = _costs(steps, inputs)
+    report.base = TASK if task else next(iter(added))
+    if (base := ALONE if task else report.base) in steps:
+        report.costs = _costs(steps, inputs, base)
 
 
 def _repeated(inputs: dict[str, Tensor], images: int) -> list[dict[str, Tensor]]:
@@ -179,16 +188,14 @@ def _repeated(inputs: dict[str, Tensor], images: int) -> list[dict[str, Tensor]]
     return [inputs] * -(-images // len(inputs["pixel_values"]))
 
 
-def _costs(steps: dict[str, Distiller], inputs: dict[str, Tensor]) -> list[Cost]:
+def _costs(steps: dict[str, Distiller], inputs: dict[str, Tensor], alone: str) -> list[Cost]:
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(5):  # in turns: a machine that slows down slows all of them
         for key, distiller in steps.items():
             times[key].append(timed(distiller, inputs))
     held = {key: _held(distiller, inputs) for key, distiller in steps.items()}
-    base = statistics.median(times["task alone"]), held["task alone"]
-    return [
-        Cost(key, statistics.median(times[key]) / base[0], held[key] / base[1]) for key in steps if key != "task alone"
-    ]
+    base = statistics.median(times[alone]), held[alone]
+    return [Cost(key, statistics.median(times[key]) / base[0], held[key] / base[1]) for key in steps if key != alone]
 
 
 def _first_step(distiller: Distiller, inputs: dict[str, Tensor], key: str) -> str:

@@ -60,11 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders.check_resumes_all(config)
     chosen.put_in(chosen.restored(config, typed) or [], config, data_options, typed)
     free = pretraining.asked(options, config, typed)
-    if options.streaming and not free:
-        raise ValueError(
-            "--streaming is of runs without labels: type --unlabelled <shards> --teacher <a vision model>, and no "
-            "objective that reads labels or class outputs."
-        )
     run = folders.describe_run("distill", config, options, data_options)
     folders.check_folder(config, run, options.overwrite_output_dir)
     check_cache(options, free)

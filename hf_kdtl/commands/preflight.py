@@ -12,16 +12,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders
+from hf_kdtl.commands.common import builders, pretraining
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.store_worth import store_worth
-from hf_kdtl.preflight import preflight
+from hf_kdtl.preflight import Report, preflight
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,17 +32,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.quiet()
     types = (DistillOptions, DataOptions, DistillationConfig)
     options, data_options, config = cli.parse(*types, argv=argv, doc=__doc__)
-    experiment = Experiment(options, data_options, config, cli.typed_names(*types, argv=argv))
-    pixels = builders.batch_of(builders.pixels(experiment.data.train, experiment.processor), range(8))
-    student = experiment.new_student()
-    report = preflight(student, experiment.source, config, pixels, experiment.processor)
-    say(config, str(report))
-    if not report.problems:
+    typed = cli.typed_names(*types, argv=argv)
+    if pretraining.asked(options, config, typed):
+        study = pretraining.Pretraining(options, data_options, config, typed)
+        say(config, *study.notes, "", str(report(study, study.train, study.teacher)))
+        return
+    experiment = Experiment(options, data_options, config, typed)
+    found = report(experiment, experiment.data.train, experiment.source)
+    say(config, str(found))
+    if not found.problems:
         with tempfile.TemporaryDirectory() as folder:  # Trainer makes its output_dir
             trainer = experiment.trainer("distilled", experiment.seeds[0], Path(folder))
             worth = store_worth(experiment, trainer, argv)
         if worth:
             say(config, "", worth)
+
+
+def report(study: Any, train: Dataset, teacher: Any) -> Report:
+    """The report on one batch of training images."""
+    pixels = builders.batch_of(builders.pixels(train, study.processor), range(8))
+    return preflight(study.new_student(), teacher, study.config, pixels, study.processor)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,16 @@ def test_what_has_no_meaning_without_labels_is_refused(command, backbone, flags,
         command("distill").main([*FLAGS, *QUICK, *flags])
 
 
+def test_preflight_looks_at_the_images_without_labels(command, backbone, capsys):
+    command("preflight").main([*FLAGS, "--use_cpu", "true", "--objectives", "feature_kd", "similarity"])
+    printed = capsys.readouterr().out
+    assert "3 of them are held out" in printed and "Will not run\n  - nothing" in printed
+    assert "a step, feature_kd alone = 1.00" in printed and "\n  similarity     " in printed and "task" not in printed
+    for name in ("tune", "probe"):
+        with pytest.raises(ValueError, match=f"hf-kdtl {name} goes by accuracy, and this is a run without labels"):
+            command(name).main([*FLAGS, "--use_cpu", "true"])
+
+
 def test_a_student_without_a_head_is_evaluated_exported_and_pushed(hub, command, backbone, images, capsys):  # noqa: F811
     pushed = ["--push_to_hub", "true", "--hub_model_id", "tester/features", "--license", "mit"]
     command("distill").main([*FLAGS, *QUICK, *pushed])

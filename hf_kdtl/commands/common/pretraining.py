@@ -41,12 +41,20 @@ def asked(options: Any, config: DistillationConfig, typed: Iterable[str]) -> boo
     """Whether a run has no labels to train by: --unlabelled, and no objective that reads labels or class outputs.
 
     Where nothing but --unlabelled says which images, the objectives are by default those on features.
+
+    Raises:
+        ValueError: for --streaming of any other run.
     """
-    if options.unlabelled in (None, "rest"):
-        return False
-    if config.objectives == DEFAULT_OBJECTIVES and not {"dataset", "objectives"} & {*typed}:
+    free = options.unlabelled not in (None, "rest")
+    if free and config.objectives == DEFAULT_OBJECTIVES and not {"dataset", "objectives"} & {*typed}:
         config.objectives = FEATURES
-    return not any(one.compares_classes or one.needs_labels for one in config.build_objectives().values())
+    free = free and not any(one.compares_classes or one.needs_labels for one in config.build_objectives().values())
+    if options.streaming and not free:
+        raise ValueError(
+            "--streaming is of runs without labels: type --unlabelled <shards> --teacher <a vision model>, and no "
+            "objective that reads labels or class outputs."
+        )
+    return free
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import builders, chosen, folders, runs, timing
+from hf_kdtl.commands.common import builders, chosen, folders, pretraining, runs, timing
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.distill_options import DistillOptions
@@ -41,6 +41,11 @@ def open_experiment(
         raise ValueError(
             f"hf-kdtl {recipe} goes by accuracy, and the images have several labels (multi_label). Type hf-kdtl "
             "distill once for each setting, then hf-kdtl compare --runs <their folders> --metrics map."
+        )
+    if pretraining.asked(options, config, typed):
+        raise ValueError(
+            f"hf-kdtl {recipe} goes by accuracy, and this is a run without labels. Beside --unlabelled type --dataset "
+            "<labelled images>, and objectives that read labels or class outputs; or type hf-kdtl distill."
         )
     if config.world_size > 1:
         raise ValueError("the runs are on one process; start this command without accelerate launch or torchrun.")
