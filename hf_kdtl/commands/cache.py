@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return say(config, described(options.info))
     if options.output is None:
         raise ValueError("found no --output; expected the folder of the store, such as --output cache/.")
-    storing.check_folder(Path(options.output).expanduser())
+    storing.check_folder(Path(options.output))
     flags, settings = with_stored_settings(options.output, cli.typed_values(*types, argv=argv))
     options, data_options, config = cli.parse(*types, argv=flags)
     _check(options)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = cli.parse(CompareOptions, argv=argv, doc=__doc__)
     arms = [arm for run in options.runs for arm in read_arms(run)]
     check_comparable(arms, options.split)
-    metrics, folder = list(dict.fromkeys(options.metrics)), Path(options.output_dir).expanduser()
+    metrics, folder = list(dict.fromkeys(options.metrics)), Path(options.output_dir)
     check_replaced(folder)
     text = markdown(arms, options.split, metrics)
     folder.mkdir(parents=True, exist_ok=True)

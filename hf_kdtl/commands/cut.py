@@ -21,7 +21,7 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.cutting import IMPORTANCE, number, scored
-from hf_kdtl.commands.common.next_command import command
+from hf_kdtl.commands.common.next_command import command, split_flags
 from hf_kdtl.models import Teacher
 from hf_kdtl.models.student import Cut, build, plan_cut
 
@@ -60,12 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.quiet()
     types = (CutCommandOptions, DataOptions)
     options, data_options = cli.parse(*types, argv=argv, doc=__doc__)
-    cut, output = options.cut, Path(options.output_dir).expanduser()
+    cut, output = options.cut, Path(options.output_dir)
     if (output / "config.json").exists() and not options.overwrite:
         raise ValueError(f"{output} holds a model. Give another --output_dir, or replace it: --overwrite true.")
-    if output.resolve() == Path(options.teacher).expanduser().resolve():
+    if output.resolve() == Path(options.teacher).resolve():
         raise ValueError(f"{output} is the teacher, which the student would replace; give another --output_dir.")
-    if cut.importance == "first_order" and "dataset" not in cli.typed_names(*types, argv=argv):
+    given = "dataset" in cli.typed_names(*types, argv=argv)
+    if cut.importance == "first_order" and not given:
         raise ValueError("--importance first_order needs labelled images: type --dataset <those of the teacher>.")
     teacher = Teacher.from_pretrained(builders.existing(options.teacher))
     data = builders.open_data(data_options) if cut.importance == "first_order" else None
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     student.save_pretrained(output)
     builders.processor_of(options.teacher, student).save_pretrained(output)
     tqdm.write(f"{builders.summary(student)}, in {output}. Next, distill it:\n")
-    flags = {"dataset": data_options.dataset, "teacher": options.teacher, "student": str(output)}
-    tqdm.write(f"  {command('distill', **flags, output_dir=f'{output}-distilled')}")
+    images = split_flags(data_options) if given else "--dataset <your images>"
+    flags = {"teacher": options.teacher, "student": output, "output_dir": f"{output}-distilled"}
+    tqdm.write(f"  {command('distill', images, **flags)}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.commands.common.defaults import listing
 from hf_kdtl.commands.common.distill_options import DistillOptions
 from hf_kdtl.commands.common.experiment import Experiment, in_words
-from hf_kdtl.commands.common.next_command import command, python, split_flags
+from hf_kdtl.commands.common.next_command import classify, command, split_flags
 from hf_kdtl.commands.common.runs import say
 from hf_kdtl.commands.common.stages import train_run
 from hf_kdtl.commands.common.store_worth import store_worth
@@ -153,13 +153,12 @@ def summary(experiment: Experiment) -> list[str]:
     """The table, the difference, where the student is, and the next commands."""
     results, folder = load_results(experiment.folder), experiment.folder
     image, student = folder / "example.png", folder / "student"
-    use = f"print(pipeline('image-classification', '{student}')('{image}'))"
     return [
         f"\n{table(results.evaluation)}\n\n{note(results)}",
         difference(results),
         f"\nThe student is in {student}, the report in {folder / 'report.md'}. Next, evaluate it, or use it:\n",
         f"  {evaluation_command(experiment, results.evaluation.student_seed)}",
-        f'  {python()} -c "from transformers import pipeline; {use}"',
+        f"  {classify(student, image)}",
     ]
 
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.quiet()
     types = (ExportOptions, DataOptions)
     options, data_options = cli.parse(*types, argv=argv, doc=__doc__)
-    output = Path(options.output).expanduser()
+    output = Path(options.output)
     check(options, output)
     if options.int8:
         int8.check(options.max_drop, cli.typed_names(*types, argv=argv), data_options)
@@ -90,7 +91,7 @@ def opened(source: str, quantized: bool) -> Any:
     if headless and quantized:
         raise ValueError(
             f"--int8 is kept by its accuracy on test images, and the student {source} has no classifier. Leave --int8 "
-            f"out, or give it a head first: hf-kdtl train-teacher --model {source} --dataset <labelled images>."
+            f"out, or give it a head first: hf-kdtl train-teacher --model {quote(source)} --dataset <labelled images>."
         )
     student = (open_backbone if headless else open_classifier)(source, role="the student", dtype=torch.float32)
     for note in student.unread:
@@ -107,7 +108,7 @@ def check(options: ExportOptions, output: Path) -> None:
     """
     check_installed()
     if output.is_dir():
-        raise ValueError(f"{output} is a folder; expected a file: --output {output / 'student.onnx'}.")
+        raise ValueError(f"{output} is a folder; expected a file: --output {quote(str(output / 'student.onnx'))}.")
     for file in (output, *([int8.path_of(output)] if options.int8 else [])):
         if file.exists() and not options.overwrite:
             raise ValueError(f"{file} exists. Give another --output, or replace it: --overwrite true.")

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     types = (InitOptions, DataOptions)
     options, data_options = cli.parse(*types, argv=words, doc=__doc__)
     typed = data_settings(data_options, cli.typed_names(*types, argv=words))
-    source = Path(data_options.dataset).expanduser().absolute()
+    source = Path(data_options.dataset).absolute()
     here = Path.cwd().resolve()
     if source.is_dir() and here.is_relative_to(source.resolve()):
         raise ValueError(

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -55,7 +56,7 @@ def publish_store(
     if missing := incomplete(folder, manifest):
         raise ValueError(
             f"the store {folder} is not complete: {len(missing)} of {len(manifest.shards())} shards are missing. "
-            f"Continue it: hf-kdtl cache --output {folder}."
+            f"Continue it: hf-kdtl cache --output {quote(str(folder))}."
         )
     found = licenses.resolve_license(
         manifest.teacher.license, license, licenses.TEACHERS, "a store of its outputs, made to train from,"

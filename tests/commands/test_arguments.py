@@ -1,5 +1,7 @@
 """Settings from YAML and flags: who wins, and the error when one is wrong."""
 
+import json
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.commands.common import arguments as cli
+from hf_kdtl.commands.common.next_command import classify, command
 from hf_kdtl.commands.common.shipped import find_config
+from hf_kdtl.commands.model_card import CardOptions
 
 
 @dataclass
@@ -138,6 +142,21 @@ def test_a_missing_file_names_the_closest_one():
     write("teacher: a\n")
     with pytest.raises(FileNotFoundError, match=r"'xx.yaml', does not exist. Did you mean x.yaml\?"):
         options("--config", "xx.yaml")
+
+
+def test_a_path_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    Path("x.yaml").write_text("runs: [~/a, b]\n")
+    (options,) = cli.parse(CardOptions, argv=["--config", "x.yaml", "--evaluation=~/c"])
+    assert (options.runs, options.evaluation) == (["/somewhere/a", "b"], "/somewhere/c")
+
+
+def test_printed_commands_hold_for_any_name_of_a_folder():
+    student, image = Path('q\'s "x"/student'), Path("a b/é.png")
+    *_, code = shlex.split(classify(student, image))
+    compile(code, "", "exec")
+    assert f"{json.dumps(str(student))})" in code and '"a b/é.png"' in code
+    assert shlex.split(command("cut", student=student))[-1] == str(student)
 
 
 def test_unknown_choice_is_named():

@@ -117,3 +117,12 @@ def test_what_does_not_fit(flags, message, command, images, teacher, capsys):
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("1.0", 1.0), (6, 6), (0.5, 0.5), ("[2, 2]", (2, 2))])
 def test_a_count_and_a_share(text, value):
     assert number("layers", text) == value and type(number("layers", text)) is type(value)
+
+
+def test_the_command_that_is_printed_names_the_images_that_were_typed(command, teacher, capsys):
+    """Where none were, none can be named: the default of distill is other images."""
+    cut = ["--teacher", teacher, "--layers", "2", "--overwrite", "true", "--output_dir", "small"]
+    command("cut").main(cut)
+    assert "distill --dataset <your images> --teacher teacher --student small" in capsys.readouterr().out
+    command("cut").main([*cut, "--dataset", "my images", "--split_seed", "7", "--multi_label", "true"])
+    assert "distill --dataset 'my images' --split_seed 7 --multi_label True --teacher" in capsys.readouterr().out

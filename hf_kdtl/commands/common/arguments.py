@@ -64,7 +64,16 @@ def parse(*types: Any, argv: Sequence[str] | None = None, doc: str | None = "") 
         if rest[0].startswith("-"):
             raise ValueError(unknown(rest[0].split("=")[0], "flag", names))
         raise ValueError(f"found {rest[0]!r} where a flag was expected; settings are given as --name value.")
+    for one in parsed:
+        vars(one).update({name: _at_home(value) for name, value in vars(one).items()})
     return tuple(parsed)
+
+
+def _at_home(value: Any) -> Any:
+    """A path with its `~` expanded, which shells leave in --name=~/path and YAML holds as it is."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if type(value) is str and value.startswith("~") else value
 
 
 def typed_names(*types: Any, argv: Sequence[str] | None = None) -> set[str]:

@@ -53,6 +53,13 @@ def command(name: str, *flags: str, **settings: Any) -> str:
     return " ".join([program(), name, *flags, *given])
 
 
+def classify(student: Path, image: Path) -> str:
+    """A command line that classifies an image."""
+    model, path = (json.dumps(str(one), ensure_ascii=False) for one in (student, image))  # text of Python too
+    code = f'from transformers import pipeline; print(pipeline("image-classification", {model})({path}))'
+    return f"{python()} -c {shlex.quote(code)}"
+
+
 def settings_of_init(teacher: Path) -> Path | None:
     """The settings for a student of this teacher that `hf-kdtl init` wrote into the working directory; else None."""
     file = Path(teacher.parent.name.removesuffix("_teacher") + ".yaml")

@@ -10,6 +10,7 @@ from transformers import AutoModel
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import runs
 from hf_kdtl.commands.common.embedding_scores import SPLITS, picture, scores
+from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.data.digests import digests
 from hf_kdtl.evaluation.results import load_results, read_results, update_results
 from hf_kdtl.models.fingerprint import fingerprint
@@ -70,7 +71,7 @@ def finish(study: Any) -> None:
     write_report(study.folder)
     lines = embedding_lines(load_results(study.folder))
     student = study.folder / "student"
-    head = f"hf-kdtl train-teacher --model {student} --dataset <labelled images> --output_dir runs/classifier"
+    head = command("train-teacher", "--dataset <labelled images>", model=student, output_dir="runs/classifier")
     lines += [missing] * bool(missing)
     runs.say(study.config, *lines, f"The student is in {student}. It takes a head from few labels:", f"  {head}")
 

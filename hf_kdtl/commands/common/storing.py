@@ -138,7 +138,7 @@ def store_folder(experiment: Experiment) -> Path:
     """Of `--cache auto`, in output_dir: what is left there by a run that is removed goes too."""
     options, config = experiment.options, experiment.config
     if options.cache != "auto":
-        return Path(str(options.cache)).expanduser()
+        return Path(str(options.cache))
     folder = experiment.folder / "cache"
     if options.overwrite_output_dir and not resumes(config) and config.process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -153,8 +154,8 @@ def no_classifier(who: str, architecture: str, path: str = "") -> str:
     return (
         f"{who}, {architecture}, has no classifier, so it gives no class outputs. Expected objectives on features: "
         "feature_kd, similarity, hidden_states, attention_map, relation; or train a head for it first: "
-        f"hf-kdtl train-teacher --model {path or '<its folder>'} --dataset <labelled images>. A model of images and "
-        "texts needs class names alone: Teacher.from_pretrained(path, class_names=[...])."
+        f"hf-kdtl train-teacher --model {quote(path) if path else '<its folder>'} --dataset <labelled images>. A "
+        "model of images and texts needs class names alone: Teacher.from_pretrained(path, class_names=[...])."
     )
 
 

@@ -7,6 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.lib import format as npy
@@ -74,7 +75,7 @@ def incomplete(folder: Path, manifest: Manifest) -> list[Shard]:
             raise ValueError(
                 f"{path} has {path.stat().st_size} bytes, expected {expected_size(manifest, shard)}: it was truncated "
                 "or changed after it was written. Remove this file and type the command that wrote the store again: "
-                f"hf-kdtl cache --output {folder}."
+                f"hf-kdtl cache --output {quote(str(folder))}."
             )
     return missing
 
@@ -109,7 +110,7 @@ class Reader:
             every = len(self.manifest.shards())
             raise ValueError(
                 f"the store {self.folder} is not complete: {every - len(missing)} of {every} shards are written. "
-                f"Continue it: hf-kdtl cache --output {self.folder}."
+                f"Continue it: hf-kdtl cache --output {quote(str(self.folder))}."
             )
 
     def has(self, rows: np.ndarray) -> np.ndarray:
@@ -165,13 +166,13 @@ class Reader:
             absent = rows[~self.has(rows)]
             raise ValueError(
                 f"the store {self.folder} has {self.manifest.images} images and not the rows {absent[:5].tolist()} of "
-                f"the data. Add them: hf-kdtl cache --output {self.folder} with the data that has them."
+                f"the data. Add them: hf-kdtl cache --output {quote(str(self.folder))} with the data that has them."
             )
         if len(views) and not (views.min() >= 0 and views.max() < self.manifest.views):
             raise ValueError(
                 f"the store {self.folder} has the views 0 to {self.manifest.views - 1}, and view {views.max()} is "
                 f"asked for. Set the data's views to {self.manifest.views} (ImageDataset(views=...)), or add views: "
-                f"hf-kdtl cache --output {self.folder} --views {views.max() + 1}."
+                f"hf-kdtl cache --output {quote(str(self.folder))} --views {views.max() + 1}."
             )
 
     def _map(self, shard: Shard) -> np.ndarray:
