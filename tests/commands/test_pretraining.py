@@ -193,7 +193,7 @@ def test_an_evaluation_without_a_head_learns_from_as_few_labels_as_are_typed(com
 
 
 def test_labels_beside_a_run_without_labels_are_of_one_an_image(command, backbone, table):
-    with pytest.raises(ValueError, match="of one label an image, and the data has several.*Leave multi_label out"):
+    with pytest.raises(ValueError, match=r"of one label an image, and the data has several.*Leave multi_label out"):
         command("distill").main([*FLAGS, *QUICK, *table, "--objectives", "feature_kd"])
 
 

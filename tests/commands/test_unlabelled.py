@@ -105,7 +105,7 @@ def test_a_number_of_images_that_leaves_a_class_without_a_share_is_refused(image
         with pytest.raises(ValueError, match=rf"is {number}, expected 3 to {total - 3}, .* or {total} \(all of train"):
             fewer_labels(data, number, None, 0)
     rare = replace(data, train=data.train.select([*np.flatnonzero(np.array(data.train["label"][:]) > 0), 0]))
-    with pytest.raises(ValueError, match="a class has one image in train.*labels_per_class"):
+    with pytest.raises(ValueError, match=r"a class has one image in train.*labels_per_class"):
         fewer_labels(rare, 10, None, 0)
     several = load_images("images.csv", multi_label=True)
     few = fewer_labels(several, len(several.train) - 1, None, 0)
