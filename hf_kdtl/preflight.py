@@ -163,7 +163,8 @@ def _measure(
     steps = {}
     task: list[dict[str, Any]] = [] if is_headless(student) else [{"name": TASK, "key": ALONE}]
     added = {entry_key(entry): [entry | {"weight": 1.0}] for entry in config.entries if entry["name"] != TASK}
-    for key, entries in ({ALONE: []} | added if task else added).items():
+    tried: dict[str, list[Any]] = {ALONE: []} | added if task else added
+    for key, entries in tried.items():
         one: Any = copy.copy(config)
         one.layer_rates = one.gradient_rule = None
         one.objectives = [*task, *entries]

@@ -65,7 +65,7 @@ def parse(*types: Any, argv: Sequence[str] | None = None, doc: str | None = "") 
             raise ValueError(unknown(rest[0].split("=")[0], "flag", names))
         raise ValueError(f"found {rest[0]!r} where a flag was expected; settings are given as --name value.")
     for one in parsed:
-        vars(one).update({name: _at_home(value) for name, value in vars(one).items()})
+        one.__dict__.update({name: _at_home(value) for name, value in vars(one).items()})
     return tuple(parsed)
 
 
