@@ -87,7 +87,8 @@ def _of_one_student(section: JSON, evaluation: Evaluation, student: str) -> JSON
 def results_of(trainer: Any) -> JSON:
     """results.json of a trainer's output_dir where it is of this very student, else the same from the trainer.
 
-    What a trainer knows is its last evaluation; it is called validation, for it may have chosen by it.
+    What a trainer knows is its last evaluation of this student on eval_dataset; it is called validation, for it may
+    have chosen by it.
 
     Raises:
         ValueError: as `read_results`, when output_dir holds a file that cannot be read.
@@ -140,7 +141,7 @@ def hash_of(results: JSON) -> str | None:
 
 def _from_trainer(trainer: Any) -> JSON:
     args, state = trainer.args, trainer.state
-    scores = _last_scores(state.log_history)
+    scores, notes = _last_scores(trainer)
     results: JSON = {
         "schema": SCHEMA,
         "run": {
@@ -155,7 +156,7 @@ def _from_trainer(trainer: Any) -> JSON:
             "hub": False,
             "sizes": _sizes(train=trainer.train_dataset, validation=trainer.eval_dataset),
             "classes": class_names(trainer.model.config) or [],
-            "notes": [],
+            "notes": notes,
         },
         "objectives": args.entries,
         "models": models_section(trainer),
@@ -175,12 +176,26 @@ def _folders(trainer: Any) -> set[str]:
     return {str(name) for name in names if name and is_local(str(name))}
 
 
-def _last_scores(history: list[dict[str, Any]]) -> dict[str, float]:
+def _last_scores(trainer: Any) -> tuple[dict[str, float], list[str]]:
+    """The last scores of the model as it is now on eval_dataset, and a note where all evaluations are of others."""
     from hf_kdtl.evaluation.metrics import METRICS
 
-    last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
-    found = {key.removeprefix("eval_"): value for key, value in last.items()}
-    return {key: value for key, value in found.items() if key in METRICS and math.isfinite(value)}
+    state, args = trainer.state, trainer.args
+    history = state.log_history
+    end = next((place for place, entry in enumerate(history) if "train_runtime" in entry), len(history))
+    best = state.best_model_checkpoint if args.load_best_model_at_end and end < len(history) else None
+    step = state.global_step if best is None else int(Path(best).name.split("-")[-1])
+    measured = [(place, entry) for place, entry in enumerate(history) if "eval_loss" in entry]
+    mine = [
+        entry
+        for place, entry in measured
+        if (place > end or entry["step"] == step) and trainer.is_of_eval_dataset(entry)
+    ]
+    if not mine:
+        why = f"no evaluation is of eval_dataset and of the student as it is (step {step}): call trainer.evaluate()"
+        return {}, [f"Not measured: {why} before the card is made."] if measured else []
+    found = {key.removeprefix("eval_"): value for key, value in mine[-1].items()}
+    return {key: value for key, value in found.items() if key in METRICS and math.isfinite(value)}, []
 
 
 def _sizes(**datasets: Any) -> dict[str, int]:

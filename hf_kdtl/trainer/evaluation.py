@@ -37,6 +37,19 @@ class EvaluatingTrainer(PublishingTrainer):
     _computed = True
     _counted: tuple[Tensor | None, Counts]
     """The labelled images of the last window as Trainer got them, and all that was counted in it."""
+    _evaluated: tuple[tuple[dict[str, Any], Any], ...] = ()
+    """(entry of the log, the dataset that it is of) of each evaluation."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        before = len(self.state.log_history)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        of = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated += tuple((entry, of) for entry in self.state.log_history[before:])
+        return metrics
+
+    def is_of_eval_dataset(self, entry: dict[str, Any]) -> bool:
+        """Whether an entry of the log is of `eval_dataset`; one of a checkpoint is taken to be."""
+        return all(of is self.eval_dataset for known, of in self._evaluated if known is entry)
 
     def objective_terms(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         raise NotImplementedError

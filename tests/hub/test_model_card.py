@@ -595,6 +595,35 @@ def test_a_trainer_has_results_of_its_own():
     assert "16 images" in card.text and "not the" not in card.data.tags
 
 
+@pytest.mark.parametrize("greater", [False, True])
+def test_the_figures_are_of_the_student_as_it_is_and_of_eval_dataset(greater):
+    student, _ = pair()
+    run = trainer("out", student, max_steps=2, eval_dataset=Images(8, seed=1), eval_strategy="steps", eval_steps=1,
+                  save_strategy="steps", save_steps=1, learning_rate=0.03, load_best_model_at_end=True,
+                  metric_for_best_model="nll", greater_is_better=greater)  # fmt: skip
+    run.compute_metrics = compute_metrics
+    run.train()
+    first, last = (entry["eval_nll"] for entry in run.state.log_history if "eval_nll" in entry)
+
+    def shown():
+        found = results_of(run)
+        models = found["evaluation"].get("models")
+        return models["distilled"]["runs"]["42"]["validation"]["nll"] if models else found["data"]["notes"]
+
+    assert (
+        shown()
+        == (max if greater else min)(first, last)
+        == pytest.approx(run.predict(Images(8, seed=1))[2]["test_nll"])
+    )
+    run.evaluate(Images())  # of other images, whatever they are
+    assert shown() == (max if greater else min)(first, last)
+    assert run.evaluate()["eval_nll"] == shown()
+    run.eval_dataset = Images(4, seed=2)
+    (note,) = shown()
+    assert "no evaluation is of eval_dataset and of the student as it is (step" in note
+    assert run.evaluate()["eval_nll"] == shown()
+
+
 def test_a_trainers_notes_name_no_folder_and_keep_their_words():
     student, teacher = pair()
     teacher.config._name_or_path = "runs/vit/model"
