@@ -32,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = cli.parse(CardOptions, argv=argv, doc=__doc__)
     for folder in options.runs:
         if options.evaluation is not None:
-            merged = with_evaluation(read_results(folder), read_results(options.evaluation))
-            update_results(folder, "student_evaluation", merged["student_evaluation"])
+            found = read_results(folder)
+            merged = with_evaluation(found, read_results(options.evaluation))
+            for section in merged:  # student_evaluation, or embedding of a student without a head
+                if merged[section] != found.get(section):
+                    update_results(folder, section, merged[section])
         print(write_card(folder))
 
 

@@ -31,7 +31,7 @@ _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gr
 
 def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:
     """The results of a run with an evaluation of its student (hf-kdtl evaluate) as the section
-    `student_evaluation`.
+    `student_evaluation`, or of a student without a head as `embedding`.
 
     Args:
         evaluation_results: of one student or several; the one with this student's weights is taken.
@@ -70,7 +70,8 @@ def _of_one_embedding(section: JSON, run: Results) -> JSON:
     kept = [student, *(name for name, one in models.items() if one.role != "student")]
     found = {"student" if name == student else name: section["models"][name] for name in kept}
     found = {name: {key: value for key, value in model.items() if key != "path"} for name, model in found.items()}
-    return section | {"models": found}
+    chosen = {key: value for key, value in run.extra.get("embedding", {}).items() if key in ("seed", "metric")}
+    return chosen | section | {"models": found}
 
 
 def _of_one_student(section: JSON, evaluation: Evaluation, student: str) -> JSON:

@@ -141,6 +141,14 @@ def test_a_student_without_a_head_is_evaluated_exported_and_pushed(hub, command,
     assert "# Evaluation on images" in report and "recall at 5" in report and "patches.png" in report
     assert "recall at 5" in capsys.readouterr().out
 
+    before = read_results("out")
+    command("model_card").main(["--runs", "out", "--evaluation", "judged"])
+    merged = read_results("out")
+    assert [name for name in merged if merged[name] != before[name]] == ["embedding"]
+    assert merged["embedding"]["models"]["student"]["knn"] == mine["knn"]
+    assert merged["embedding"]["seed"] == before["embedding"]["seed"] == 42
+    assert "recall at 5" in Path("out/README.md").read_text()
+
     command("push").main(
         ["--run", "out", "--hub_model_id", "tester/features", "--license", "mit", "--evaluation", "judged"]
     )
