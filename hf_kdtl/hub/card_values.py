@@ -28,6 +28,8 @@ from hf_kdtl.reports.evaluation_values import (
     class_accuracies,
     degraded_mean,
     overconfidence,
+    sizes_text,
+    trained_on,
     worst_degradation,
 )
 from hf_kdtl.utils.redaction import without_paths
@@ -142,10 +144,14 @@ def _count(number: int | None) -> str:
 def _data(data: Data) -> dict[str, Any]:
     return {
         "source": source_name(data),
-        "train": f"{data.sizes['train']:,}" if "train" in data.sizes else None,
-        "sizes": ", ".join(f"{number:,} {split}" for split, number in data.sizes.items()),
+        "train": _train(data),
+        "sizes": sizes_text(data),
         "augmentation": ", ".join(f"{key} {value}" for key, value in data.augmentation.items()),
     }
+
+
+def _train(data: Data) -> str | None:
+    return " and ".join(f"{number:,} {kind}".strip() for kind, number in trained_on(data).items()) or None
 
 
 # ---- How accurate ----
@@ -223,10 +229,16 @@ def _cannot(results: Results) -> Markdown:
 # ---- Limits ----
 
 
+def _per_class(images: dict[str, int], classes: int) -> str:
+    kind, number = next(iter(images.items()))  # those with labels
+    return f", {number / classes:,.0f} {kind and kind + ' ones '}per class on average"
+
+
 def _limits(results: Results) -> Iterable[str]:
-    classes, train = results.data.classes, results.data.sizes.get("train")
-    if classes and train:
-        yield f"Trained on {train:,} images, {train / len(classes):,.0f} per class on average."
+    classes, images = results.data.classes, trained_on(results.data)
+    if classes and images:
+        share = "" if results.evaluation.headline == "map" else _per_class(images, len(classes))
+        yield f"Trained on {_train(results.data)} images{share}."
     if (number := _seeds(results)["number"]) == 1:
         yield "One training run: the variation between seeds was not measured."
     elif not number:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from hf_kdtl.evaluation.records import Difference, EvaluatedModel, Evaluation, Scores
+from hf_kdtl.evaluation.records import Data, Difference, EvaluatedModel, Evaluation, Scores
 from hf_kdtl.evaluation.scoring import calibration_interval
 from hf_kdtl.utils.text import percent
 
@@ -106,3 +106,19 @@ def interval_verdict(found: Difference) -> str:
     """What a difference's interval shows."""
     low, high = found.interval or (found.mean, found.mean)
     return "worse" if high < 0 else "better" if low > 0 else "no difference shown"
+
+
+# ---- Images ----
+
+
+def trained_on(data: Data) -> dict[str, int]:
+    """{kind of training image: number}; of a run that also learned from images without labels both kinds."""
+    kinds = {kind: data.unlabelled[f"{kind}_images"] for kind in ("labelled", "unlabelled") if data.unlabelled}
+    return kinds or ({"": data.sizes["train"]} if "train" in data.sizes else {})
+
+
+def sizes_text(data: Data) -> str:
+    """The number of images of each split."""
+    train = {f"{kind} train".strip(): number for kind, number in trained_on(data).items()}
+    sizes = train | {name: number for name, number in data.sizes.items() if name != "train"}
+    return ", ".join(f"{number:,} {name}" for name, number in sizes.items())

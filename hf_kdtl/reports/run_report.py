@@ -16,6 +16,7 @@ from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.reports.embedding import embedding_lines
 from hf_kdtl.reports.evaluation_sections import sections
 from hf_kdtl.reports.evaluation_summary import first_screen
+from hf_kdtl.reports.evaluation_values import sizes_text
 from hf_kdtl.reports.export_section import export_section
 from hf_kdtl.reports.figures.arms import ARMS_FIGURE, arms_figure
 from hf_kdtl.reports.figures.curves import CURVES, curves_figure
@@ -89,8 +90,7 @@ def markdown(results: Results, figures: Sequence[str] = (), details: Sequence[st
         lines += _list(f"Stages of {name}", about)
     models = [f"{who}: {what}" for who, what in results.pairing.items() if who != "notes"]
     lines += _list("Models", models + results.pairing.get("notes", []))
-    sizes = ", ".join(f"{count} {name}" for name, count in data.sizes.items())
-    lines += _list("Data", [f"images: {sizes}"] * bool(sizes) + data.notes)
+    lines += _list("Data", [f"images: {sizes_text(data)}"] * bool(data.sizes) + data.notes)
     facts = asdict(run)
     if settings := {name: value for name, value in (facts | facts.pop("extra")).items() if value}:
         shown = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

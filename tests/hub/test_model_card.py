@@ -16,12 +16,14 @@ from transformers import AutoModelForImageClassification
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.evaluation.metrics import compute_metrics
+from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import SCHEMA, update_results
 from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.hub.card_results import published
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
 from hf_kdtl.hub.model_card import results_of, student_card, with_evaluation
 from hf_kdtl.hub.provenance import made_from, model_facts, origin, saved_hash, student_hash
+from hf_kdtl.reports.run_report import markdown
 from hf_kdtl.utils.redaction import without_paths
 from tests.reports.test_evaluation_summary import evaluation
 from tests.support.helpers import Images, config, pair, trainer
@@ -243,6 +245,24 @@ def test_a_validation_accuracy_is_called_one():
     assert "**61.0 %** on 30 validation images, by which settings may have been chosen" in card.text
     assert [one.dataset_split for one in card.data.eval_results] == ["validation"]
     assert "Effect of the teacher:** not measured" in card.text
+
+
+def test_images_with_and_without_labels_are_counted_apart():
+    found = results()
+    found["data"]["unlabelled"] = {"source": "rest", "labelled_images": 9, "unlabelled_images": 3300}
+    text = student_card(found).text
+    assert "distilled from owner/vit-big on 9 labelled and 3,300 unlabelled images of owner/pets." in text
+    assert "images: 9 labelled train, 3,300 unlabelled train, 30 validation, 60 test" in text
+    assert "- Trained on 9 labelled and 3,300 unlabelled images, 3 labelled ones per class on average." in text
+    assert "images: 9 labelled train, 3,300 unlabelled train, 30 validation" in markdown(Results.of(found))
+    text = student_card(results()).text
+    assert "on 90 images of owner/pets." in text and "Trained on 90 images, 30 per class on average." in text
+
+
+def test_images_of_a_stream_have_no_number():
+    found = results()
+    del found["data"]["sizes"]["train"]
+    assert "distilled from owner/vit-big on images of owner/pets." in student_card(found).text
 
 
 def _set(found, keys, value):
