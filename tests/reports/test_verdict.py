@@ -6,8 +6,8 @@ from hf_kdtl.evaluation.records import Difference, EvaluatedModel, Evaluation, S
 from hf_kdtl.reports.evaluation_summary import passed, speed_table, verdicts
 
 
-def evaluation(interval, mean=-0.01, allowed=2.0):
-    found = Difference(mean=mean, number=100, interval=interval)
+def evaluation(interval, mean=-0.01, allowed=2.0, number=100):
+    found = Difference(mean=mean, number=number, interval=interval)
     models = {
         "student": EvaluatedModel(runs={}, role="student", differences={"teacher": found}),
         "teacher": EvaluatedModel(runs={}, role="teacher"),
@@ -21,12 +21,24 @@ def evaluation(interval, mean=-0.01, allowed=2.0):
         ((-0.02, 0.01), -0.005, "Verdict: pass", True),  # the interval may end on the limit
         ((-0.05, -0.03), -0.04, "95% interval -5.0 to -3.0; a drop of 2 is allowed.", False),
         ((-0.03, 0.01), -0.01, "not shown either way", False),
-        (None, 0.0, "Verdict: pass", True),
         (None, -0.5, "Verdict: fail", False),
     ],
 )
 def test_all_of_the_interval_must_be_within_the_drop(interval, mean, message, passes):
     (answer,) = verdicts(evaluation(interval, mean)).values()
+    assert message in answer and passed(answer) == passes
+
+
+@pytest.mark.parametrize(
+    ("number", "allowed", "message", "passes"),
+    [
+        (9, 0.0, "by the rule of three -33.3 to +33.3; a drop of 0 is allowed (not shown either way", False),
+        (149, 2.0, "by the rule of three -2.0 to +2.0; a drop of 2 is allowed (not shown either way", False),
+        (1500, 2.0, "+0.0 points against the teacher, no spread over 1,500 images: by the rule of three", True),
+    ],
+)
+def test_answers_that_never_differ_pass_by_the_number_of_images(number, allowed, message, passes):
+    (answer,) = verdicts(evaluation(None, 0.0, allowed, number)).values()
     assert message in answer and passed(answer) == passes
 
 
