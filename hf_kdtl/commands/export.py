@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = None
     if options.int8:
         images = int8.Images(source, student, data_options)
+        for note in images.notes:
+            tqdm.write(note)
         forms["int8"] = int8.written(output, images, options.max_drop)
     timing = timed(student, forms, pixels[: max(options.batch_size, 1)])
     tqdm.write(

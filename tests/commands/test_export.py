@@ -1,5 +1,6 @@
 """hf-kdtl export and hf_kdtl/export.py: an ONNX file that answers as the student does."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,9 @@ from torch import nn
 
 from hf_kdtl import export
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import int8
+from hf_kdtl.commands.common import builders, int8
 from hf_kdtl.commands.common.builders import DataOptions
-from hf_kdtl.evaluation.results import read_results
+from hf_kdtl.evaluation.results import read_results, update_results
 from hf_kdtl.export import OnnxModel, export_onnx, largest_difference, quantize_onnx
 from hf_kdtl.models.teachers.resolve import open_classifier
 from tests.commands.conftest import QUICK
@@ -148,6 +149,26 @@ def test_int8_that_loses_too_much_is_refused(copied, images, teacher, monkeypatc
     else:
         assert "loses 50.00 points" in printed.err and "--max_drop 50.1" in printed.err
     assert len(list(Path("out/deep").iterdir())) == 1 + written
+
+
+@pytest.mark.parametrize("seed", ["42", "7"])
+def test_int8_is_written_to_a_run_with_these_test_images_alone(copied, images, teacher, monkeypatch, capsys, seed):
+    """42 is the seed of the run's split."""
+    shutil.copytree(teacher, "run/student")
+    options = DataOptions(dataset=images)
+    update_results("run", "run", {"recipe": "distill"})
+    update_results("run", "data", builders.facts(builders.open_data(options), options))
+    monkeypatch.setattr(int8, "quantize_onnx", lambda source, pixels, path: Path(path).write_text("int8"))
+    monkeypatch.setattr(int8, "OnnxModel", lambda path: str(path))
+    monkeypatch.setattr(int8.Images, "accuracy", lambda self, model: 0.5)
+    monkeypatch.setattr(int8, "write_report", lambda folder: None)
+    monkeypatch.setattr(int8, "write_card", lambda folder: "the card")
+    flags = ["--student", "run/student", "--output", "student.onnx", "--int8", "true", "--dataset", images]
+    copied(1e-6).main([*flags, "--split_seed", seed])
+    printed, same = capsys.readouterr().out, seed == "42"
+    assert ("export" in read_results("run")) == same == ("the card" in printed)
+    assert ("Careful: the student was trained on images split by" in printed) == (not same)
+    assert ("Not written to run: these are not the test images of that run" in printed) == (not same)
 
 
 def test_accuracy_is_of_all_test_images_in_the_students_classes(images, teacher):

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_kdtl.commands.common import builders
 from hf_kdtl.commands.common.builders import DataOptions
+from hf_kdtl.data.digests import digests
 from hf_kdtl.evaluation.cost import device_name
 from hf_kdtl.evaluation.json_records import FILE
 from hf_kdtl.evaluation.records import Export
@@ -57,6 +58,8 @@ class Images:
         rows = sorted({i * number // CALIBRATION_IMAGES for i in range(CALIBRATION_IMAGES)})
         self.calibration = builders.batch_of(builders.pixels(data.train, processor), rows)
         self.test = builders.pixels(data.test, processor)
+        self.digest = digests({"test": data.test})["test"]
+        self.notes = builders.split_notes(source, data, options, "the student")
         self.scores: dict[str, float] = {}
 
     def accuracy(self, model: Any) -> float:
@@ -105,7 +108,8 @@ def written(output: Path, images: Images, max_drop: float) -> OnnxModel:
 def report(
     output: Path, images: Images, forms: dict[str, Any], timing: dict[str, Any], max_drop: float, source: str
 ) -> None:
-    """Print what int8 costs, and write it to the student's run where there is one: results, report and card."""
+    """Print what int8 costs, and write it to the student's run where there is one with these test images: results,
+    report and card."""
     section = {
         "accuracy": images.scores,
         "file_bytes": {"onnx": output.stat().st_size, "int8": path_of(output).stat().st_size},
@@ -120,7 +124,14 @@ def report(
     folder = Path(source).parent
     if Path(source).name != "student" or not (folder / FILE).is_file():
         return
-    if read_results(folder).get("run", {}).get("recipe") == "distill":
-        update_results(folder, "export", section)
-        write_report(folder)
-        tqdm.write(f"Written to {folder / 'report.md'} and {write_card(folder)}.")
+    found = read_results(folder)
+    if found.get("run", {}).get("recipe") != "distill":
+        return
+    if found.get("data", {}).get("digests", {}).get("test") != images.digest:
+        return tqdm.write(
+            f"Not written to {folder}: these are not the test images of that run. Type the --dataset, --split_seed, "
+            "--validation_fraction and --test_fraction of the run, with --overwrite true."
+        )
+    update_results(folder, "export", section)
+    write_report(folder)
+    tqdm.write(f"Written to {folder / 'report.md'} and {write_card(folder)}.")
