@@ -11,6 +11,8 @@ from hf_kdtl.evaluation.model_records import ModelFacts, Models
 from hf_kdtl.evaluation.records import Data, EvaluatedModel, Evaluation, Results, Scores, headline
 from hf_kdtl.evaluation.scoring import accuracy_interval
 from hf_kdtl.hub.markdown import Markdown
+from hf_kdtl.models.forward.embedding import HEADLESS
+from hf_kdtl.reports.embedding import embedding_sentence
 from hf_kdtl.reports.evaluation_findings import confidence_text, sentences
 from hf_kdtl.reports.evaluation_sections import degraded_table, fidelity_note
 from hf_kdtl.reports.evaluation_summary import verdict_table
@@ -39,6 +41,11 @@ def models_of(results: Results) -> Models:
     if "teacher" in trained or "teacher" in results.pairing or teacher:
         found = ModelFacts(name=local_name(teacher) if teacher else None, parameters=_parameters(trained, "teacher"))
     return Models(student=ModelFacts(parameters=_parameters(trained, ARM)), teacher=found)
+
+
+def is_headless(results: Results) -> bool:
+    """Whether the student has no classifier."""
+    return models_of(results).student.architecture in HEADLESS
 
 
 def _parameters(models: dict[str, EvaluatedModel], name: str) -> int | None:
@@ -163,6 +170,11 @@ def _baseline(results: Results, evaluation: Evaluation) -> list[str]:
 def _measured(results: Results) -> dict[str, str]:
     """A line for each of the four things that a card has to report; what was not measured says so."""
     measured = results.student_evaluation
+    if is_headless(results):
+        known = {"Calibration": "it has no classifier."}
+        if inside := embedding_sentence(results, ("agreement", "cka")):
+            known[SIMILARITY] = inside
+        return dict.fromkeys((SIMILARITY, "Calibration", "Degraded images", "Cost"), NOT) | known
     if measured is None:
         ece = split_scores(results)[1].get("ece")
         known = {} if ece is None else {"Calibration": f"expected calibration error {percent(ece)}."}

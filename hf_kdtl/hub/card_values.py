@@ -14,11 +14,13 @@ from hf_kdtl.evaluation.statistics import mean_and_std
 from hf_kdtl.hub.card_tables import (
     ARM,
     evaluated_student,
+    is_headless,
     measured_section,
     models_of,
     runs_of,
     shown_scores,
     source_name,
+    split_scores,
     teacher_scores,
 )
 from hf_kdtl.hub.card_training import training_section
@@ -44,7 +46,7 @@ def facts(results: Results, title: str, license: str, usage: Markdown) -> dict[s
         "license": Markdown(license),
         "usage": usage,
         "classes": _classes(results),
-        "student": _student(models.student, models.teacher),
+        "student": _student(models.student, models.teacher, results),
         "teachers": [_teacher(model, models.student) for model in models.all_teachers],
         "teachers_accuracy": _teachers_accuracy(results),
         "data": _data(results.data),
@@ -80,7 +82,8 @@ def _classes(results: Results, most: int = 12) -> dict[str, Any]:
     return {"count": len(names) or "unknown", "shown": Markdown(", ".join(names[:most]) + rest)}
 
 
-def _student(model: ModelFacts, teacher: ModelFacts | None) -> dict[str, Any]:
+def _student(model: ModelFacts, teacher: ModelFacts | None, results: Results) -> dict[str, Any]:
+    stages = len(next(iter(results.stages.values()), []))
     return {
         "architecture": model.architecture or "A model of unrecorded architecture",
         "size": millions(model.parameters),
@@ -88,7 +91,9 @@ def _student(model: ModelFacts, teacher: ModelFacts | None) -> dict[str, Any]:
         "image": _image_size(model),
         "adapters": ", ".join(f"{name}: {kind}" for name, kind in model.adapters.items()) or None,
         "kept": "merged into its weights" if model.merged else "saved alone",
-        "start": _start(model.start, teacher),
+        "start": Markdown(
+            f"{_start(model.start, teacher)}{f', cut in {stages} stages and trained after each' if stages else ''}"
+        ),
     }
 
 
@@ -234,7 +239,28 @@ def _per_class(images: dict[str, int], classes: int) -> str:
     return f", {number / classes:,.0f} {kind and kind + ' ones '}per class on average"
 
 
+_OTHERS = (
+    "Other cameras, places and seasons, and groups of people or things that the data does not distinguish, were not "
+    "evaluated."
+)
+
+
+def _limits_of_features(results: Results) -> Iterable[str]:
+    found = results.extra.get("embedding", {}).get("models", {}).get("student", {})
+    if train := _train(results.data):
+        yield f"Trained on {train} images, without labels."
+    if found:
+        yield "One training run was measured: the variation between seeds was not."
+    held = "kNN, linear probe and recall hold for classes as those of the labelled images that they were measured on."
+    yield held if "knn" in found else "Nothing was measured on labelled images."
+    yield _OTHERS
+    yield "Not measured: degraded images, adversarial images, input sensitivity, memory and latency."
+
+
 def _limits(results: Results) -> Iterable[str]:
+    if is_headless(results):
+        yield from _limits_of_features(results)
+        return
     classes, images = results.data.classes, trained_on(results.data)
     if classes and images:
         share = "" if results.evaluation.headline == "map" else _per_class(images, len(classes))
@@ -243,10 +269,9 @@ def _limits(results: Results) -> Iterable[str]:
         yield "One training run: the variation between seeds was not measured."
     elif not number:
         yield "No accuracy on test images was measured."
-    yield (
-        "The test images have the same source as the training images. Other cameras, places and seasons, and groups "
-        "of people or things that the data does not distinguish, were not evaluated."
-    )
+    kind = "labelled " if "labelled" in images else ""
+    same = f"The test images have the same source as the {kind}training images. "
+    yield f"{same if split_scores(results)[0] == 'test' else ''}{_OTHERS}"
     yield "Adversarial images and images of none of its classes were not evaluated."
     if results.student_evaluation is None:
         yield "Not measured: accuracy by class, degraded images, input sensitivity, memory and latency."

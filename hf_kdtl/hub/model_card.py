@@ -13,12 +13,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import FILE, read_results, upgrade
 from hf_kdtl.hub.card_results import JSON, check_results, published, results_of, with_evaluation
-from hf_kdtl.hub.card_tables import models_of, source_name, split_scores
+from hf_kdtl.hub.card_tables import is_headless, models_of, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
 from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
-from hf_kdtl.models.forward.embedding import HEADLESS
 from hf_kdtl.reports.embedding import embedding_lines, embedding_sentence
 from hf_kdtl.utils.redaction import is_local, local_name, without_paths
 from hf_kdtl.utils.text import one_line
@@ -100,7 +99,7 @@ def _card(
         **_parents(results, finetuned_from),
     )
     values = facts(results, _title(results, model_name or model_id), sentence, _usage(results, model_id))
-    values |= {"headless": _headless(results), "features": embedding_sentence(results)}
+    values |= {"headless": is_headless(results), "features": embedding_sentence(results)}
     if lines := embedding_lines(results):
         values["figures"] = Markdown("\n".join(lines).strip())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{render('student.md', **values)}")
@@ -191,7 +190,7 @@ def _title(results: Results, name: str | None) -> str:
 
 def _usage(results: Results, model_id: str | None) -> Markdown:
     where, student = json.dumps(model_id or "path/to/this/folder"), models_of(results).student
-    if _headless(results) and not student.saved_as_adapter:
+    if is_headless(results) and not student.saved_as_adapter:
         return fenced(
             "from transformers import AutoModel, pipeline\n\n"
             f"extractor = pipeline({json.dumps(FEATURES)}, model={where})\n"
@@ -218,11 +217,7 @@ def _usage(results: Results, model_id: str | None) -> Markdown:
 
 def pipeline_task(results: Results) -> str:
     """What the Hub calls what the student does: image-classification, or without a head image-feature-extraction."""
-    return FEATURES if _headless(results) else TASK
-
-
-def _headless(results: Results) -> bool:
-    return models_of(results).student.architecture in HEADLESS
+    return FEATURES if is_headless(results) else TASK
 
 
 def write_card(folder: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hf_kdtl.evaluation.records import Results
@@ -42,10 +43,10 @@ def embedding_lines(results: Results) -> list[str]:
     return [markdown_table(rows), "", " ".join(about), ""]
 
 
-def embedding_sentence(results: Results) -> str:
-    """What was measured of the student, in a sentence; empty where nothing was."""
+def embedding_sentence(results: Results, keys: Iterable[str] = tuple(COLUMNS)) -> str:
+    """What was measured of the student, of these `COLUMNS`, in a sentence; empty where nothing was."""
     one: dict[str, Any] = results.extra.get("embedding", {}).get("models", {}).get("student", {})
-    shown = [f"{COLUMNS[key]} {_shown(key, one[key])}" for key in COLUMNS if key in one]
+    shown = [f"{COLUMNS[key]} {_shown(key, one[key])}" for key in keys if key in one]
     return f"{', '.join(shown)}." if shown else ""
 
 

@@ -254,9 +254,31 @@ def test_images_with_and_without_labels_are_counted_apart():
     assert "distilled from owner/vit-big on 9 labelled and 3,300 unlabelled images of owner/pets." in text
     assert "images: 9 labelled train, 3,300 unlabelled train, 30 validation, 60 test" in text
     assert "- Trained on 9 labelled and 3,300 unlabelled images, 3 labelled ones per class on average." in text
+    assert "The test images have the same source as the labelled training images." in text
     assert "images: 9 labelled train, 3,300 unlabelled train, 30 validation" in markdown(Results.of(found))
     text = student_card(results()).text
     assert "on 90 images of owner/pets." in text and "Trained on 90 images, 30 per class on average." in text
+
+
+def test_the_card_of_features_claims_nothing_of_classes_and_shows_what_was_measured():
+    found = {key: value for key, value in results(()).items() if key not in ("evaluation", "comparison")}
+    found["models"]["student"]["architecture"] = "ViTModel"
+    found["data"]["sizes"] = {"held out": 9, "train": 51}
+    scores = {"parameters": 1_000_000, "agreement": 0.911, "cka": 0.945}
+    found["embedding"] = {"images": 9, "models": {"student": scores}}
+    text = student_card(found).text
+    assert "**Similarity to the teacher inside:** agreement 0.911, CKA 0.945." in text
+    limits = text.split("## Limits")[1].split("## Reproduce")[0]
+    assert "- Trained on 51 images, without labels.\n" in limits and "on labelled images" in limits
+    assert "accuracy" not in limits and "class" not in limits and "same source" not in limits
+    scores["knn"] = 0.5
+    assert "- kNN, linear probe and recall hold for" in student_card(found).text
+
+
+def test_a_student_cut_in_stages_is_said_to_be():
+    found = results() | {"stages": {"distilled-seed1": [{"stage": 1}, {"stage": 2}]}}
+    assert "4 of the blocks of owner/vit-big, cut in 2 stages and trained after each." in student_card(found).text
+    assert "stages" not in student_card(results()).text
 
 
 def test_images_of_a_stream_have_no_number():
@@ -656,6 +678,7 @@ def test_a_trainer_that_measured_nothing_says_so():
     student, _ = pair()
     card = student_card(results_of(trainer("out", student, max_steps=1)))
     assert "**Accuracy:** not measured." in card.text and "trained without a teacher" in card.text
+    assert "same source" not in card.text  # of test images that are none
     assert card.data.eval_results is None and "knowledge-distillation" not in card.data.tags
 
 
