@@ -26,7 +26,7 @@ JSON = dict[str, Any]
 # Settings that a card should tell and that cannot name a machine or a user.
 _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
              "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
-             "label_smoothing_factor", "seed", "layer_rates", "gradient_rule")  # fmt: skip
+             "label_smoothing_factor", "seed", "view_seed", "teacher_pixels", "quantize", "layer_rates", "gradient_rule")  # fmt: skip
 
 
 def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:
@@ -156,6 +156,7 @@ def _from_trainer(trainer: Any) -> JSON:
             "source": None,
             "hub": False,
             "sizes": _sizes(train=trainer.train_dataset, validation=trainer.eval_dataset),
+            "unlabelled": _unlabelled(trainer.train_dataset),
             "classes": class_names(trainer.model.config) or [],
             "notes": notes,
         },
@@ -196,13 +197,22 @@ def _last_scores(trainer: Any) -> tuple[dict[str, float], list[str]]:
         why = f"no evaluation is of eval_dataset and of the student as it is (step {step}): call trainer.evaluate()"
         return {}, [f"Not measured: {why} before the card is made."] if measured else []
     found = {key.removeprefix("eval_"): value for key, value in mine[-1].items()}
-    return {key: value for key, value in found.items() if key in METRICS and math.isfinite(value)}, []
+    rounded = "It was measured in numbers of 8 bits (quantize): in full its saved weights answer a little otherwise."
+    found = {key: value for key, value in found.items() if key in METRICS and math.isfinite(value)}
+    return found, [rounded] if found and args.quantize else []
 
 
 def _sizes(**datasets: Any) -> dict[str, int]:
     return {
         name: len(data) for name, data in datasets.items() if hasattr(data, "__len__") and not isinstance(data, dict)
     }
+
+
+def _unlabelled(images: Any) -> dict[str, int]:
+    """How many of an ImageDataset's images have a label and how many have none; nothing where all are of one kind."""
+    split = getattr(images, "split", None)
+    known = [] if split is None else [label >= 0 for label in split["label"][:]]
+    return {} if len({*known}) < 2 else {"labelled_images": sum(known), "unlabelled_images": len(known) - sum(known)}
 
 
 # ---- Checks ----

@@ -666,6 +666,18 @@ def test_the_figures_are_of_the_student_as_it_is_and_of_eval_dataset(greater):
     assert run.evaluate()["eval_nll"] == shown()
 
 
+def test_a_trainers_card_counts_images_without_labels_and_says_that_it_measured_rounded():
+    student, _ = pair()
+    run = trainer("out", student, max_steps=1, eval_dataset=Images(4), quantize="int8")
+    run.train_dataset.split = {"label": [0] * 6 + [-100] * 10}  # as an ImageDataset has it
+    run.compute_metrics = compute_metrics
+    assert "8 bits" not in student_card(results_of(run)).text
+    run.evaluate()
+    text = student_card(results_of(run)).text
+    assert "It was measured in numbers of 8 bits (quantize)" in text and "quantize: int8" in text
+    assert "trained without a teacher on 6 labelled and 10 unlabelled images." in text
+
+
 def test_a_trainers_notes_name_no_folder_and_keep_their_words():
     student, teacher = pair()
     teacher.config._name_or_path = "runs/vit/model"
