@@ -15,6 +15,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_kdtl import DistillationConfig
@@ -42,7 +43,8 @@ from hf_kdtl.commands.common.stages import train_run
 from hf_kdtl.commands.common.store_worth import store_worth
 from hf_kdtl.commands.common.students import student_start
 from hf_kdtl.evaluation.cost import parameters
-from hf_kdtl.evaluation.results import load_results, read_results, update_results
+from hf_kdtl.evaluation.results import FILE, load_results, read_results, update_results
+from hf_kdtl.hub.card_tables import evaluated_student
 from hf_kdtl.hub.provenance import models_section
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.teachers.resolve import open_classifier
@@ -147,6 +149,20 @@ def record_fingerprint(experiment: Experiment) -> None:
     if section["student"]["adapters"] is not None:  # student/ is a plain model, with the adapters in its weights
         section["student"] |= {"merged": True, "parameters": parameters(model)}
     update_results(experiment.folder, "models", section)
+    say(experiment.config, *without_other_student(experiment.folder, section["student"]["fingerprint"]))
+
+
+def without_other_student(folder: Path, weights: str) -> list[str]:
+    """Take out of results.json what was measured of another student, which the run kept before it had more seeds."""
+    results, notes = load_results(folder), []
+    measured: dict[str, Any] = {} if results.export is None else {"export": results.export}
+    if (judged := results.student_evaluation) is not None:
+        measured["student_evaluation"] = evaluated_student(judged.evaluation)
+    for name, found in measured.items():
+        if found.fingerprint != weights:
+            update_results(folder, name, None)
+            notes.append(f"{name} in {folder / FILE} was of another student and is taken out; measure this one again.")
+    return notes
 
 
 def summary(experiment: Experiment) -> list[str]:

@@ -147,6 +147,7 @@ class Export(Record):
     max_drop: float | None = None
     speed: Speed | None = None
     device: str = ""
+    fingerprint: str | None = None  # of the student
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ JSON = dict[str, Any]
 # Settings that a card should tell and that cannot name a machine or a user.
 _SETTINGS = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
              "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
-             "label_smoothing_factor", "seed", "view_seed", "teacher_pixels", "quantize", "layer_rates", "gradient_rule")  # fmt: skip
+             "label_smoothing_factor", "seed", "view_seed", "teacher_pixels", "quantize", "layer_rates",
+             "gradient_rule")  # fmt: skip
 
 
 def with_evaluation(results: JSON, evaluation_results: JSON) -> JSON:

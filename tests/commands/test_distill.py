@@ -14,6 +14,7 @@ from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common.scores import best_seed
 from hf_kdtl.evaluation import read_results
 from hf_kdtl.evaluation.predictions import read_predictions
+from hf_kdtl.evaluation.results import update_results
 from tests.commands.conftest import CONFIG, QUICK, ROOT
 
 NEW = ("--student_config", json.dumps(CONFIG))
@@ -83,6 +84,18 @@ def test_two_seeds_two_arms_to_the_end_and_again(command, images, teacher, capsy
     assert {path.name for path in Path("out").glob("*-seed*")} == {"distilled-seed42"}
     assert Path("out/mine.txt").read_text() == "mine"
     assert set(read_results("out")["curves"]) == {"distilled-seed42"}
+
+
+def test_what_was_measured_of_another_student_is_taken_out(command):
+    judged = {"role": "student", "fingerprint": "s1", "runs": {}}
+    update_results("out", "student_evaluation", {"evaluation": {"models": {"student": judged}}})
+    update_results("out", "export", {"fingerprint": "s1", "images": 5})
+    remove = command("distill").without_other_student
+    assert remove(Path("out"), "s1") == [] and read_results("out")["export"]["images"] == 5
+    notes = remove(Path("out"), "s2")
+    assert len(notes) == 2 and all("was of another student and is taken out; measure" in note for note in notes)
+    found = read_results("out")
+    assert found["student_evaluation"] is found["export"] is None and remove(Path("out"), "s2") == []
 
 
 @pytest.mark.parametrize(

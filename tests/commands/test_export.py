@@ -157,6 +157,7 @@ def test_int8_is_written_to_a_run_with_these_test_images_alone(copied, images, t
     shutil.copytree(teacher, "run/student")
     options = DataOptions(dataset=images)
     update_results("run", "run", {"recipe": "distill"})
+    update_results("run", "models", {"student": {"fingerprint": "s1"}})
     update_results("run", "data", builders.facts(builders.open_data(options), options))
     monkeypatch.setattr(int8, "quantize_onnx", lambda source, pixels, path: Path(path).write_text("int8"))
     monkeypatch.setattr(int8, "OnnxModel", lambda path: str(path))

@@ -132,6 +132,6 @@ def report(
             f"Not written to {folder}: these are not the test images of that run. Type the --dataset, --split_seed, "
             "--validation_fraction and --test_fraction of the run, with --overwrite true."
         )
-    update_results(folder, "export", section)
+    update_results(folder, "export", section | {"fingerprint": found["models"]["student"]["fingerprint"]})
     write_report(folder)
     tqdm.write(f"Written to {folder / 'report.md'} and {write_card(folder)}.")
