@@ -132,3 +132,11 @@ def test_a_test_split_that_no_setting_cuts_is_the_same_with_any(images):
     assert _noted(dataset="photos", split_seed=7) == []
     update_results("t", "data", {name: value for name, value in facts.items() if name != "digests"})
     assert len(_noted(dataset="photos", split_seed=7)) == 1  # results of an earlier version say no more
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"), [("owner/pets", True), ("digits", False), ("here/*", False), ("~", False)]
+)
+def test_a_source_that_is_no_path_here_is_on_the_hub(source, expected):
+    Path("here/one").mkdir(parents=True)
+    assert builders.is_on_hub(source) == expected

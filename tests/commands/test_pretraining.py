@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_no_labels_anywhere(command, backbone, capsys):
 
 
 def test_labels_beside_it_serve_knn_and_probe_and_then_a_head(command, backbone, images):
+    shutil.copytree(images, "more/too")
     command("distill").main([*FLAGS, *QUICK, "--dataset", images, "--objectives", "feature_kd", "similarity"])
     found = read_results("out")
     scores = found["embedding"]["models"]
@@ -86,6 +88,7 @@ def test_labels_beside_it_serve_knn_and_probe_and_then_a_head(command, backbone,
         )
     curve = found["curves"]["distilled-seed42"]
     assert [entry["eval_knn"] for entry in curve if "eval_knn" in entry]
+    assert any("of 5 images of test are in unlabelled too, byte for byte" in note for note in found["data"]["notes"])
     assert found["embedding"]["metric"] == "knn" and "linear probe" in Path("out/report.md").read_text()
     command("train_teacher").main(
         ["--model", "out/student", "--dataset", images, "--output_dir", "classifier", *QUICK]

@@ -233,13 +233,18 @@ def summary(model: Any) -> str:
     return f"{unsharded_class(model).__name__}, {parameters(model):,} parameters"
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether images were read by a name on the Hub: it is neither the built-in set nor a path here."""
+    return source != "digits" and not glob(str(Path(source).expanduser()))
+
+
 def facts(data: ImageData, options: DataOptions, unlabelled: Dataset | None = None) -> dict[str, Any]:
     """The section `data` of results.json."""
     splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
     further = {} if unlabelled is None else {"unlabelled": unlabelled}
     return {
         "source": data.source,
-        "hub": data.source != "digits" and not glob(str(Path(data.source).expanduser())),
+        "hub": is_on_hub(data.source),
         "sizes": {name: len(split) for name, split in splits.items()},
         "classes": data.label_names,
         "splits": {name: getattr(options, name) for name in CUTS},

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModel
 
 from hf_kdtl.commands.common import arguments as cli
-from hf_kdtl.commands.common import runs
+from hf_kdtl.commands.common import builders, runs
 from hf_kdtl.commands.common.embedding_scores import SPLITS, picture, scores
 from hf_kdtl.commands.common.next_command import command
 from hf_kdtl.data.digests import digests
@@ -29,7 +29,9 @@ def sections(study: Any, run: dict, models: dict, notes: list[str], first: Any) 
     if study.labelled is not None:
         labelled = {f"labelled {name}": len(getattr(study.labelled, name)) for name in SPLITS}
     images = {"held out": study.held_out} | ({} if study.stream else {"train": study.train})
-    data = {"source": str(study.options.unlabelled), "hub": False, "sizes": sizes | labelled, "classes": []}
+    source, streamed = str(study.options.unlabelled), study.stream is not None
+    data = {"source": source, "hub": not streamed and builders.is_on_hub(source), "sizes": sizes | labelled}
+    data |= {"classes": []}
     data |= {"digests": digests(images)}
     data |= {"notes": study.notes, "augmentation": cli.mapping("augmentation", study.data_options.augmentation)}
     return {

@@ -25,6 +25,7 @@ from hf_kdtl.commands.common.streams import COUNTS_AS, Streamed, check_streaming
 from hf_kdtl.commands.common.students import check_one_student
 from hf_kdtl.commands.common.teachers import loading_options
 from hf_kdtl.config import DEFAULT_OBJECTIVES
+from hf_kdtl.data.duplicates import check_duplicates
 from hf_kdtl.data.unlabelled import open_images
 from hf_kdtl.evaluation import embeddings as ee
 from hf_kdtl.models import Teacher
@@ -105,6 +106,9 @@ class Pretraining:
             self.labelled = builders.open_data(data_options) if "dataset" in typed else None
         if self.labelled is not None:
             check_labels(self.labelled)
+            if self.stream is None:
+                held = {name: getattr(self.labelled, name) for name in ("validation", "test")}
+                check_duplicates(held | {"unlabelled": self.train}, self.notes)
         student = self.new_student()
         self.processor = self._processor(student)
         if "metric_for_best_model" not in typed:
