@@ -47,7 +47,10 @@ def facts(results: Results, title: str, license: str, usage: Markdown) -> dict[s
         "usage": usage,
         "classes": _classes(results),
         "student": _student(models.student, models.teacher, results),
-        "teachers": [_teacher(model, models.student) for model in models.all_teachers],
+        "teachers": [
+            _teacher(model, models.student) | {"called": called}
+            for model, called in zip(models.all_teachers, models.teachers or [None], strict=False)
+        ],
         "teachers_accuracy": _teachers_accuracy(results),
         "data": _data(results.data),
         "notes": [without_paths(note) for note in (*results.data.notes, *(results.pairing.get("notes") or []))],
@@ -199,7 +202,9 @@ def _effect(results: Results) -> str | None:
     found = next((one for one in results.comparison if (one.a, one.b, one.metric, one.split) == wanted), None)
     if found is None:
         return None
-    than = f"{100 * found.mean:+.1f} points of {HEADLINES[metric]} against the same student trained without it"
+    than = f"{100 * found.mean:+.1f} points of {HEADLINES[metric]} against the same student trained without"
+    than += " them" if len(models_of(results).teachers) > 1 else " it"
+    than += " on the labelled images alone" if results.data.unlabelled else ""
     if found.low is None or found.high is None:
         return f"{than}; {found.note}, so another seed may reverse it."
     low, high = 100 * found.low, 100 * found.high

@@ -256,7 +256,9 @@ def test_images_with_and_without_labels_are_counted_apart():
     assert "- Trained on 9 labelled and 3,300 unlabelled images, 3 labelled ones per class on average." in text
     assert "The test images have the same source as the labelled training images." in text
     assert "images: 9 labelled train, 3,300 unlabelled train, 30 validation" in markdown(Results.of(found))
+    assert "against the same student trained without it on the labelled images alone (" in text
     text = student_card(results()).text
+    assert "trained without it (" in text
     assert "on 90 images of owner/pets." in text and "Trained on 90 images, 30 per class on average." in text
 
 
