@@ -151,8 +151,8 @@ def not_measured(evaluation: Evaluation, device: str) -> list[str]:
         lines.append("Which accuracy is sufficient: with --max_drop the report says pass or fail.")
     return [
         *lines,
-        "Images from another distribution: other cameras, places, seasons, classes that the data does not have. The "
-        "test images come from the same source as the training images.",
+        "Images from another distribution: other cameras, places, seasons, classes that the data does not have. These "
+        f"{evaluation.split} images are of one source.",
         "Variation between training runs: this is one trained model of each kind. `hf-kdtl compare` compares methods "
         "over seeds.",
         f"Time and memory on hardware other than {device}; other batch sizes{_forms(evaluation)}.",
