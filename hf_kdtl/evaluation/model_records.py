@@ -33,6 +33,7 @@ class ModelFacts(Origin):
 
     architecture: str | None = None
     num_labels: int | None = None
+    multi_label: bool = False
     parameters: int | None = None
     image_size: list[int] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)

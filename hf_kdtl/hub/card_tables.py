@@ -48,6 +48,11 @@ def is_headless(results: Results) -> bool:
     return models_of(results).student.architecture in HEADLESS
 
 
+def is_of_several(results: Results) -> bool:
+    """Whether the student gives an image several labels."""
+    return models_of(results).student.multi_label or results.evaluation.headline == "map"
+
+
 def _parameters(models: dict[str, EvaluatedModel], name: str) -> int | None:
     return models[name].parameters if name in models else None
 

@@ -15,6 +15,7 @@ from hf_kdtl.hub.card_tables import (
     ARM,
     evaluated_student,
     is_headless,
+    is_of_several,
     measured_section,
     models_of,
     runs_of,
@@ -215,7 +216,7 @@ def _effect(results: Results) -> str | None:
 def _cannot(results: Results) -> Markdown:
     classes, size = _classes(results), _image_size(models_of(results).student)
     lines = [f"it always predicts one of its {classes['count']} classes, also for images of none of them"]
-    if results.evaluation.headline == "map":
+    if is_of_several(results):
         lines = [f"it answers for each of its {classes['count']} classes apart, and for nothing else"]
     if size:
         lines.append(f"images are resized to {size} pixels")
@@ -268,7 +269,7 @@ def _limits(results: Results) -> Iterable[str]:
         return
     classes, images = results.data.classes, trained_on(results.data)
     if classes and images:
-        share = "" if results.evaluation.headline == "map" else _per_class(images, len(classes))
+        share = "" if is_of_several(results) else _per_class(images, len(classes))
         yield f"Trained on {_train(results.data)} images{share}."
     if (number := _seeds(results)["number"]) == 1:
         yield "One training run: the variation between seeds was not measured."

@@ -111,15 +111,18 @@ def _card(
 def _license(results: Results, asked: str | None) -> tuple[str | None, str]:
     """(license, what the card says of it)."""
     made_from, its = parents(models_of(results)), of_parents(models_of(results))
+    only, of_only = "its teacher", "its teacher's license"
+    if not models_of(results).all_teachers:
+        only, of_only = "the model that it began as", "the license of the model that it began as"
     if its is None and asked is None:
         several = "not all licenses of its teacher and its start are known"
-        known = {0: "none was given", 1: "its teacher's license is not known"}.get(len(made_from), several)
+        known = {0: "none was given", 1: f"{of_only} is not known"}.get(len(made_from), several)
         return None, f"not determined: {known}. Ask before you use it."
     found = student_license(models_of(results), asked)
     if asked is None or asked == its:
         return (
             found,
-            f"{inline(found)}, as of {'the models that it was made from' if len(made_from) > 1 else 'its teacher'}.",
+            f"{inline(found)}, as of {'the models that it was made from' if len(made_from) > 1 else only}.",
         )
     its_own = f"theirs is {inline(its)}" if its else "that of the models it was made from is not known"
     return found, f"{inline(found)}, chosen by the publisher{f' ({its_own})' if made_from else ''}."

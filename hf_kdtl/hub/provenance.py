@@ -22,6 +22,7 @@ from hf_kdtl.models.adapters import adapter_kinds
 from hf_kdtl.models.blocks import vision_config
 from hf_kdtl.models.fingerprint import fingerprint
 from hf_kdtl.models.forward.embedding import HEADLESS
+from hf_kdtl.models.labels import is_multi_label
 from hf_kdtl.models.teachers import SelfTeacher, SignalSource
 from hf_kdtl.utils.redaction import local_name
 from hf_kdtl.utils.text import one_line
@@ -113,6 +114,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "architecture": type(base).__name__,
         "model_type": config.model_type,
         "num_labels": config.num_labels,
+        "multi_label": is_multi_label(base),
         "parameters": parameters(model),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "image_size": [size, size] if isinstance(size, int) else size,

@@ -411,6 +411,16 @@ def test_a_license_that_is_not_known_is_reported_and_a_forbidding_one_refused():
 # ---- What could break it ----
 
 
+def test_the_license_of_a_student_without_a_teacher_is_that_of_its_start():
+    found = results()
+    del found["models"]["teacher"]
+    start = {"how": "pretrained", "name": "owner/base", "hub": True, "licence": None}
+    found["models"]["student"]["start"] = start
+    assert "the license of the model that it began as is not known. Ask" in student_card(found).text
+    start["licence"] = "mit"
+    assert "**License:** mit, as of the model that it began as." in student_card(found).text
+
+
 def test_nasty_names_leave_structure_and_metadata_as_they_are():
     plain, hostile = (
         student_card(with_evaluation(results(names), evaluated(names)), dataset=names[0], model_name=names[1])
@@ -693,6 +703,10 @@ def test_a_trainer_that_measured_nothing_says_so():
     card = student_card(results_of(trainer("out", student, max_steps=1)))
     assert "**Accuracy:** not measured." in card.text and "trained without a teacher" in card.text
     assert "same source" not in card.text  # of test images that are none
+    assert "it always predicts one of its" in card.text
+    student.config.problem_type = "multi_label_classification"
+    card = student_card(results_of(trainer("out", student, max_steps=1)))
+    assert "classes apart, and for nothing else" in card.text and "per class on average" not in card.text
     assert card.data.eval_results is None and "knowledge-distillation" not in card.data.tags
 
 
