@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hf_kdtl.evaluation.records import EvaluatedModel, Evaluation, Speed
 from hf_kdtl.reports.evaluation_findings import not_measured, sentences
 from hf_kdtl.reports.evaluation_values import (
+    bounds,
     calibration_bias,
     class_accuracies,
     degraded_mean,
@@ -62,11 +63,9 @@ def verdicts(evaluation: Evaluation) -> dict[str, str]:
     found = {}
     for name, model in models_with_role(evaluation, "student").items():
         difference = model.differences[role]
-        how, (low, high) = "95% interval", difference.interval or (0.0, 0.0)
-        if difference.interval is None:  # nothing spreads: up to 3/n of all images may differ where none of n does
-            reach = 3 / max(difference.number, 1)
-            low, high = max(difference.mean - reach, -1.0), min(difference.mean + reach, 1.0)
-            how = f"no spread over {difference.number:,} images: by the rule of three"
+        low, high = bounds(difference)
+        how = f"no spread over {difference.number:,} images: by the rule of three"
+        how = how if difference.interval is None else "95% interval"
         points = f"{100 * difference.mean:+.1f} points against the {role}, {how} {100 * low:+.1f} to "
         points += f"{100 * high:+.1f}; a drop of {allowed:g} is allowed"
         if 100 * low >= -allowed:

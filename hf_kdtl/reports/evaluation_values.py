@@ -102,9 +102,16 @@ def robustness_text(model: EvaluatedModel) -> str:
     return f"{mean} ({percent(fmean(v for row in shares for v in row))} of clean)" if shares else mean
 
 
+def bounds(found: Difference) -> tuple[float, float]:
+    """A difference's interval. Where nothing spreads there is none: by the rule of three up to 3/n of all images may
+    be otherwise where none of n is."""
+    reach = 3 / max(found.number, 1)
+    return found.interval or (max(found.mean - reach, -1.0), min(found.mean + reach, 1.0))
+
+
 def interval_verdict(found: Difference) -> str:
     """What a difference's interval shows."""
-    low, high = found.interval or (found.mean, found.mean)
+    low, high = bounds(found)
     return "worse" if high < 0 else "better" if low > 0 else "no difference shown"
 
 

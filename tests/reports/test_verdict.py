@@ -4,6 +4,7 @@ import pytest
 
 from hf_kdtl.evaluation.records import Difference, EvaluatedModel, Evaluation, Speed
 from hf_kdtl.reports.evaluation_summary import passed, speed_table, verdicts
+from hf_kdtl.reports.evaluation_values import interval_verdict
 
 
 def evaluation(interval, mean=-0.01, allowed=2.0, number=100):
@@ -40,6 +41,10 @@ def test_all_of_the_interval_must_be_within_the_drop(interval, mean, message, pa
 def test_answers_that_never_differ_pass_by_the_number_of_images(number, allowed, message, passes):
     (answer,) = verdicts(evaluation(None, 0.0, allowed, number)).values()
     assert message in answer and passed(answer) == passes
+
+
+def test_few_images_that_all_differ_show_no_difference():
+    assert [interval_verdict(Difference(mean=-1.0, number=n)) for n in (3, 300)] == ["no difference shown", "worse"]
 
 
 def test_without_a_limit_or_a_reference_there_is_no_verdict():
