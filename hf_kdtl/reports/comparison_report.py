@@ -63,14 +63,15 @@ def _verdict(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], level:
 def _images(found: list[dict[str, Any]] | None, first: Arm, split: str) -> list[str]:
     title = ["## The images of each seed", ""]
     if found is None:
-        missing = (
-            f"Not every run kept its predictions (predictions_{split}.safetensors), so the images of a seed were "
-        )
-        return [
-            *title,
-            f"{missing}not compared; hf-kdtl distill with --resume_from_checkpoint true writes them.",
-            "",
-        ]
+        if "map" in next(iter(first.runs.values())).get(split, {}):
+            return [
+                *title,
+                "Not compared: a test of the images is of right and wrong, and these have several labels.",
+                "",
+            ]
+        missing = f"Not every run kept its predictions (predictions_{split}.safetensors)"
+        advice = "hf-kdtl distill with --resume_from_checkpoint true writes them."
+        return [*title, f"{missing}, so the images of a seed were not compared; {advice}", ""]
     rows = [["", "seed", "difference (%)", "95% bootstrap interval", "right here only", "right there only",
              "p (McNemar)", "p (Holm)"]]  # fmt: skip
     for one in found:

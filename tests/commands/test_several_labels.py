@@ -58,6 +58,7 @@ def _evaluated_and_compared(command, table, scores, capsys):
         assert cli.run(lambda given=given: command("evaluate").main(given)) == 2
         assert message in capsys.readouterr().err
     command("compare").main(["--runs", "out", "--metrics", "map", "micro_f1", "--output_dir", "compared"])
+    assert "Not compared: a test of the images is of right and wrong" in Path("compared/comparison.md").read_text()
     assert "map" in capsys.readouterr().out
 
 
