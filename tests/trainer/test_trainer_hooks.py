@@ -63,6 +63,10 @@ RELIED_ON = {
         ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
         ["self.compute_loss(", "self._get_num_items_in_batch([inputs]"],
     ),
+    "evaluate": (  # what it logs is remembered with the dataset
+        ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"],
+        ["self.log(output.metrics)"],
+    ),
     "evaluation_loop": (
         ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
         ["self.prediction_step("],
