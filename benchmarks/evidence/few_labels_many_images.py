@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from benchmarks.evidence.gradients import AnswersAndGradients, gradients_of
 from benchmarks.evidence.maps import AnswersAndMaps, maps_of
 from benchmarks.evidence.runs import Run, Table, arguments
 from benchmarks.evidence.students import accuracy, labelled_rows, quiet, settings, small_bit, train
@@ -28,22 +29,26 @@ KD: list[dict[str, Any]] = [{"name": "task", "weight": 0.1}, {"name": "logit_kd"
 TASK = [{"name": "task"}]
 CORE = ("alone", "kd_labelled", "kd_unlabelled")
 CONTROLS = ("label_smoothing", "alone_twice_as_long", "kd_unlabelled_shuffled_teacher")
-AUTO, MAPS = "kd_unlabelled_auto", "kd_unlabelled_attention_transfer"
-MAP_WEIGHTS = (10.0, 100.0, 1000.0)
-ATTENTION: dict[str, Any] = {"name": "attention_transfer", "layers": [[0, 3], [1, 5], [2, 6]]}
-"""The blocks of the student and the last ones of the ResNet's last three stages: 8, 4 and 2 cells a side."""
+AUTO, MAPS, GRADIENTS = "kd_unlabelled_auto", "kd_unlabelled_attention_transfer", "kd_unlabelled_jacobian"
+ADDED: dict[str, dict[str, Any]] = {
+    MAPS: {"name": "attention_transfer", "layers": [[0, 3], [1, 5], [2, 6]]},
+    GRADIENTS: {"name": "jacobian"},
+}
+"""What is added to `kd_unlabelled`. The pairs: the blocks of the student, and the last ones of the ResNet's last three
+stages: 8, 4 and 2 cells a side."""
+ADDED_WEIGHTS = {MAPS: (10.0, 100.0, 1000.0), GRADIENTS: (0.1, 1.0, 10.0)}
 
 
 class FewLabels:
-    """One run: so many labels a class, an arm, a learning rate (the table's `weight`), a seed. For
-    attention_transfer the `weight` is that of the term, and the rate that of `kd_unlabelled`."""
+    """One run: so many labels a class, an arm, a learning rate (the table's `weight`), a seed. Of an added
+    term the `weight` is its own, and the rate that of `kd_unlabelled`."""
 
     def __init__(self, dataset: str, teacher: str, work: Path, images: int, shown: int | None):
         data = load_images(dataset)
         self.pixels, self.labels, self.logits = pool(dataset, teacher, work, images, shown=shown)
         self.held_out = {name: plain_split(getattr(data, name), 32) for name in ("validation", "test")}
-        self.model, self.file, self.rate = teacher, work / f"{Path(dataset).name}_{images}_maps.npz", 0.0
-        self.taught_by: Answers | None = None
+        self.model, self.work, self.name, self.rate = teacher, work, f"{Path(dataset).name}_{images}", 0.0
+        self.with_more: dict[str, Answers] = {}
 
     def __call__(self, run: Run) -> dict[str, Any]:
         few = labelled_rows(self.labels, int(run.setting.split("_")[-1]), run.seed)
@@ -53,7 +58,7 @@ class FewLabels:
             labels = np.where(np.isin(rows, few), self.labels, -100)
         steps = STEPS * (2 if run.arm == "alone_twice_as_long" else 1)
         smoothing = 0.1 if run.arm == "label_smoothing" else 0.0
-        rate = self.rate if run.arm == MAPS else run.weight
+        rate = self.rate if run.arm in ADDED else run.weight
         config = settings(
             run.seed, steps, rate, objectives=objectives(run.arm, run.weight), label_smoothing_factor=smoothing
         )
@@ -63,23 +68,30 @@ class FewLabels:
         return {name: accuracy(student, split) for name, split in self.held_out.items()}
 
     def _teacher(self, run: Run) -> Answers:
-        if run.arm == MAPS:
-            self.taught_by = self.taught_by or self._with_maps()
-            return self.taught_by
+        if run.arm in ADDED:
+            if run.arm not in self.with_more:
+                self.with_more[run.arm] = self._with_maps() if run.arm == MAPS else self._with_gradients()
+            return self.with_more[run.arm]
         known = not run.arm.endswith("shuffled_teacher")
         return Answers(self.logits if known else shuffled(self.logits, len(self.labels), run.seed))
 
     def _with_maps(self) -> AnswersAndMaps:
-        teacher, blocks = Teacher.from_pretrained(self.model), tuple(pair[1] for pair in ATTENTION["layers"])
+        teacher, blocks = Teacher.from_pretrained(self.model), tuple(pair[1] for pair in ADDED[MAPS]["layers"])
         geometry = teacher.geometry(as_seen(teacher, self.pixels[:1, 0]))
-        return AnswersAndMaps(self.logits, maps_of(teacher, self.pixels, blocks, self.file), geometry)
+        file = self.work / f"{self.name}_maps.npz"
+        return AnswersAndMaps(self.logits, maps_of(teacher, self.pixels, blocks, file), geometry)
+
+    def _with_gradients(self) -> AnswersAndGradients:
+        file = self.work / f"{self.name}_gradients.npy"
+        teacher = Teacher.from_pretrained(self.model)
+        return AnswersAndGradients(self.logits, gradients_of(teacher, self.pixels, self.logits, file))
 
 
 def objectives(arm: str, weight: float) -> list[dict[str, Any]]:
-    """Labels alone, or a tenth of them and soft labels, whose weight may be measured, and a term on features."""
+    """Labels alone, or a tenth of them and soft labels, whose weight may be measured, and a further term."""
     if arm == AUTO:
         return [KD[0], KD[1] | {"weight": "auto"}]
-    further = [ATTENTION | {"weight": weight}] if arm == MAPS else []
+    further = [ADDED[arm] | {"weight": weight}] if arm in ADDED else []
     return [*KD, *further] if arm.startswith("kd") else TASK
 
 
@@ -92,7 +104,7 @@ def shuffled(logits: Tensor, images: int, seed: int) -> Tensor:
 def main() -> None:
     parser = arguments(__doc__, "dataset", "teacher")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 4, 500])
-    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS, AUTO, MAPS])
+    parser.add_argument("--arms", nargs="+", default=[*CORE], choices=[*CORE, *CONTROLS, AUTO, *ADDED])
     parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--teacher_size", type=int, help="pixels that the teacher sees, if not the student's")
@@ -103,9 +115,9 @@ def main() -> None:
     for labels in options.labels:
         setting, seeds = f"{Path(options.dataset).name}_{labels}", range(1, options.seeds + 1)
         for arm in options.arms:
-            if arm == MAPS:
+            if arm in ADDED:
                 measure.rate = table.chosen(setting, "kd_unlabelled", options.rates, seeds)
-            table.taken(setting, arm, MAP_WEIGHTS if arm == MAPS else options.rates, seeds)
+            table.taken(setting, arm, ADDED_WEIGHTS.get(arm, options.rates), seeds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 
 from benchmarks.evidence.comparison import ArmRuns, Lines, against, arm_runs, comparison_table, curve_table
-from benchmarks.evidence.few_labels_many_images import AUTO, MAPS
+from benchmarks.evidence.few_labels_many_images import ADDED, AUTO
 from benchmarks.evidence.runs import RESULTS
 from benchmarks.evidence.small_pages import auto_weight, cut, probe_reliability
 from hf_kdtl.evaluation.statistics import mean_and_std, mean_interval
@@ -76,9 +76,9 @@ def few_labels(lines: Lines) -> str:
     against_alone = comparison_table(
         [run for run in runs if run.arm != "kd_labelled"], {s: f"{s}/alone" for s in settings}
     )
-    more = {run.setting for run in runs if run.arm in (AUTO, MAPS)}
+    more = {run.setting for run in runs if run.arm in (AUTO, *ADDED)}
     to_unlabelled = comparison_table(
-        [run for run in runs if run.setting in more and run.arm in ("kd_unlabelled", AUTO, MAPS)],
+        [run for run in runs if run.setting in more and run.arm in ("kd_unlabelled", AUTO, *ADDED)],
         {s: f"{s}/kd_unlabelled" for s in more},
     )
     tables = {"kd_labelled": text, "alone": against_alone, "kd_unlabelled": to_unlabelled}

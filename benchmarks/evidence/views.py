@@ -179,11 +179,15 @@ def answers(teacher: Teacher, pixels: np.ndarray) -> np.ndarray:
 
 def as_seen(teacher: Teacher, pixels: np.ndarray) -> Tensor:
     """(n, 3, h, w) uint8 pixels through the teacher's own processor's size, mean and std."""
+    return shown_to(teacher, torch.from_numpy(pixels) / 255)
+
+
+def shown_to(teacher: Teacher, pixels: Tensor) -> Tensor:
+    """The same for pixels in [0, 1], by which can be differentiated."""
     processor = teacher.processing_class
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     size = (processor.size["height"], processor.size["width"])
-    shown = torch.nn.functional.interpolate(torch.from_numpy(pixels) / 255, size, mode="bilinear")
-    return (shown - mean) / std
+    return (torch.nn.functional.interpolate(pixels, size, mode="bilinear") - mean) / std
 
 
 def _parts(number: int, size: int = 250) -> list[np.ndarray]:

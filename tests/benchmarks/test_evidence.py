@@ -11,14 +11,19 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from benchmarks.evidence import comparison, report, small_pages
 from benchmarks.evidence.few_labels_many_images import shuffled
+from benchmarks.evidence.gradients import AnswersAndGradients, gradients_of
 from benchmarks.evidence.maps import AnswersAndMaps, maps_of
 from benchmarks.evidence.robust_students import RADIUS, attacked, right, spread_images
 from benchmarks.evidence.runs import RESULTS, Run, Table
 from benchmarks.evidence.small_vgg import SmallVGGConfig, SmallVGGForImageClassification
-from benchmarks.evidence.views import Views, as_seen, resized
+from benchmarks.evidence.students import small_bit
+from benchmarks.evidence.views import Views, answers, as_seen, normalised, resized, shown_to
 from hf_kdtl.functional.features import attention_transfer
+from hf_kdtl.functional.random import Draws
 from hf_kdtl.models import Teacher
+from hf_kdtl.models.forward.capture import capture
 from hf_kdtl.models.forward.needs import Needs
+from hf_kdtl.objectives import Jacobian
 from hf_kdtl.objectives.paired import patches
 
 
@@ -54,6 +59,27 @@ def test_a_map_of_one_channel_serves_attention_transfer_as_the_features_do(tmp_p
         values = [attention_transfer(mine, its, grid, grid, "code") for its in theirs]
         torch.testing.assert_close(*values, rtol=2e-3, atol=0)  # float16
         assert values[1].min() > 0
+
+
+def test_stored_gradients_serve_jacobian_as_the_teacher_does(tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 1.0]
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean, image_std=std)
+    teacher = Teacher(ResNetForImageClassification(config), processing_class=processor)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 16, 16), np.uint8)
+    logits = torch.from_numpy(answers(teacher, pixels.reshape(-1, 3, 16, 16)))
+    source = AnswersAndGradients(logits, gradients_of(teacher, pixels, logits, tmp_path / "g.npy"))
+    term, rows = Jacobian(), torch.tensor([7, 2])
+    mine, its = (needs | Needs(logits=True) for needs in term.needs(None))
+    assert source.unserved(its) == "" and "only logits and their gradients" in source.unserved(mine)
+    x = torch.stack([normalised(p) for p in pixels.reshape(-1, 3, 16, 16)[rows]])
+    batch = {"image_index": rows, "draws": Draws(0, 0, (0, 1))}
+    live = capture(teacher.classifier(), x, its, shown=lambda x: shown_to(teacher, (x + 1) / 2))
+    student = capture(small_bit(3, 1), x, mine)
+    values = [term(student, found, batch) for found in (source.capture(x, its, batch), live)]
+    torch.testing.assert_close(*values, rtol=2e-3, atol=0)  # float16
+    assert values[1].min() > 0.1
 
 
 def test_a_run_is_done_once_and_kept(tmp_path):
