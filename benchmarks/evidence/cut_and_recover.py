@@ -1,7 +1,7 @@
 """Table 3: a student cut out of its teacher, and what it recovers. The plan stands in benchmarks/plan.md.
 
     python -m benchmarks.evidence.cut_and_recover --digits_teacher <the demo's teacher> --work <folder>
-    python -m benchmarks.evidence.cut_and_recover --dataset <cifar10> --teacher <ViT> --work <folder> [--cuts depth_half]
+    python -m benchmarks.evidence.cut_and_recover --dataset <cifar10> --teacher <ViT> --work <folder> [--cuts C]
 
 A run on the digits is ten CPU seconds, one on cifar10 three and a half minutes; the stored outputs are 2 and 4 GB.
 Stopped and started again it goes on where it was.
@@ -35,7 +35,7 @@ RATES, WEIGHTS = (5e-4, 1e-3), (1.0, 10.0)
 AUTO = ("kd_hidden_states_auto", "kd_relation_auto")
 DIGITS, DIGITS_MARKS = {"digits_20": 20, "digits_5": 5}, (10, 25, 50, 100, 150)
 MARKS = (50, 100, 200, 300, 400, 500)
-CUTS: dict[str, dict[str, Any]] = {"heads_and_mlp_half": {"depth": 1.0, "flops": 0.5}, "depth_half": {"depth": 0.5}}
+CUTS: dict[str, dict[str, Any]] = {"heads_and_mlp_half": {"layers": 1.0, "flops": 0.5}, "depth_half": {"layers": 0.5}}
 CIFAR_ARMS = {"heads_and_mlp_half": ("labels", "kd", "kd_hidden_states"), "depth_half": ("kd", "kd_hidden_states")}
 
 
