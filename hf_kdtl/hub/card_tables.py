@@ -99,8 +99,12 @@ def shown_scores(results: Results) -> dict[str, Any]:
 
 
 def _interval(accuracy: float, images: int | None) -> str:
-    bounds = accuracy_interval(np.arange(images) < round(accuracy * images)) if images else None
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %" if bounds else "not measured"
+    if not images:
+        return "95% interval not measured"
+    right = round(accuracy * images)
+    if (bounds := accuracy_interval(np.arange(images) < right)) is None:
+        return f"no interval over images: {'all' if right else 'none'} of them are right"
+    return f"95% interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %, over images"
 
 
 def teacher_scores(results: Results, name: str = "teacher") -> Scores:

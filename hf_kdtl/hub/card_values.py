@@ -83,7 +83,8 @@ def millions(number: int | None) -> str:
 def _classes(results: Results, most: int = 12) -> dict[str, Any]:
     names = [inline(name, 40) for name in results.data.classes]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return {"count": len(names) or "unknown", "shown": Markdown(", ".join(names[:most]) + rest)}
+    count = len(names) or models_of(results).student.num_labels or "an unknown number of"
+    return {"count": count, "shown": Markdown(", ".join(names[:most]) + rest or "unnamed")}
 
 
 def _student(model: ModelFacts, teacher: ModelFacts | None, results: Results) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def _teacher(model: ModelFacts, student: ModelFacts) -> dict[str, Any]:
     mine, its = student.parameters, model.parameters
     return {
         "name": without_paths(model.name or "a model without a name")
-        + (", which is the student with its adapters off" if model.is_student else ""),
+        + (" (the student with its adapters off)" if model.is_student else ""),
         "where": Markdown(_where(model)),
         "architecture": model.architecture or "of unrecorded architecture",
         "parameters": _count(its),

@@ -12,12 +12,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import FILE, read_results, upgrade
-from hf_kdtl.hub.card_results import JSON, check_results, published, results_of, with_evaluation
+from hf_kdtl.hub.card_results import JSON, check_results, published, with_evaluation
 from hf_kdtl.hub.card_tables import is_headless, models_of, source_name, split_scores
 from hf_kdtl.hub.card_values import facts, millions
 from hf_kdtl.hub.license import of_parents, parents, student_license
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, render
 from hf_kdtl.hub.provenance import is_hub_name, is_on_hub
+from hf_kdtl.hub.trainer_results import results_of
 from hf_kdtl.reports.embedding import embedding_lines, embedding_sentence
 from hf_kdtl.utils.redaction import is_local, local_name, without_paths
 from hf_kdtl.utils.text import one_line

@@ -194,7 +194,8 @@ class PublishingTrainer(ShardingTrainer):
 
     def _results(self) -> dict[str, Any]:
         """The results of this run, without paths."""
-        from hf_kdtl.hub.card_results import published, results_of
+        from hf_kdtl.hub.card_results import published
+        from hf_kdtl.hub.trainer_results import results_of
 
         return published(results_of(self))
 

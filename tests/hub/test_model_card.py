@@ -20,6 +20,7 @@ from hf_kdtl.evaluation.records import Results
 from hf_kdtl.evaluation.results import SCHEMA, update_results
 from hf_kdtl.evaluation.statistics import paired_difference
 from hf_kdtl.hub.card_results import published
+from hf_kdtl.hub.card_tables import _interval
 from hf_kdtl.hub.markdown import Markdown, fenced, inline, table
 from hf_kdtl.hub.model_card import results_of, student_card, with_evaluation
 from hf_kdtl.hub.provenance import made_from, model_facts, origin, saved_hash, student_hash
@@ -649,79 +650,10 @@ def test_a_trainer_has_results_of_its_own():
     assert "16 images" in card.text and "not the" not in card.data.tags
 
 
-@pytest.mark.parametrize("greater", [False, True])
-def test_the_figures_are_of_the_student_as_it_is_and_of_eval_dataset(greater):
-    student, _ = pair()
-    run = trainer("out", student, max_steps=2, eval_dataset=Images(8, seed=1), eval_strategy="steps", eval_steps=1,
-                  save_strategy="steps", save_steps=1, learning_rate=0.03, load_best_model_at_end=True,
-                  metric_for_best_model="nll", greater_is_better=greater)  # fmt: skip
-    run.compute_metrics = compute_metrics
-    run.train()
-    first, last = (entry["eval_nll"] for entry in run.state.log_history if "eval_nll" in entry)
-
-    def shown():
-        found = results_of(run)
-        models = found["evaluation"].get("models")
-        return models["distilled"]["runs"]["42"]["validation"]["nll"] if models else found["data"]["notes"]
-
-    assert (
-        shown()
-        == (max if greater else min)(first, last)
-        == pytest.approx(run.predict(Images(8, seed=1))[2]["test_nll"])
-    )
-    run.evaluate(Images())  # of other images, whatever they are
-    assert shown() == (max if greater else min)(first, last)
-    assert run.evaluate()["eval_nll"] == shown()
-    run.eval_dataset = Images(4, seed=2)
-    (note,) = shown()
-    assert "no evaluation is of eval_dataset and of the student as it is (step" in note
-    assert run.evaluate()["eval_nll"] == shown()
-
-
-def test_a_trainers_card_counts_images_without_labels_and_says_that_it_measured_rounded():
-    student, _ = pair()
-    run = trainer("out", student, max_steps=1, eval_dataset=Images(4), quantize="int8")
-    run.train_dataset.split = {"label": [0] * 6 + [-100] * 10}  # as an ImageDataset has it
-    run.compute_metrics = compute_metrics
-    assert "8 bits" not in student_card(results_of(run)).text
-    run.evaluate()
-    text = student_card(results_of(run)).text
-    assert "It was measured in numbers of 8 bits (quantize)" in text and "quantize: int8" in text
-    assert "trained without a teacher on 6 labelled and 10 unlabelled images." in text
-
-
-def test_a_trainers_notes_name_no_folder_and_keep_their_words():
-    student, teacher = pair()
-    teacher.config._name_or_path = "runs/vit/model"
-    run = trainer("out", student, teacher, max_steps=1)
-    run.distiller.notes.append("runs/vit/model was made from train/validation/test")
-    assert "vit was made from train/validation/test" in results_of(run)["pairing"]["notes"]
-
-
-def test_a_trainer_that_measured_nothing_says_so():
-    student, _ = pair()
-    card = student_card(results_of(trainer("out", student, max_steps=1)))
-    assert "**Accuracy:** not measured." in card.text and "trained without a teacher" in card.text
-    assert "same source" not in card.text  # of test images that are none
-    assert "it always predicts one of its" in card.text
-    student.config.problem_type = "multi_label_classification"
-    card = student_card(results_of(trainer("out", student, max_steps=1)))
-    assert "classes apart, and for nothing else" in card.text and "per class on average" not in card.text
-    assert card.data.eval_results is None and "knowledge-distillation" not in card.data.tags
-
-
-def test_results_of_the_folder_are_taken_if_they_are_of_this_run():
-    student, teacher = pair()
-    run = trainer("out", student, teacher, objectives=[{"name": "task", "weight": 0.1}, {"name": "logit_kd"}])
-    update_results("out", "run", {"recipe": "distill"})
-    update_results("out", "objectives", run.args.entries)
-    for another in ({}, {"fingerprint": None}, {"fingerprint": "0" * 32}):  # of a student with the same objectives
-        update_results("out", "models", {"student": another})
-        assert results_of(run)["run"]["recipe"] is None
-    update_results("out", "models", {"student": {"fingerprint": student_hash(student)}})
-    assert results_of(run)["run"] == {"recipe": "distill"}
-    update_results("out", "run", {"recipe": "evaluate_student"})  # not of a training: left alone
-    assert results_of(run)["run"]["recipe"] is None
+@pytest.mark.parametrize(("accuracy", "shown"), [(1.0, "all of them are right"), (0.0, "none of them are right")])
+def test_an_accuracy_without_spread_has_no_interval(accuracy, shown):
+    assert _interval(accuracy, 60) == f"no interval over images: {shown}"
+    assert _interval(accuracy, None) == "95% interval not measured"
 
 
 def test_a_student_that_taught_itself():
@@ -738,7 +670,8 @@ def test_a_student_that_taught_itself():
     run.save_model("small")
     assert models["student"]["fingerprint"] == student_hash(adapted) == saved_hash(Path("small"), adapter=True)
     card = student_card(results_of(run), model_id="me/small")
-    assert "which is the student with its adapters off" in card.text and card.data.library_name == "peft"
+    assert "(the student with its adapters off) on 16 images." in card.text and card.data.library_name == "peft"
+    assert "an image classifier for 3 classes (unnamed)." in card.text
 
 
 def test_the_lines_that_open_adapters_do():

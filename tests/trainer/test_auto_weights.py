@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.functional.random import Draws
-from hf_kdtl.hub.card_results import results_of
 from hf_kdtl.hub.model_card import student_card
+from hf_kdtl.hub.trainer_results import results_of
 from hf_kdtl.objectives import OBJECTIVES
 from hf_kdtl.objectives.logits import LogitKD
 from hf_kdtl.trainer.auto_weights import _fitted
