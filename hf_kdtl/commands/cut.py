@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{output} holds a model. Give another --output_dir, or replace it: --overwrite true.")
     if output.resolve() == Path(options.teacher).resolve():
         raise ValueError(f"{output} is the teacher, which the student would replace; give another --output_dir.")
-    given = "dataset" in cli.typed_names(*types, argv=argv)
+    typed = cli.typed_names(*types, argv=argv)
+    builders.check_read(typed, () if cut.importance == "first_order" else ("train_images", "labels_per_class"))
+    given = "dataset" in typed
     if cut.importance == "first_order" and not given:
         raise ValueError("--importance first_order needs labelled images: type --dataset <those of the teacher>.")
     teacher = Teacher.from_pretrained(builders.existing(options.teacher))

@@ -129,13 +129,6 @@ def check_max_drop(options: EvaluateOptions) -> None:
         raise ValueError("max_drop needs a model to compare with; add --teacher or --baseline.")
 
 
-def check_read(typed: set[str], headless: bool) -> None:
-    """Raises ValueError for settings of the training images that nothing here is measured with."""
-    unread = {"augmentation", "views"} | (set() if headless else {"train_images", "labels_per_class"})
-    if found := sorted(unread & typed):
-        raise ValueError(f"{found[0]} is about training images, and nothing is trained here; leave {found[0]} out.")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge every model; write results.json, report and figures. Returns the exit code: 1 where a student fails."""
     cli.quiet()
@@ -145,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_max_drop(options)
     check_folder(folder, options.overwrite_output_dir)
     typed, headless = cli.typed_names(*types, argv=argv), any(map(is_headless_path, options.models))
-    check_read(typed, headless)
+    builders.check_read(typed, () if headless else ("train_images", "labels_per_class"))
     run = folders.describe_run("evaluate_student", config, options, data_options)
     with config.main_process_first(local=False):
         data = builders.read_splits(data_options)  # a bad image is found in the first pass over its split

@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, data_options = cli.parse(*types, argv=argv, doc=__doc__)
     output = Path(options.output)
     check(options, output)
+    typed = cli.typed_names(*types, argv=argv)
+    builders.check_read(typed, () if options.int8 else ("train_images", "labels_per_class"))
     if options.int8:
-        int8.check(options.max_drop, cli.typed_names(*types, argv=argv), data_options)
+        int8.check(options.max_drop, typed, data_options)
     source = builders.existing(options.student)
     student = opened(source, options.int8)
     pixels = random_pixels(source, student, options)

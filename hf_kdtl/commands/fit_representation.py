@@ -86,7 +86,9 @@ class Rows:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, capture the outputs, fit, write the layer, its picture and results.json."""
     cli.quiet()
-    options, data_options = cli.parse(RepresentationOptions, DataOptions, argv=argv, doc=__doc__)
+    types = (RepresentationOptions, DataOptions)
+    options, data_options = cli.parse(*types, argv=argv, doc=__doc__)
+    builders.check_read(cli.typed_names(*types, argv=argv))
     link, folder = check_of(options.of, options.layer, options.link), Path(options.output_dir)
     if (options.k is None) == (options.explained is None):
         raise ValueError("expected one of --k <number of coefficients> and --explained <share, such as 0.9>.")

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import ViTImageProcessor
 
+from hf_kdtl.commands import cut, export, fit_representation
 from hf_kdtl.commands.common import builders, candidates
 from hf_kdtl.commands.common.builders import DataOptions
 from hf_kdtl.data.loading import ImageData, load_images
@@ -140,3 +141,21 @@ def test_a_test_split_that_no_setting_cuts_is_the_same_with_any(images):
 def test_a_source_that_is_no_path_here_is_on_the_hub(source, expected):
     Path("here/one").mkdir(parents=True)
     assert builders.is_on_hub(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "setting"),
+    [
+        (cut.main, [], "views"),
+        (cut.main, ["--train_images", "9", "--dataset", "digits"], "train_images"),
+        (export.main, ["--output", "s.onnx"], "views"),
+        (export.main, ["--output", "s.onnx", "--labels_per_class", "9"], "labels_per_class"),
+        (fit_representation.main, ["--of", "probabilities", "--k", "2"], "views"),
+    ],
+)
+def test_settings_of_training_images_are_refused_where_nothing_is_trained(main, flags, setting):
+    model = "--student" if main is export.main else "--teacher"
+    output = [] if main is export.main else ["--output_dir", "out"]
+    given = flags if setting in " ".join(flags) else [*flags, "--views", "2"]
+    with pytest.raises(ValueError, match=f"^{setting} is about training images, and nothing is trained here"):
+        main([model, "nowhere", *output, *given])

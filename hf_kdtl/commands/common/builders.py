@@ -65,6 +65,13 @@ class DataOptions:
     )
 
 
+def check_read(typed: set[str], further: Sequence[str] = ()) -> None:
+    """Raises ValueError for settings of training that were typed where nothing is trained: of augmentation, and
+    `further` ones."""
+    if found := sorted({"augmentation", "views", *further} & typed):
+        raise ValueError(f"{found[0]} is about training images, and nothing is trained here; leave {found[0]} out.")
+
+
 def open_data(options: DataOptions) -> ImageData:
     """The three splits, with train cut to `train_images` or `labels_per_class`."""
     Augmentation(mapping("augmentation", options.augmentation))  # a misspelt key fails before the images are read
