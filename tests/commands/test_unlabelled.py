@@ -110,3 +110,11 @@ def test_a_number_of_images_that_leaves_a_class_without_a_share_is_refused(image
     several = load_images("images.csv", multi_label=True)
     few = fewer_labels(several, len(several.train) - 1, None, 0)
     assert len(few.train) == len(several.train) - 1 and "are used, at random, seed 0." in few.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["distill", "preflight", "probe", "tune"])
+def test_unlabelled_images_without_labelled_ones_are_not_put_beside_the_digits(name, command, teacher, images):
+    flags = ["--teacher", "teacher", "--unlabelled", "images", "--output_dir", "out", "--student_layers", "1"]
+    with pytest.raises(ValueError, match="type --dataset <labelled images>"):
+        command(name).main([*flags, "--objectives", "logit_kd"])
+    assert not Path("out").exists()

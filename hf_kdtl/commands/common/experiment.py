@@ -66,6 +66,11 @@ class Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}, expected different ones.")
         self.notes: list[str] = []
+        if options.unlabelled not in (None, "rest") and "dataset" not in (typed or ["dataset"]):
+            raise ValueError(
+                "--unlabelled adds images to labelled ones, and these objectives read labels or class outputs: type "
+                "--dataset <labelled images> (digits are built in), or --objectives feature_kd, which reads neither."
+            )
         is_self = options.teacher == "self"
         check_teacher_usage(options.teacher, config)  # before any is read
         names = ("class_names", "templates", "teacher_dtype", "teacher_options")
