@@ -30,6 +30,7 @@ HINT = {"name": "hidden_states", "layers": [[3, 5]], "weight": 2.5}
 ARMS = {
     "alone": TASK, "logit_kd": KD, "both": [*KD, HINT], "hidden_states": [*TASK, HINT],
     "both_auto": [*KD, HINT | {"weight": "auto"}],
+    "both_auto_kd_first": [KD[1], KD[0], HINT | {"weight": "auto"}],
 }  # fmt: skip
 
 
