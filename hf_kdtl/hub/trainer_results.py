@@ -116,7 +116,7 @@ def _unlabelled(images: Any) -> dict[str, int]:
     for source, row in (item_of(images, i) for i in range(_length(images))):
         if id(source) not in kinds:
             split = getattr(source, "split", None)  # of a datasets.Dataset it is only a name
-            kinds[id(source)] = split["label"][:] if hasattr(split, "column_names") else []
+            kinds[id(source)] = [] if split is None or isinstance(split, str) else split["label"][:]
         labelled += [label >= 0 for label in kinds[id(source)][row : row + 1]]
     if len(labelled) < _length(images) or len({*labelled}) < 2:
         return {}

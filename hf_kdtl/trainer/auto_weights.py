@@ -89,7 +89,21 @@ class AutoWeights:
         return (
             f"weights measured before training: {shown}. Each makes the term's gradient as large as that of "
             f"{self.found['reference']!r}, times its ratio; the mean over the first {self.found['steps']} optimizer "
-            "steps."
+            f"steps.{self._stronger()}"
+        )
+
+    def _stronger(self) -> str:
+        """A sentence where another term with a number pulls more strongly than the reference, at least twice."""
+        assert self.found is not None
+        reference, ratios = self.found["reference"], self.found["ratios"]
+        pull = {key: one["weight"] * one["norm"] for key, one in self.found["terms"].items() if key not in ratios}
+        strongest = max(pull, key=lambda key: pull[key])
+        if pull[strongest] < 2 * pull[reference]:
+            return ""
+        times = pull[strongest] / pull[reference]
+        return (
+            f" {strongest!r} pulls {times:.2g} times as strongly as {reference!r}: to measure against it, put it "
+            "first among the objectives."
         )
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -100,11 +114,11 @@ class AutoWeights:
 
     def _measured(self, ratios: dict[str, float]) -> dict[str, Any]:
         config, distiller = self.trainer.args, self.trainer.distiller
-        given = {key: weight for key, weight in config.weights().items() if key not in ratios}
-        reference = next(key for key, weight in given.items() if weight > 0)
-        gradients = mean_gradients(self.trainer, distiller, [reference, *ratios])
+        given = {key: weight for key, weight in config.weights().items() if key not in ratios and weight > 0}
+        reference = next(iter(given))
+        gradients = mean_gradients(self.trainer, distiller, [*given, *ratios])
         weights = auto_weights(gradients, ratios, reference, given[reference])
-        terms = record(gradients, {reference: given[reference]} | weights)
+        terms = record(gradients, given | weights)
         return {"reference": reference, "steps": gradients[reference].steps, "ratios": ratios, "terms": terms}
 
 

@@ -65,6 +65,19 @@ def test_it_is_the_ratio_of_the_mean_gradients(tmp_path):
     }
 
 
+def test_a_reference_that_pulls_less_than_another_term_is_noted(tmp_path):
+    second = {"name": "attention_transfer", "weight": "auto"}
+    entries = [AUTO[0] | {"weight": 0.01}, {"name": "logit_kd", "weight": 0.9}, second]
+    runner = trained(tmp_path / "weak", entries, max_steps=1)
+    terms = runner.auto_weights.found["terms"]
+    times = 0.9 * terms["logit_kd"]["norm"] / (0.01 * terms["task"]["norm"])
+    assert times > 2 and f"'logit_kd' pulls {times:.2g} times as strongly as 'task'" in runner.auto_weights.sentence()
+    other = trained(tmp_path / "strong", [entries[1], entries[0], second], max_steps=1)
+    assert "pulls" not in other.auto_weights.sentence()
+    ratio = other.auto_weights.weights["attention_transfer"] / runner.auto_weights.weights["attention_transfer"]
+    assert ratio == pytest.approx(times, rel=1e-5)
+
+
 class Noisy(Images):
     """Images with noise from each of the global streams."""
 
