@@ -215,7 +215,8 @@ UNFINISHED = f"Arms with fewer than {SEEDS} seeds are unfinished: nothing is cla
 NOTES = {
     "cut": "Three seeds: nothing is claimed. Lines of other steps than 500 are trials, and not shown.",
     "auto_weight": "Differences are paired by seed, with a 95 % t interval.",
-    "probe_reliability": "Three seeds, 95 % intervals; the foretold one is for the best of the distilled arms.",
+    "probe_reliability": "Three seeds, 95 % intervals; the foretold one is for the best of the distilled arms. "
+    "Measured while the second term was weighed against a tenth of the cross-entropy; since then against logit_kd.",
     "cut_and_recover": "Ten seeds on the digits; three on cifar10 (`depth_half`): nothing is claimed from these.",
     "backbone_transfer": "Five seeds, as planned. The weight is a learning rate, or the C of a probe; `alone` and "
     "`kd_labelled` are lines of few_labels_many_images.jsonl.",

@@ -34,6 +34,14 @@ def test_it_runs_to_its_end_stopped_and_continued(command, images, teacher, caps
     monkeypatch.setattr(probing, "short_run", lambda *a: made.append(a[1:3]) or real(*a))
     main([*PROBE, "--second", "attention_transfer", "--resume_from_checkpoint", "true"])
     assert Path("out/runs.jsonl").read_text().startswith(before)
+    by_arm = {
+        line["arm"]: line["objectives"] for line in map(json.loads, Path("out/runs.jsonl").read_text().splitlines())
+    }
+    second = by_arm["with attention_transfer"]  # weighed against the heaviest term, which is the first
+    assert [(one["name"], one["weight"]) for one in second] == [
+        ("logit_kd", 0.9), ("task", 0.1), ("attention_transfer", {"auto": 0.5})
+    ]  # fmt: skip
+    assert [one["name"] for one in by_arm["distilled"]] == ["task", "logit_kd"]
     assert len(made) == 2 * 2 * 3 and made[:3] == [("alone", 1), ("distilled", 1), ("with attention_transfer", 1)]
     found = read_results("out")["probe"]
     assert found["labels_per_class"] == pytest.approx([13 / 3, 26 / 3], abs=0.4)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from optuna.trial import FixedTrial
 
 from hf_kdtl.commands.common import arguments as cli
 from hf_kdtl.commands.common import trials, tuning
+from hf_kdtl.commands.common.search_space import SearchSpace
 from hf_kdtl.commands.common.trials import RunLog
 from hf_kdtl.evaluation import read_results
 from tests.commands.conftest import CONFIG
@@ -102,3 +104,11 @@ def test_without_optuna_it_says_what_to_type(monkeypatch):
     monkeypatch.setattr(tuning, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'hf_kdtl\[tune\]'"):
         tuning.check_optuna()
+
+
+@pytest.mark.parametrize("output, second", [(20.0, 10.0), (0.4, 0.5)])
+def test_a_second_term_is_weighed_against_the_stronger_of_the_others(output, second):
+    given = {"output": "logit_kd", "output_ratio": output, "temperature": 2.0, "second": "relation"}
+    trial = FixedTrial(given | {"second_ratio": 0.5, "learning_rate": 1e-3})
+    entries, _ = SearchSpace.of(["logit_kd", "relation"], 1e-3).suggest(trial)
+    assert [entry["weight"] for entry in entries] == [1.0, {"auto": output}, {"auto": second}]

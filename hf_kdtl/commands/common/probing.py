@@ -18,6 +18,7 @@ from hf_kdtl.commands.common.search_space import words
 from hf_kdtl.commands.common.trials import RunLog, short_run
 from hf_kdtl.evaluation.learning_curves import at_length, labels_worth
 from hf_kdtl.evaluation.statistics import paired_difference
+from hf_kdtl.objectives.entries import auto_ratio, entry_weight
 
 SHARES = (0.25, 0.5, 1.0)  # of the labelled images
 PARTS = (4, 2, 1)  # of a run, after which it is scored
@@ -46,11 +47,13 @@ class Probe:
         self.lines: dict[tuple[str, float, int], dict[str, Any]] = {}
 
     def _add_second(self, second: str) -> None:
-        taken = {entry["name"] for entry in self.experiment.config.entries}
+        # "auto" measures against the first entry that has a number: the heaviest.
+        given = sorted(self.experiment.config.entries, key=lambda entry: -_number(entry))
+        taken = {entry["name"] for entry in given}
         for name in [] if second == "none" else SECOND if second == "auto" else [second]:
             if name in taken:
                 continue
-            entries = [*self.experiment.config.entries, {"name": name, "weight": {"auto": 0.5}}]
+            entries = [*given, {"name": name, "weight": {"auto": 0.5}}]
             self.experiment.arms[f"with {name}"] = Arm(entries)
             try:
                 folder = self.experiment.folder
@@ -173,3 +176,8 @@ def _in_labels(more: float | None, labels: float) -> str:
     if more == float("inf"):
         return f" That equals more than 15 times the {labels:.0f} labels a class that there are."
     return f" That equals about {more:.0f} more labels a class (there are {labels:.0f})."
+
+
+def _number(entry: dict[str, Any]) -> float:
+    """The weight of an entry, 0 where it is measured."""
+    return 0.0 if auto_ratio(entry) is not None else entry_weight(entry)

@@ -43,15 +43,17 @@ class SearchSpace:
         return cls(outputs, tuple(name for name in names if name not in outputs), rate)
 
     def suggest(self, trial: Any) -> tuple[list[dict[str, Any]], float]:
-        """(entries of `objectives`, learning rate) of a trial. The weights are relative: {"auto": r}."""
-        output = trial.suggest_categorical("output", self.outputs)
-        entry = {"name": output, "weight": {"auto": _log(trial, "output_ratio", *OUTPUT_RATIO)}}
+        """(entries of `objectives`, learning rate) of a trial. Weights are relative: {"auto": r}, the second term's to
+        the stronger of the other two."""
+        output, ratio = trial.suggest_categorical("output", self.outputs), _log(trial, "output_ratio", *OUTPUT_RATIO)
+        entry = {"name": output, "weight": {"auto": ratio}}
         if "temperature" in inspect.signature(OBJECTIVES[output]).parameters:
             entry["temperature"] = _log(trial, "temperature", *TEMPERATURE)
         entries = [{"name": "task", "weight": 1.0}, entry]
         second = trial.suggest_categorical("second", [NONE, *self.seconds])
         if second != NONE:
-            entries.append({"name": second, "weight": {"auto": _log(trial, "second_ratio", *SECOND_RATIO)}})
+            ratio = _three_digits(max(1.0, ratio) * _log(trial, "second_ratio", *SECOND_RATIO))
+            entries.append({"name": second, "weight": {"auto": ratio}})
         return entries, _log(trial, "learning_rate", self.rate / RATE, self.rate * RATE)
 
 
@@ -61,8 +63,13 @@ def _inside(name: str) -> bool:
 
 
 def _log(trial: Any, name: str, low: float, high: float) -> float:
-    """A number that is drawn on a logarithmic scale, to three digits: it goes into a file that is read."""
-    return float(f"{trial.suggest_float(name, low, high, log=True):.3g}")
+    """A number that is drawn on a logarithmic scale."""
+    return _three_digits(trial.suggest_float(name, low, high, log=True))
+
+
+def _three_digits(number: float) -> float:
+    """It goes into a file that is read."""
+    return float(f"{number:.3g}")
 
 
 def words(entries: list[dict[str, Any]]) -> str:
