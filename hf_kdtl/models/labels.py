@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unicodedata import normalize
+
+import numpy as np
 
 from hf_kdtl.models.forward.embedding import is_headless
 from hf_kdtl.utils.wrapped import inside
@@ -135,10 +137,18 @@ def dataset_class_names(dataset: Any) -> list[str] | None:
             )
         return lists[0] if lists else None
     inner = getattr(dataset, "split", None)  # of an ImageDataset; of a datasets.Dataset it is only a name
-    features = getattr(inner, "features", None) or getattr(dataset, "features", None)
-    found = [getattr(features.get(key), "names", None) for key in ("label", "labels")] if features else []
-    found += [getattr(dataset, "classes", None)]
-    return next((list(names) for names in found if names and all(isinstance(name, str) for name in names)), None)
+    features = [getattr(one, "features", None) for one in (inner, dataset)]
+    labels = [one.get(key) for one in features if isinstance(one, Mapping) for key in ("label", "labels")]
+    found = [*(getattr(one, "names", None) for one in labels), getattr(dataset, "classes", None)]
+    return next((names for one in found if (names := _in_order(one))), None)
+
+
+def _in_order(names: Any) -> list[str] | None:
+    """Class names of a dataset's attribute, by index; None where it is something else, or has no order."""
+    if isinstance(names, Mapping) and sorted(names.values(), key=str) == sorted(range(len(names)), key=str):
+        names = sorted(names, key=names.__getitem__)  # {name: index}
+    names = list(names) if isinstance(names, list | tuple | np.ndarray) else []
+    return [str(name) for name in names] if names and all(isinstance(name, str) for name in names) else None
 
 
 def adopt_class_names(model: Any, names: Sequence[str] | None) -> None:

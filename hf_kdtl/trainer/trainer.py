@@ -208,7 +208,7 @@ class DistillationTrainer(LossTrainer):
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset if train_dataset is None else train_dataset
         make = getattr(getattr(data, "data", data), "train_sampler", None)  # an IndexedDataset holds the data
-        sampler = make(self._train_batch_size) if make is not None else None
+        sampler = make(self._train_batch_size) if callable(make) else None
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):

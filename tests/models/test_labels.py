@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image
@@ -138,6 +139,28 @@ def test_where_a_dataset_has_its_names():
     for dataset in (data, ImageDataset(split, None), torch.utils.data.Subset(data, [0]), folder):
         assert dataset_class_names(dataset) == ["dog", "cat"]
     assert dataset_class_names(Images(2)) is None and dataset_class_names(None) is None
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("classes", np.array(["dog", "fox", "cat"]), ["dog", "fox", "cat"]),
+        ("classes", {"cat": 2, "dog": 0, "fox": 1}, ["dog", "fox", "cat"]),
+        ("classes", {"cat": 3, "dog": 1, "fox": 2}, None),
+        ("classes", {"dog", "cat", "fox"}, None),  # in no order
+        ("classes", torch.arange(3), None),
+        ("classes", 3, None),
+        ("classes", [], None),
+        ("features", torch.zeros(2, 3), None),
+        ("features", [1, 2], None),
+        ("train_sampler", torch.utils.data.SequentialSampler(range(4)), None),
+    ],
+)
+def test_other_attributes_of_a_users_dataset_are_no_class_names(tmp_path, name, value, expected):
+    data = Images(4)
+    setattr(data, name, value)
+    assert dataset_class_names(data) == expected
+    trainer(tmp_path, build("vit"), data=data, max_steps=1, per_device_train_batch_size=2).train()
 
 
 def test_a_head_that_is_not_what_the_config_says():
