@@ -36,8 +36,9 @@ class DistillationConfig(TrainingArguments):
     """TrainingArguments with what to distill, and how.
 
     The same list works from Python, from YAML and from the command line (`--objectives '[{"name": "task"}]'`), and
-    comes back from `to_dict()`. A name alone stands for an entry with defaults and weight 1: `["task", "logit_kd"]`,
-    `--objectives task logit_kd`. Everything that needs no model is checked here, before any work.
+    comes back from `to_dict()`. A name alone stands for an entry with defaults and weight 1: `["task", "logit_kd"]`;
+    the commands also take `--objectives task logit_kd`, an HfArgumentParser of your own one JSON text. Everything
+    that needs no model is checked here, before any work.
 
     In hyperparameter_search a value inside a setting has a dotted name: `objectives.logit_kd.temperature`,
     `layer_rates.momentum`.

@@ -272,12 +272,10 @@ def paired_scores(logits: Any, labels: Any, teacher: Any = None, baseline: Any =
     From logits (n, K) and labels (n,) alone: accuracy, top5 (only of more than 5 classes), mean_class_accuracy, nll,
     brier and ece; from labels (n, K) of several labels an image map, micro_f1 and macro_f1.
 
-    Args:
-        teacher, baseline: logits (n, K) of other models on the same images, in the same class order.
+    `teacher` and `baseline` are logits (n, K) of other models on the same images, in the same class order.
     """
     given = {"logits": logits, "labels": labels, "teacher": teacher, "baseline": baseline}
-    if np.ndim(labels) == 2:
-        given = {"logits": logits, "multi_labels": labels}
+    given = {"logits": logits, "multi_labels": labels} if np.ndim(labels) == 2 else given
     available = {kind: value for kind, value in given.items() if value is not None}
     classes = np.shape(logits)[-1]
     return {
@@ -288,6 +286,15 @@ def paired_scores(logits: Any, labels: Any, teacher: Any = None, baseline: Any =
 
 
 def compute_metrics(prediction: Any) -> dict[str, float]:
-    """`paired_scores` for Trainer's `compute_metrics`. Of several outputs (DeiT has two heads) the first is used."""
-    outputs = prediction.predictions
-    return paired_scores(outputs[0] if isinstance(outputs, tuple | list) else outputs, prediction.label_ids)
+    """`paired_scores` for Trainer's `compute_metrics`. Of several outputs (DeiT has two heads) the first is used.
+    Raises ValueError for labels that are distributions."""
+    outputs, labels = prediction.predictions, prediction.label_ids
+    if isinstance(labels, list):  # eval_do_concat_batches=False
+        outputs, labels = np.concatenate([_first(batch) for batch in outputs]), np.concatenate(labels)
+    if np.ndim(labels) == 2 and not np.isin(labels, (0, 1, -100)).all():
+        raise ValueError("labels are distributions, and these metrics go by classes: evaluate on class indices.")
+    return paired_scores(_first(outputs), labels)
+
+
+def _first(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs

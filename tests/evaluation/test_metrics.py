@@ -314,6 +314,19 @@ def test_no_label_at_all():
         compute_metrics(EvalPrediction(LOGITS, np.full(4, -100)))
 
 
+def test_batches_that_are_not_joined_give_the_same():
+    rows = [slice(0, 2), slice(2, 4)]
+    apart = EvalPrediction([(LOGITS[part], LOGITS[part]) for part in rows], [LABELS[part] for part in rows])
+    assert compute_metrics(apart) == compute_metrics(EvalPrediction(LOGITS, LABELS))
+    apart = EvalPrediction([LOGITS[part] for part in rows], [LABELS[part] for part in rows])
+    assert compute_metrics(apart) == compute_metrics(EvalPrediction(LOGITS, LABELS))
+
+
+def test_distributions_as_labels_are_named():
+    with pytest.raises(ValueError, match="labels are distributions, and these metrics go by classes"):
+        compute_metrics(EvalPrediction(LOGITS, np.full(LOGITS.shape, 1 / LOGITS.shape[1])))
+
+
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
