@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -73,7 +74,8 @@ class AutoWeights:
         50 forwards before, where an objective has parameters of its own.
 
         Raises:
-            ValueError: for a term that is at its minimum (`hf_kdtl.optim.auto_weights.auto_weights`).
+            ValueError: for a term that is at its minimum (`hf_kdtl.optim.auto_weights.auto_weights`), and for data
+                that can be read only once.
         """
         ratios = self.trainer.args.auto_ratios()
         if not resumed or (self.found or {}).get("ratios") != ratios:
@@ -113,7 +115,12 @@ class AutoWeights:
         self.found = state
 
     def _measured(self, ratios: dict[str, float]) -> dict[str, Any]:
-        config, distiller = self.trainer.args, self.trainer.distiller
+        config, distiller, data = self.trainer.args, self.trainer.distiller, self.trainer.train_dataset
+        if isinstance(data, IterableDataset) and iter(data) is iter(data):
+            raise ValueError(
+                "weights that are auto are measured on images that training reads again, and train_dataset can be "
+                "read once. Give numbers, or a dataset whose __iter__ begins again."
+            )
         given = {key: weight for key, weight in config.weights().items() if key not in ratios and weight > 0}
         reference = next(iter(given))
         gradients = mean_gradients(self.trainer, distiller, [*given, *ratios])

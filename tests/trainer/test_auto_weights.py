@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.functional.random import Draws
@@ -196,6 +197,20 @@ def test_what_holds_to_the_start_is_refused(tmp_path, name):
         student, _ = pair()
         entries = [{"name": "task"}, {"name": name, "weight": "auto"}]
         trainer(tmp_path, student, None, None, entries, **RUN).train()
+
+
+def test_data_that_can_be_read_once_is_refused(tmp_path):
+    class Pipe(IterableDataset):
+        def __init__(self):
+            self.items = iter([Images(24)[i] for i in range(24)])
+
+        def __iter__(self):
+            return self.items
+
+    runner = trainer(tmp_path, *pair(), Pipe(), AUTO, **RUN)
+    with pytest.raises(ValueError, match=r"train_dataset can be read once\. Give numbers"):
+        runner.train()
+    assert sum(1 for _ in runner.train_dataset) == 24
 
 
 def test_a_copy_of_the_teacher_is_refused(tmp_path):
