@@ -82,6 +82,17 @@ def label_order(wanted: Sequence[str], found: Sequence[str], who: tuple[str, str
     return [its.index(name) for name in ours]
 
 
+def classes_of(student: Any) -> Any:
+    """The config of a student, which says what its classes are. Raises TypeError where there is none."""
+    if (config := getattr(student, "config", None)) is None:
+        raise TypeError(
+            f"the student is a {type(student).__name__} without a config, which says what its classes are: set "
+            "student.config = transformers.PretrainedConfig(id2label={0: ..., 1: ...}), or use objectives that "
+            "compare no class outputs."
+        )
+    return config
+
+
 def match_labels(student: Any, teacher: Any) -> tuple[list[int] | None, str]:
     """Columns of the teacher's logits in the student's class order, from the two model configs.
 

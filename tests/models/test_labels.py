@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, Image
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_kdtl.data.dataset import ImageDataset
 from hf_kdtl.models import Teacher
@@ -218,3 +220,19 @@ def test_default_names_in_another_order_are_names():
     assert class_names(student.config) == ["LABEL_2", "LABEL_0", "LABEL_1"]
     set_class_names(teacher.config, ["LABEL_1", "LABEL_2", "LABEL_0"])
     assert match_labels(student.config, teacher.config)[0] == [1, 2, 0]
+
+
+def test_a_student_without_a_config_is_refused_and_the_cure_works(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3 * 32 * 32, 3)
+
+        def forward(self, pixel_values):
+            return ImageClassifierOutput(logits=self.head(pixel_values.flatten(1)))
+
+    student, kd = Net(), [{"name": "logit_kd"}]
+    with pytest.raises(TypeError, match=r"is a Net without a config.*set student\.config = "):
+        trainer(tmp_path, student, build("vit", seed=5), objectives=kd)
+    student.config = PretrainedConfig(id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    trainer(tmp_path, student, build("vit", seed=5), objectives=kd, max_steps=1).train()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_kdtl.models.forward.capture import Capture, Needs
 from hf_kdtl.models.forward.geometry import ModelGeometry
-from hf_kdtl.models.labels import match_labels
+from hf_kdtl.models.labels import classes_of, match_labels
 from hf_kdtl.models.teachers.facts import in_order
 from hf_kdtl.models.teachers.own_pixels import OwnPixels
 from hf_kdtl.models.teachers.processor_files import open_processor
@@ -70,7 +70,7 @@ class StoredTeacher(SignalSource):
         self.notes, self.order = [], None
         self._matched = student, processing_class, compare_classes
         if compare_classes:
-            self.order, note = match_labels(student.config, self.provenance())
+            self.order, note = match_labels(classes_of(student), self.provenance())
             self.notes.append(note)
         if self._live is not None:
             self._live.match(*self._matched)

@@ -17,7 +17,7 @@ from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.embedding import POOLS, Pool, is_headless, untrained_pooler
 from hf_kdtl.models.forward.geometry import ModelGeometry, describe
 from hf_kdtl.models.forward.partial_batch import capture_in_chunks, capture_subset
-from hf_kdtl.models.labels import MULTI_LABEL, is_multi_label, match_labels
+from hf_kdtl.models.labels import MULTI_LABEL, classes_of, is_multi_label, match_labels
 from hf_kdtl.models.run_context import is_sharded, low_precision, nonsmooth_layers, not_differentiable
 from hf_kdtl.models.teachers.backbone import check_reads_images, no_classifier, open_vision_model, prepared
 from hf_kdtl.models.teachers.facts import in_order, source_info
@@ -145,7 +145,7 @@ class Teacher(SignalSource):
         if compare_classes:
             self._check_is_classifier()
             self._check_head()
-            self.order, note = match_labels(student.config, self.model.config)
+            self.order, note = match_labels(classes_of(student), self.model.config)
             self.notes.append(note)
         self._pixels = self._match_pixels(processing_class)
 
