@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
@@ -26,7 +25,7 @@ from hf_kdtl.checkpoints.rotation import (
     to_prune,
 )
 from hf_kdtl.checkpoints.state import CheckpointPart, save_parts
-from hf_kdtl.trainer.resume_facts import run_facts, settings_that_are_kept
+from hf_kdtl.trainer.resume_facts import needed_files, run_facts, settings_that_are_kept
 from hf_kdtl.trainer.streaming import StreamingTrainer
 
 logger = logging.get_logger(__name__)
@@ -177,7 +176,8 @@ class CheckpointingTrainer(StreamingTrainer):
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        steps: list[Callable[[str], None]] = [self._back_up, lambda path: self.save_model(path, _internal_call=True)]
+        steps: list[Callable[[str], None]] = [self._back_up, self._save_parts]
+        steps.append(lambda path: self.save_model(path, _internal_call=True))
         if not self.args.save_only_model:
             steps += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
         steps += [self._write_state, self._finalize]
@@ -199,13 +199,14 @@ class CheckpointingTrainer(StreamingTrainer):
         if self.args.should_save:
             back_up(Path(output_dir))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call and output_dir is not None and self.args.should_save:
-            folder = Path(output_dir)
+    def _save_parts(self, output_dir: str) -> None:
+        """A step of its own: a user's `save_model` may write the student alone."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir)
+        if parts := self._checkpoint_parts(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if parts := self._checkpoint_parts(folder):
-                save_parts(folder, parts)
-        super().save_model(output_dir, _internal_call)
+            save_parts(folder, parts)
 
     def _write_state(self, output_dir: str) -> None:
         """Write trainer_state.json under another name, list all files in the manifest, and give it its name."""
@@ -222,7 +223,9 @@ class CheckpointingTrainer(StreamingTrainer):
                 kept[name] = [*kept[name], state] if isinstance(kept[name], list) else state
         self.state.save_to_json(str(folder / UNLISTED))
         optimizer = None if self.args.save_only_model else self._optimizer_name()
-        write_manifest(folder, self.args.world_size, self._needed(), self._run, optimizer=optimizer, **run_facts(self))
+        write_manifest(
+            folder, self.args.world_size, needed_files(self), self._run, optimizer=optimizer, **run_facts(self)
+        )
 
     def _finalize(self, output_dir: str) -> None:
         """Verify the checkpoint, and find what can be removed now that it is complete."""
@@ -235,16 +238,6 @@ class CheckpointingTrainer(StreamingTrainer):
         if doomed := to_prune(folder, limit, best, self._damaged):
             fsync_tree(folder)
         self._doomed = doomed
-
-    def _needed(self) -> list[str]:
-        """Trainer's own files beyond the model."""
-        if self.args.save_only_model:
-            return []
-        world = range(self.args.world_size) if not self.args.save_on_each_node else [self.args.process_index]
-        random = [f"rng_state_{i}.pth" for i in world] if self.args.world_size > 1 else ["rng_state.pth"]
-        scaler = [SCALER_NAME] if self.accelerator.scaler is not None else []
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # those have folders
-        return random + scaler + ([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])
 
     def _rank_errors(self, error: Exception | None) -> list[str]:
         """Why processes could not write; the same on all of them. One that left alone would leave the others

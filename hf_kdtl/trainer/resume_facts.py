@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from hf_kdtl.utils.wrapped import holders
@@ -58,6 +59,18 @@ def _of_teacher(source: Any) -> dict[str, Any]:
 
 def _settings(processor: Any) -> Any:
     return json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else None
+
+
+def needed_files(trainer: Any) -> list[str]:
+    """Trainer's own files that a checkpoint must have beyond the model, to be resumed from."""
+    args = trainer.args
+    if args.save_only_model:
+        return []
+    world = range(args.world_size) if not args.save_on_each_node else [args.process_index]
+    random = [f"rng_state_{i}.pth" for i in world] if args.world_size > 1 else ["rng_state.pth"]
+    scaler = [SCALER_NAME] if trainer.accelerator.scaler is not None else []
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # those have folders
+    return random + scaler + ([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])
 
 
 @contextmanager

@@ -126,14 +126,23 @@ class ShardingTrainer(CheckpointingTrainer):
 
     # ---- Saving: all processes gather before one writes: one that cannot would leave the others waiting ----
 
+    def _save_parts(self, output_dir: str) -> None:
+        with self._gathered(objectives=self.distiller.objectives):
+            super()._save_parts(output_dir)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self._gathered(student=self.model):
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _gathered(self, **modules: Any) -> Iterator[None]:
+        """Within it `_full_state` has the tensors of modules that are sharded."""
         if isinstance(self.model, FSDPModule):
-            parts = {"student": self.model, "objectives": self.distiller.objectives}
             self._full_state = {
-                name: gather_full(module.state_dict(), self.args.should_save) for name, module in parts.items()
+                name: gather_full(module.state_dict(), self.args.should_save) for name, module in modules.items()
             }
         try:
-            super().save_model(output_dir, _internal_call)
+            yield
         finally:
             self._full_state = {}
 

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 import hf_kdtl.checkpoints.state
+from hf_kdtl import DistillationTrainer
 from hf_kdtl.checkpoints.manifest import FILES, UNLISTED, read_manifest, verify, write_manifest
 from hf_kdtl.checkpoints.rotation import back_up, checkpoints, latest_complete, resolve_checkpoint, to_prune
 from hf_kdtl.checkpoints.state import STATE_JSON, TENSORS
@@ -621,6 +622,26 @@ def test_a_best_checkpoint_that_was_damaged(tmp_path, finished, strategy):
         run.train()
     assert verify(tmp_path / "checkpoint-6") == []
     assert largest_difference(weights(run.distiller), finished[1]) == 0.0
+
+
+# ---- A save_model of the user's ----
+
+
+def test_a_save_model_that_writes_the_student_alone_can_be_resumed(tmp_path, finished):
+    class Mine(DistillationTrainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def mine():
+        teacher = build("vit", seed=5, hidden_size=48, num_attention_heads=3)
+        return Mine(build("vit"), config(tmp_path, OBJECTIVES, **RUN), teacher=teacher, train_dataset=Images())
+
+    mine().train()
+    again = mine()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(again.distiller), finished[1]) == 0.0
+    mine().save_model(str(tmp_path / "final"))
+    assert not list((tmp_path / "final").glob("distillation_state*"))
 
 
 # ---- Without distillation ----
