@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_kdtl.checkpoints.manifest import FILES
+from hf_kdtl.checkpoints.student import weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -20,11 +20,9 @@ def plain_trainer_lacks(folder: str | Path) -> list[str] | None:
     if not (folder / TRAINER_STATE_NAME).is_file() or any((folder / name).exists() for name in ours):
         return None
     lost = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    single = [name for name in (SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME) if (folder / name).is_file()]
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() and not single else set()
-    lost += [name for name in sorted(shards) if not (folder / name).is_file()]
-    return lost if single or shards else [SAFE_WEIGHTS_NAME, *lost]
+    files = [ADAPTER_SAFE_WEIGHTS_NAME] if (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file() else weight_files(folder)
+    lost += [name for name in files if not (folder / name).is_file()]
+    return lost if files else [SAFE_WEIGHTS_NAME, *lost]
 
 
 def accept_plain(asked: str, lost: list[str]) -> str:

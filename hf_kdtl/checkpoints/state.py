@@ -10,12 +10,11 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.start import StartingPoint
-from hf_kdtl.utils.distributed import load_full_state_dict, unsharded_class
+from hf_kdtl.utils.distributed import load_full_state_dict
 
 logger = logging.get_logger(__name__)
 
@@ -193,40 +192,6 @@ class GradientRuleState:
             logger.warning(f"the checkpoint was trained with the gradient_rule {found}; continuing with {now}.")
         elif gradients is not None:
             gradients.load_state_dict(state)
-
-
-def load_student(student: PreTrainedModel, folder: str | Path) -> None:
-    """Load a checkpoint's weights into the student, every one of them.
-
-    Through `from_pretrained`, because the names in a file are not the names in a model: transformers saves ViT, DeiT
-    and DINOv2 under their older names and maps them on loading, and Trainer 5.23 does not (it loads the file with
-    strict=False, so every block stays as it was, with one warning).
-
-    Raises:
-        ValueError: when the checkpoint is of another architecture, or lacks a tensor.
-    """
-    _check_architecture(student, Path(folder, "config.json"))
-    loaded: Any = unsharded_class(student).from_pretrained(folder, output_loading_info=True)
-    saved, info = loaded
-    # Only what is missing or does not fit: from_pretrained would leave it at its random initial value.
-    lost = sorted(info["missing_keys"]) + [str(item) for item in info["mismatched_keys"]]
-    if lost or info["unexpected_keys"]:
-        raise ValueError(
-            f"{folder} does not match {unsharded_class(student).__name__}: missing or of another shape {lost[:5]}, "
-            f"unexpected {sorted(info['unexpected_keys'])[:5]}. Resume with the student that the checkpoint was made "
-            "from."
-        )
-    load_full_state_dict(student, saved.state_dict())
-
-
-def _check_architecture(student: PreTrainedModel, path: Path) -> None:
-    saved, now = json.loads(path.read_text()), unsharded_class(student).__name__
-    found = (saved.get("architectures") or [now])[0]
-    if found != now:
-        raise ValueError(
-            f"{path.parent} holds a {found} ({saved.get('model_type')}) and the student is a {now}. Resume with the "
-            "student that the checkpoint was made from."
-        )
 
 
 def _read_json(folder: str | Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hf_kdtl.checkpoints.rotation import (
     to_prune,
 )
 from hf_kdtl.checkpoints.state import CheckpointPart, save_parts
+from hf_kdtl.checkpoints.student import note_undescribed
 from hf_kdtl.trainer.resume_facts import needed_files, run_facts, settings_that_are_kept
 from hf_kdtl.trainer.streaming import StreamingTrainer
 
@@ -47,6 +48,7 @@ class CheckpointingTrainer(StreamingTrainer):
 
     _damaged: frozenset[Path] = frozenset()
     _doomed: list[Path]  # checkpoints that the save in progress replaces
+    _saved = False  # whether it has written one
     _run = ""  # its name, kept when it is resumed
 
     def __init__(
@@ -207,6 +209,9 @@ class CheckpointingTrainer(StreamingTrainer):
         if parts := self._checkpoint_parts(folder):
             folder.mkdir(parents=True, exist_ok=True)
             save_parts(folder, parts)
+        if not self._saved:
+            note_undescribed(self.model)
+        self._saved = True
 
     def _write_state(self, output_dir: str) -> None:
         """Write trainer_state.json under another name, list all files in the manifest, and give it its name."""

@@ -24,8 +24,8 @@ from hf_kdtl.checkpoints.state import (
     ObjectiveTensors,
     StartState,
     load_parts,
-    load_student,
 )
+from hf_kdtl.checkpoints.student import load_student
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.data.indexed import IndexCollator, IndexedDataset
 from hf_kdtl.gradient_rules import GradientAccumulator

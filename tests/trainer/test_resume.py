@@ -8,11 +8,19 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, EarlyStoppingCallback, TrainerCallback, TrainerState
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import (
+    AutoModelForImageClassification,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerState,
+    ViTForImageClassification,
+)
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.checkpoints.manifest import read_manifest, write_manifest
 from hf_kdtl.checkpoints.state import STATE_JSON
+from hf_kdtl.checkpoints.student import load_student
 from hf_kdtl.models.teachers.start import StartingPoint
 from tests.support.helpers import Images, and_slow, config, largest_difference, trainer, weights
 from tests.support.tiny import build
@@ -73,6 +81,80 @@ def test_the_best_model_is_loaded_completely(tmp_path, family):
     assert runner.state.best_global_step == 2
     assert largest_difference(weights(runner.model), seen[2]) == 0.0
     assert largest_difference(seen[6], seen[2]) > 1e-5
+
+
+class Widened(ViTForImageClassification):
+    """Made of more than its config."""
+
+    def __init__(self, config, width):
+        super().__init__(config)
+        self.added = torch.nn.Linear(width, width)
+
+
+def changed(how, family="vit"):
+    """A student whose config does not describe it."""
+    if how == "more than a config":
+        config = build("vit").config
+        torch.manual_seed(1)
+        return Widened(config, 4)
+    student = build(family)
+    if how == "another head":
+        torch.manual_seed(1)
+        features = student.classifier.in_features
+        student.classifier = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(features, 3))
+    if how == "fewer blocks":
+        student.vit.layers = student.vit.layers[:1]
+    if how == "a parameter more":
+        student.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
+    if how == "weight norm":
+        weight_norm(student.classifier)
+    return student
+
+
+CHANGES = [("another head", "convnext"), ("another head", "vit"), ("fewer blocks", "vit")]
+CHANGES += [("a parameter more", "vit"), ("weight norm", "vit"), ("more than a config", "vit")]
+
+
+@pytest.mark.parametrize(("how", "family"), CHANGES)
+def test_a_student_that_was_changed_by_hand_resumes_bitwise_and_its_best_is_loaded(tmp_path, how, family, caplog):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    chosen = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": False}
+    chosen |= {"metric_for_best_model": "loss", "eval_dataset": Images(4), "callbacks": [Worse()]}
+    best = changed(how, family)
+    full = trainer(tmp_path / "full", best, **RUN)
+    full.train()
+    assert caplog.text.count(f"the config of this {type(full.model).__name__} does not describe it, so from_pre") == 1
+    again = trainer(tmp_path / "full", changed(how, family), **RUN)
+    again.train(resume_from_checkpoint=str(tmp_path / "full/checkpoint-2"))
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
+    ends = trainer(tmp_path / "best", best, **RUN | chosen)
+    ends.train()
+    load_student(best, tmp_path / "full/checkpoint-2")  # the same run
+    assert ends.state.best_global_step == 2
+    assert largest_difference(weights(ends.model), weights(best)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        (changed("fewer blocks"), build("vit"), r"\['vit.*layer.*1.*'\], unexpected \[\]"),
+        (build("vit"), changed("fewer blocks"), r"\[\], unexpected \['vit.*layer.1.*'\]"),
+        (build("vit"), changed("another head"), r".*'classifier.1.weight'.*unexpected .*'classifier.weight'"),
+        (build("vit"), build("vit", num_labels=4), r"\['classifier.weight', 'classifier.bias'\]"),
+    ],
+)
+def test_a_checkpoint_of_a_student_that_was_changed_otherwise_is_refused(tmp_path, saved, other, message):
+    trainer(tmp_path, saved, **RUN).train()
+    run = trainer(tmp_path, other, **RUN)
+    begins = "does not match ViTForImageClassification: missing or of another shape"
+    with pytest.raises(
+        ValueError, match=rf"{begins} {message}.* Resume with the student that the checkpoint was made"
+    ):
+        run.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(run.model), weights(other)) == 0.0
 
 
 def test_a_callback_with_a_state_is_saved_as_it_is_then(tmp_path):
