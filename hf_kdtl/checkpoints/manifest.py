@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 import hf_kdtl
 
 FILES = "checkpoint_files.json"
 UNLISTED = f"{TRAINER_STATE_NAME}.part"
 """The name of `trainer_state.json` until the manifest is written."""
+_LOADED = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "distillation_state.json")
 _FIELDS = {"run": str, "time": int, "written_with": dict, "files": dict}
 
 
@@ -47,6 +49,23 @@ def verify(folder: str | Path, contents: bool = True) -> list[str]:
     if not any(checked) and not isinstance(state.get("global_step"), int):
         checked.append(f"{TRAINER_STATE_NAME} has no global_step")
     return [problem for problem in checked if problem]
+
+
+def verify_read(folder: str | Path) -> list[str]:
+    """As `verify`, of what is read where the model alone is loaded: weights and the objectives' tensors as they were
+    written, and settings that can be read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    try:
+        files = read_manifest(folder)["files"].items()
+        for name, _ in files:
+            if name.endswith(CONFIG_NAME):  # also an adapter's
+                _read(folder / name)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    needed = [(folder / name, size, checksum) for name, (size, checksum) in files if name.endswith(_LOADED)]
+    return [problem for path, size, checksum in needed if (problem := _problem(path, size, checksum, True))]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

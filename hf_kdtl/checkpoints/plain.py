@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME, logging
 
-from hf_kdtl.checkpoints.manifest import FILES
+from hf_kdtl.checkpoints.manifest import FILES, verify_read
 from hf_kdtl.checkpoints.student import weight_files
 
 logger = logging.get_logger(__name__)
@@ -41,3 +41,12 @@ def accept_plain(asked: str, lost: list[str]) -> str:
         "checksums, so damage to its files would not be found."
     )
     return asked
+
+
+def verify_loaded(folder: str | Path) -> list[str]:
+    """What is wrong with the best checkpoint for it to be loaded when training ends, whoever wrote it. A callback may
+    have removed the optimizer's state, which takes twice the room of the weights, or have added to other files."""
+    lost = plain_trainer_lacks(folder)
+    if lost is None:
+        return verify_read(folder)
+    return [f"{name} is missing" for name in lost if name not in (OPTIMIZER_NAME, SCHEDULER_NAME)]

@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from hf_kdtl.checkpoints.manifest import UNLISTED, changed_since, fsync_tree, read_manifest, verify, write_manifest
-from hf_kdtl.checkpoints.plain import accept_plain, plain_trainer_lacks
+from hf_kdtl.checkpoints.plain import accept_plain, plain_trainer_lacks, verify_loaded
 from hf_kdtl.checkpoints.rotation import (
     back_up,
     checkpoints,
@@ -278,11 +278,11 @@ class CheckpointingTrainer(StreamingTrainer):
         """The best checkpoint.
 
         Raises:
-            ValueError: when it is not complete; the last state is then in a checkpoint.
+            ValueError: when what is loaded of it is not as it was written; the last state is then in a checkpoint.
         """
         best = self.state.best_model_checkpoint
         assert best is not None
-        if not (wrong := self._on_rank_zero(lambda: [] if plain_trainer_lacks(best) == [] else verify(best))):
+        if not (wrong := self._on_rank_zero(lambda: verify_loaded(best))):
             return best
         last = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         if self._on_rank_zero(lambda: verify(last)):

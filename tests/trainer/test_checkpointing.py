@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers.modeling_utils
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
@@ -622,6 +623,35 @@ def test_a_best_checkpoint_that_was_damaged(tmp_path, finished, strategy):
         run.train()
     assert verify(tmp_path / "checkpoint-6") == []
     assert largest_difference(weights(run.distiller), finished[1]) == 0.0
+
+
+def test_a_callback_may_change_files_that_loading_the_best_does_not_read(tmp_path, finished):
+    class Slim(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = tmp_path / f"checkpoint-{state.global_step}"
+            for name in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+                (folder / name).unlink()
+            for name in ("config.json", "trainer_state.json"):
+                (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {"note": "x"}))
+
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "eval_dataset": Images(4)}
+    settings |= {"metric_for_best_model": "loss", "greater_is_better": False, "callbacks": [Slim(), Worse()]}
+    run = runner(tmp_path, **settings)
+    run.train()
+    saved = type(run.model).from_pretrained(finished[0] / "checkpoint-2")  # of the same run
+    assert run.state.best_global_step == 2
+    assert largest_difference(weights(run.model), weights(saved)) == 0.0
+    projectors = load_file(finished[0] / "checkpoint-2" / f"{TENSORS}.safetensors")
+    assert largest_difference(weights(run.distiller.objectives), projectors) == 0.0
+    with pytest.raises(ValueError, match=r"checkpoint-6 is not a complete checkpoint: config.json has"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    os.truncate(tmp_path / "checkpoint-2" / f"{TENSORS}.safetensors", 10)
+    with pytest.raises(ValueError, match=r"best checkpoint .*-2 cannot be loaded: distillation_state.safetensors has"):
+        run._load_best_model()
 
 
 # ---- A save_model of the user's ----
