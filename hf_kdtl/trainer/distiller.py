@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_kdtl.data.indexed import INDEX, NOT_THE_STUDENTS, TEACHER_PIXELS, VIEW
+from hf_kdtl.data.indexed import INDEX, TEACHER_PIXELS, VIEW
 from hf_kdtl.functional.random import Draws, select_images
 from hf_kdtl.models.forward.capture import Capture, Needs, capture
 from hf_kdtl.models.forward.needs import NOTHING
@@ -26,6 +26,7 @@ from hf_kdtl.objectives.base import Objective
 from hf_kdtl.objectives.building import build_objective, prepare_objective
 from hf_kdtl.objectives.paired import PairedObjective, over_pairs
 from hf_kdtl.optim.layer_rates import LayerRates
+from hf_kdtl.trainer.around_student import AroundStudent
 from hf_kdtl.trainer.batch import Counts, by_view, full_outputs, given, micro_batch_counts, of_student_alone
 from hf_kdtl.trainer.headless import ZeroTouch, check_class_outputs, embedding_notes
 from hf_kdtl.trainer.labels import LabelCheck
@@ -37,8 +38,8 @@ Value = tuple[Tensor, list[Tensor]]
 Values = dict[str, Value]
 
 
-class Distiller(nn.Module):
-    """Student and objectives in one container, whose forward computes every term of the loss.
+class Distiller(AroundStudent):
+    """Student and objectives in one container, whose forward computes every term of the loss; else it is the student.
 
     Objectives prepared apart from the student would not be zeroed, clipped, synchronised or accumulated by Trainer,
     which knows one model. Sources are referenced, not registered: they are in no state_dict and no parameter list.
@@ -73,8 +74,7 @@ class Distiller(nn.Module):
         rates: LayerRates | None = None,
         split_terms: Literal["terms", "pairs"] | None = None,
     ):
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         self.objectives = nn.ModuleDict(objectives)
         self.weights = weights
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
@@ -107,20 +107,11 @@ class Distiller(nn.Module):
         assert found is None or isinstance(found, StartingPoint)
         return found
 
-    # Under torch_compile each model is compiled. What is around them is not: a step's needs would be those of another.
     @torch.compiler.disable(recursive=False)
-    def forward(
-        self,
-        inputs: dict[str, Any] | None = None,
-        draws: Draws | None = None,
-        counts: Counts | None = None,
-        world_size: int = 1,
-        with_outputs: bool = False,
-        **of_student: Any,
-    ) -> Any:
-        """The micro-batch's part of the loss; for the student's own keyword arguments alone, the student's outputs.
-
-        The latter is what a `compute_loss` of a user's calls.
+    def loss_of(
+        self, inputs: dict[str, Any], draws: Draws, counts: Counts, world_size: int = 1, with_outputs: bool = False
+    ) -> dict[str, Any]:
+        """The micro-batch's part of the loss.
 
         Each term is summed over its images and divided by how many it counts in the optimizer step on all ranks, so
         that micro-batches and ranks may be added; times `world_size`, because DDP averages. A batch statistic counts
@@ -134,8 +125,6 @@ class Distiller(nn.Module):
         Raises:
             ValueError: when an objective needs labels and the batch has none.
         """
-        if inputs is None or draws is None or counts is None:
-            return self.student(**{name: value for name, value in of_student.items() if name not in NOT_THE_STUDENTS})
         self.check_labels.present(inputs)
         student, values = self._values(inputs, draws, measuring=self.rates is not None and self.rates.measuring)
         here, sums, counted = micro_batch_counts(inputs), {}, {}

@@ -174,8 +174,30 @@ def counted(cls):
     return Counted
 
 
+def of_config(cls):
+    class OfConfig(cls):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = cross_entropy(outputs.logits.view(-1, model.config.num_labels), labels.to(model.device))
+            return (loss, outputs) if return_outputs else loss
+
+    return OfConfig
+
+
+def inside(cls):
+    class Inside(cls):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs, head = model(inputs["pixel_values"]), self.accelerator.unwrap_model(model).classifier
+            size = sum(p.square().sum() for p in head.parameters())
+            loss = cross_entropy(outputs.logits, inputs["labels"]) + 0.1 * size
+            return (loss, outputs) if return_outputs else loss
+
+    return Inside
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("change", [weighted, penalised, counted])
+@pytest.mark.parametrize("change", [weighted, penalised, counted, of_config, inside])
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_an_overridden_compute_loss_is_the_loss(tmp_path, family, change, accumulation):
     if family == "resnet" and change is penalised and accumulation > 1:
@@ -192,7 +214,7 @@ def test_an_overridden_compute_loss_is_the_loss(tmp_path, family, change, accumu
 def _overridden(folder):
     torch.set_num_threads(1)
     found = {}
-    for change in (weighted, penalised, counted):
+    for change in (weighted, penalised, counted, inside):
         made = [run(kind, folder / change.__name__, change=change, per_device_train_batch_size=2)
                 for kind in (Trainer, DistillationTrainer)]  # fmt: skip
         moved = largest_difference(weights(build("vit")), weights(made[1].model))
@@ -206,6 +228,24 @@ def test_an_overridden_compute_loss_is_the_loss_on_two_processes(tmp_path):
     for rank in (0, 1):
         for difference, moved in json.loads((tmp_path / f"{rank}.json").read_text()).values():
             assert difference < 1e-7 and moved > 1e-4
+
+
+def test_the_container_answers_for_its_student(tmp_path):
+    model = build("vit")
+    runner = DistillationTrainer(model, config(tmp_path, KD), teacher=build("vit", seed=5), train_dataset=Images())
+    for made in (runner.distiller, copy.deepcopy(runner.distiller)):
+        student = made.student
+        assert made.config is student.config and made.vit is student.vit and made.dtype == torch.float32
+        assert set(made.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+        pixels = Images()[0]["pixel_values"][None]
+        expected = student(pixels).logits
+        assert torch.equal(made(pixels).logits, expected) and torch.equal(made(pixel_values=pixels).logits, expected)
+        assert made.notes == runner.distiller.notes and not hasattr(made, "module")
+        made.student._orig_mod = made.student._hf_hook = None  # marks of another module
+        assert not hasattr(made, "_orig_mod") and not hasattr(made, "_hf_hook")
+        with pytest.raises(AttributeError, match="'ViTForImageClassification' object has no attribute 'hidden'"):
+            made.hidden  # noqa: B018
+        del made.student._orig_mod, made.student._hf_hook
 
 
 def test_an_override_that_leaves_objectives_out_is_refused(tmp_path):
