@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,26 +61,34 @@ class EvaluatingTrainer(PublishingTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._eval_terms = EvaluationTerms() if self.args.eval_objectives else None
-        self._micro_step = 0
-        self._eval_loss = LabelledMean()
         # Accelerate patched the container's forward for mixed precision, not the student's.
-        with self.accelerator.autocast():
+        with self._apart() as (mean_loss, terms), self.accelerator.autocast():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         assert output.metrics is not None
-        self._eval_loss.correct(output.metrics, f"{metric_key_prefix}_loss", self.accelerator.gather)
-        self._eval_loss = None
+        mean_loss.correct(output.metrics, f"{metric_key_prefix}_loss", self.accelerator.gather)
         if description == "Evaluation" and f"{metric_key_prefix}_loss" not in output.metrics:
             why = data_problem(dataloader.dataset, False) or "no image has a label."
             logger.warning(f"there is no {metric_key_prefix}_loss: {why}")
-        if self._eval_terms is not None:
-            means = {f"{metric_key_prefix}_{key}": mean for key, mean in self._eval_terms.means().items()}
+        if terms is not None:
+            means = {f"{metric_key_prefix}_{key}": mean for key, mean in terms.means().items()}
             if taken := sorted(means.keys() & output.metrics.keys()):
                 logger.warning(f"{taken} are of compute_metrics; give the objectives another key to see their terms.")
             output.metrics.update({**means, **output.metrics})
         return output
+
+    @contextmanager
+    def _apart(self) -> Iterator[tuple[LabelledMean, EvaluationTerms | None]]:
+        """What one evaluation collects. Afterwards all is as it was for the training step, or the evaluation, from
+        inside of which it was called (on_step_begin, on_substep_end, compute_metrics)."""
+        around = self._eval_loss, self._eval_terms, self._micro_step, self._counted
+        mean_loss, terms = LabelledMean(), EvaluationTerms() if self.args.eval_objectives else None
+        self._eval_loss, self._eval_terms, self._micro_step = mean_loss, terms, 0
+        try:
+            yield mean_loss, terms
+        finally:
+            self._eval_loss, self._eval_terms, self._micro_step, self._counted = around
 
     def get_eval_dataloader(self, eval_dataset=None):
         self._check_data(eval_dataset)

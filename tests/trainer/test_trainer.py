@@ -88,6 +88,49 @@ def test_terms_are_evaluated_when_asked_for(tmp_path):
     assert metrics["eval_task"] == pytest.approx(terms["task"].sum().item() / (data.labels != -100).sum().item())
 
 
+class EvaluateInside(TrainerCallback):
+    """Evaluates before and between the micro-batches of every step."""
+
+    runner = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.runner.evaluate(Images(6), metric_key_prefix="inside")
+
+    on_substep_end = on_step_begin
+
+
+def test_an_evaluation_inside_a_step_changes_nothing_of_it(tmp_path):
+    objectives = [*KD, {"name": "jacobian", "estimator": "vjp"}]  # with random directions
+    moved = []
+    for callbacks in ([], [EvaluateInside()]):
+        runner = trainer(tmp_path, build("vit"), build("vit", seed=5), Images(32, "some"), objectives, max_steps=2,
+                         gradient_accumulation_steps=2, per_device_train_batch_size=4, callbacks=callbacks)  # fmt: skip
+        EvaluateInside.runner = runner
+        runner.train()
+        moved.append(weights(runner.model))
+    assert sum("inside_loss" in entry for entry in runner.state.log_history) == 4
+    assert largest_difference(*moved) == 0.0
+
+
+def test_an_evaluation_inside_an_evaluation_changes_nothing_of_it(tmp_path):
+    found = []
+    for inner in (False, True):
+        runner = trainer(tmp_path, build("vit"), build("vit", seed=5), eval_objectives=True)
+        before = []
+
+        def metrics(prediction, inner=inner, runner=runner, before=before):
+            if inner and not before:
+                before.append(1)  # it is called for the inner one too
+                before.append(runner.predict(Images(4, seed=3), metric_key_prefix="inner").metrics["inner_loss"])
+            return {"n": len(prediction.predictions)}
+
+        runner.compute_metrics = metrics
+        result = runner.evaluate(Images(11, "some"))
+        found.append({key: result[key] for key in ("eval_loss", "eval_task", "eval_logit_kd", "eval_n")})
+    assert found[0] == found[1] and found[1]["eval_n"] == 11
+    assert before[1] == pytest.approx(trainer(tmp_path, build("vit")).evaluate(Images(4, seed=3))["eval_loss"])
+
+
 def test_a_metric_keeps_its_name_beside_a_term_of_that_key(tmp_path, caplog):
     entries = [{"name": "task"}, {"name": "logit_kd", "key": "accuracy"}]
     runner = trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=entries, eval_objectives=True)
