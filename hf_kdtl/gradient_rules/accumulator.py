@@ -28,7 +28,7 @@ class GradientAccumulator:
 
     Args:
         rule: what combines the two gradients.
-        parameters: (name, parameter) of all that is trained, of student and objectives.
+        parameters: (name, parameter) of student and objectives. What is frozen gets no gradient, while it is.
         layers: the layer of each parameter, in their order, for the log.
         blocks: names of the parameters of each block; only a local rule reads it.
         own: names of the parameters of each objective; only a local rule reads it.
@@ -53,10 +53,10 @@ class GradientAccumulator:
         if len(layers) != len(parameters):
             raise ValueError(f"{len(layers)} layers of {len(parameters)} parameters; expected one each.")
         self._log = ConflictLog(layers)
-        place = {name: i for i, (name, _) in enumerate(parameters)}  # what is frozen has none
+        place = {name: i for i, (name, _) in enumerate(parameters)}
         self._blocks = {block: [place[n] for n in names if n in place] for block, names in blocks.items()}
         self._own = {key: [place[n] for n in names if n in place] for key, names in own.items()}
-        if rule.local and not any(self._blocks.values()):
+        if rule.local and not any(self._trained(places) for places in self._blocks.values()):
             raise ValueError(
                 f"gradient_rule {rule.name!r}: none of the blocks' parameters is trained; expected names such as "
                 f"{[name for name, _ in parameters][:2]}. Unfreeze a block, or take the rule 'never_hurt'."
@@ -104,15 +104,20 @@ class GradientAccumulator:
                     f"{len(pairs[key])} pairs of layers; expected one entry a pair."
                 )
             for entry, block in zip(entries, pairs[key], strict=True):
-                places = [*self._blocks[block], *self._own[key]]
-                if places and entry.requires_grad:
-                    self._backward(self._transfer, entry, places, retain_graph=True)
+                if entry.requires_grad:
+                    self._backward(self._transfer, entry, [*self._blocks[block], *self._own[key]], retain_graph=True)
+
+    def _trained(self, places: Sequence[int]) -> list[int]:
+        """Those of the places whose parameter is trained now: layers may be frozen and unfrozen during a run."""
+        return [i for i in places if self.parameters[i].requires_grad]
 
     def _backward(
         self, gradient: list[Tensor | None], loss: Tensor, places: Sequence[int], retain_graph: bool = False
     ) -> None:
         """Add a gradient, for the parameters at these places: torch adds in place to `p.grad`, tensor by tensor, so
         that no second set exists."""
+        if not (places := self._trained(places)):
+            return
         reached = [self.parameters[i] for i in places]
         for i, parameter in zip(places, reached, strict=True):
             parameter.grad = gradient[i]

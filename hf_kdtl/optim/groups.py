@@ -85,6 +85,11 @@ def layer_groups(
     ]
 
 
+def parameter_layers(model: nn.Module, blocks: Sequence[str] | None = None) -> dict[str, Layer]:
+    """{name: layer} of every parameter, also of those that are frozen; as in `layer_groups`, which raises the same."""
+    return _layers(model, named_blocks(model, blocks))
+
+
 def named_blocks(model: nn.Module, names: Sequence[str] | None = None) -> Blocks:
     """The model's blocks in order, as (name, module): found by structure, or those that are named.
 

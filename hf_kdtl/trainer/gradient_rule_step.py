@@ -11,33 +11,33 @@ from torch._functorch import config as functorch
 
 from hf_kdtl.gradient_rules import GradientAccumulator, GradientRule
 from hf_kdtl.models.blocks import find_blocks
-from hf_kdtl.optim import layer_groups
+from hf_kdtl.optim import parameter_layers
 from hf_kdtl.trainer.distiller import Distiller
 
 
 def build_accumulator(rule: GradientRule | None, distiller: Distiller) -> GradientAccumulator | None:
-    """The accumulator of a rule, for everything that the container trains; None without a rule.
+    """The accumulator of a rule, for everything that the container may train; None without a rule.
 
     Raises:
         ValueError: when the rule works by blocks and the student's are not found.
     """
     if rule is None:
         return None
-    trained = [(name, p) for name, p in distiller.named_parameters() if p.requires_grad]
+    parameters = list(distiller.named_parameters())
+    own = {key: [f"objectives.{key}.{name}" for name, _ in objective.named_parameters()]
+           for key, objective in distiller.objectives.items()}  # fmt: skip
     try:
-        groups = layer_groups(distiller.student, distiller.objectives)
-        layer_of = {id(p): str(group["layer"]) for group in groups for p in group["params"]}
+        layer_of = {f"student.{name}": str(layer) for name, layer in parameter_layers(distiller.student).items()}
+        layer_of |= {name: "objectives" for names in own.values() for name in names}
     except ValueError:  # no blocks, and one layer in the log; a local rule fails below
         layer_of = {}
-    layers = [layer_of.get(id(p), "model") for _, p in trained]
+    layers = [layer_of.get(name, "model") for name, _ in parameters]
     blocks: dict[int, list[str]] = {}
     if rule.local:
-        names = {id(p): name for name, p in trained}
+        names = {id(p): name for name, p in parameters}
         for i, (_, block) in enumerate(find_blocks(distiller.student)):
-            blocks[i] = [names[id(p)] for p in block.parameters() if id(p) in names]
-    own = {key: [f"objectives.{key}.{name}" for name, p in objective.named_parameters() if p.requires_grad]
-           for key, objective in distiller.objectives.items()}  # fmt: skip
-    return GradientAccumulator(rule, trained, layers, blocks, own)
+            blocks[i] = [names[id(p)] for p in block.parameters()]
+    return GradientAccumulator(rule, parameters, layers, blocks, own)
 
 
 Parts = dict[str, Tensor | list[Tensor]]

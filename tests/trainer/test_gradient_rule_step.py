@@ -265,6 +265,39 @@ def test_compiled_models_agree_with_plain(tmp_path):
     assert largest_difference(weights(plain.model), weights(again.model)) < 1e-5
 
 
+class Freeze(TrainerCallback):
+    """From the second step on, the student's body is frozen, or no longer."""
+
+    def __init__(self, frozen):
+        self.frozen = frozen
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            model.vit.requires_grad_(not self.frozen)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_are_frozen_or_unfrozen_during_a_run(tmp_path, frozen):
+    """Two terms whose gradients agree: the rule changes nothing, and the run is that without it."""
+    found = []
+    objectives = [{"name": "task"}, {"name": "task", "key": "again", "role": "transfer"}]
+    for rule in (None, {"name": "never_hurt"}):
+        runner = trainer(tmp_path, build("vit"), None, Images(24), objectives, gradient_rule=rule, max_steps=2)
+        student = runner.model
+        runner.optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        runner._given_optimizer = True
+        student.vit.requires_grad_(frozen)
+        runner.add_callback(Freeze(frozen))
+        runner.evaluate(Images(4))  # builds what is trained, before the first step
+        runner.train()
+        found.append(weights(student))
+    assert largest_difference(*found) < 1e-6
+    moved = [name for name, before in weights(build("vit")).items() if not torch.equal(before, found[1][name])]
+    assert {"vit.embeddings.cls_token", "classifier.weight"} <= set(moved)
+    measured = [{k for k, v in entry["cosine"].items() if v is not None} for entry in runner.gradient_rule.history]
+    assert measured[frozen] == {"head"} and measured[not frozen] == {"embeddings", "0", "1", "norm", "head"}
+
+
 def test_a_term_without_gradient_adds_nothing(tmp_path):
     # No image takes part in most steps, so the transfer gradient is absent there.
     student, teacher = pair()
