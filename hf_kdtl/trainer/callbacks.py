@@ -107,12 +107,13 @@ class StopOnSignal(TrainerCallback):
 
 
 class MeasureTaskStep(TrainerCallback):
-    """Measure the optimizer's step along the task's gradient, under a gradient rule."""
+    """Check that the step did what is set; under a gradient rule, measure it along the task's gradient."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._trainer.check_step()
         if (gradients := self._trainer.gradient_rule) is not None:
             gradients.before_step()
 

@@ -66,11 +66,7 @@ def check(trainer: Any, own_compute_loss: bool) -> None:
     Args:
         own_compute_loss: whether `compute_loss` is overridden.
     """
-    if own_compute_loss and trainer.args.gradient_rule is not None:
-        raise ValueError(
-            "compute_loss is overridden, and a gradient_rule takes the gradients of the objectives apart, so what the "
-            "override adds would be lost. Write it as an Objective, or leave gradient_rule out."
-        )
+    check_rule(trainer.args, own_compute_loss)
     base = trainer.model.get_base_model() if adapted(trainer.model) else trainer.model
     own_loss = trainer.compute_loss_func is not None or own_compute_loss
     if "task" in trainer.args.weights() and "_loss_function" in vars(base) and not own_loss:
@@ -90,6 +86,27 @@ def check(trainer: Any, own_compute_loss: bool) -> None:
         raise ValueError(
             f"the forward of {type(trainer.model).__name__} takes {[p.name for p in taken]}; expected 'pixel_values', "
             "by which the student and the teacher are given the images. Rename its argument and the data's column."
+        )
+
+
+def check_rule(args: DistillationConfig, own_compute_loss: bool) -> None:
+    """Raises ValueError for an override of `compute_loss` under a gradient rule."""
+    if own_compute_loss and args.gradient_rule is not None:
+        raise ValueError(
+            "compute_loss is overridden, and a gradient_rule takes the gradients of the objectives apart, so what the "
+            "override adds would be lost. Write it as an Objective, or leave gradient_rule out."
+        )
+
+
+def check_replaced_step(args: DistillationConfig) -> None:
+    """Raises ValueError where an overridden `training_step` did not call ours, and it has more to do than Trainer's."""
+    options = args.rate_options
+    lost = ["gradient_rule"] if args.gradient_rule is not None else []
+    lost += ["layer_rates"] if options is not None and options.measured else []
+    if lost:
+        raise ValueError(
+            "training_step is overridden and does not call super().training_step(model, inputs, ...), so "
+            f"{' and '.join(lost)} would do nothing. Call it, or leave {' and '.join(lost)} out."
         )
 
 

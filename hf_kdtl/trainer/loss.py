@@ -36,13 +36,15 @@ class LossTrainer(EvaluatingTrainer):
     _meter: TermMeter
     _scaled: bool | None = None
     _trainers_rule = True
+    _stepped = False
+    """Whether the gradient of this optimizer step is that of our training_step."""
 
     @property
     def layer_rates(self) -> LayerRates | None:
         raise NotImplementedError
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        self._micro_step = 0
+        self._micro_step, self._stepped, self._computed = 0, False, False
         if self._gradients is not None:
             self._gradients.clear()  # of an interrupted window
         if self.layer_rates is not None:
@@ -90,6 +92,7 @@ class LossTrainer(EvaluatingTrainer):
         plain_kernel = self.distiller.student_needs.order >= 2 and getattr(self.model, f"is_{CHECKPOINTING}", False)
         if self._unwrapped(model) is self.model:  # trainer.model, by a user
             model = self.distiller
+        contracts.check_rule(self.args, self._own_compute_loss)
         self._computed = False
         with explain_data_errors(self), math_attention() if plain_kernel else nullcontext():
             if self._gradients is None:
@@ -100,7 +103,20 @@ class LossTrainer(EvaluatingTrainer):
             contracts.check_replaced_loss(self.args)
         if self.layer_rates is not None and self.accelerator.sync_gradients:  # the window's last micro-batch
             self.layer_rates.end(self.optimizer, self.accelerator.gather)
+        self._stepped = True
         return loss
+
+    def check_step(self) -> None:
+        """Before the optimizer's step. Raises ValueError where a `training_step` of the user's left out what is set."""
+        if not self._stepped:
+            contracts.check_replaced_step(self.args)
+        if not self._computed:
+            contracts.check_replaced_loss(self.args)
+
+    @property
+    def _own_compute_loss(self) -> bool:
+        """Whether `compute_loss` is the user's, of a class or of this trainer alone."""
+        return getattr(self.compute_loss, "__func__", None) is not LossTrainer.compute_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Tensor | float | None = None):
         """The training loss of a micro-batch where `model` is the container; the task loss where it is the student.

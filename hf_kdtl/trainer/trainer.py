@@ -110,7 +110,7 @@ class DistillationTrainer(LossTrainer):
         )  # fmt: skip
         self._given_optimizer = self.optimizer is not None
         checks.check_setting(self)
-        contracts.check(self, type(self).compute_loss is not DistillationTrainer.compute_loss)
+        contracts.check(self, self._own_compute_loss)
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
         self._trainers_rule = self.model_accepts_loss_kwargs or compute_loss_func is not None

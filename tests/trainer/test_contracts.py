@@ -267,6 +267,59 @@ def test_an_override_under_a_gradient_rule_is_refused_at_once(tmp_path):
         weighted(DistillationTrainer)(build("vit"), arguments, teacher=build("vit", seed=5))
 
 
+def test_a_compute_loss_set_on_the_trainer_is_refused_under_a_gradient_rule(tmp_path):
+    arguments = config(tmp_path, KD, gradient_rule={"name": "pcgrad"}, max_steps=1)
+    runner = DistillationTrainer(build("vit"), arguments, teacher=build("vit", seed=5), train_dataset=Images())
+    ours = runner.compute_loss
+    runner.compute_loss = lambda *args, **kwargs: ours(*args, **kwargs) + 1.0
+    with pytest.raises(ValueError, match="compute_loss is overridden, and a gradient_rule"):
+        runner.train()
+
+
+def copied(cls):
+    class Copied(cls):  # Trainer's own steps, as users copy them
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    return Copied
+
+
+def around(cls):
+    class Around(cls):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, inputs, num_items_in_batch) * 1.0
+
+    return Around
+
+
+OVERRIDDEN = {
+    "gradient_rule": {"gradient_rule": {"name": "never_hurt"}},
+    "layer_rates": {"layer_rates": {"mode": "discrepancy", "source": "attention"}},
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_a_training_step_that_leaves_out_what_is_set_is_refused(tmp_path, name):
+    settings = OVERRIDDEN[name] | {"gradient_accumulation_steps": 2, "objectives": KD, "teacher": build("vit", seed=5)}
+    with pytest.raises(ValueError, match=rf"does not call super\(\).training_step.* so {name} would do nothing"):
+        run(DistillationTrainer, tmp_path, change=copied, **settings)
+    ours, alone = (run(DistillationTrainer, tmp_path, change=change, **settings) for change in (around, lambda c: c))
+    assert largest_difference(weights(ours.model), weights(alone.model)) == 0.0
+
+
+def test_a_copied_training_step_trains_the_objectives_or_is_refused(tmp_path):
+    settings = {"objectives": KD, "teacher": build("vit", seed=5), "layer_rates": {"mode": "llrd"}}
+    ours, alone = (run(DistillationTrainer, tmp_path, change=change, **settings) for change in (copied, around))
+    assert largest_difference(weights(ours.model), weights(alone.model)) == 0.0
+    with pytest.raises(ValueError, match="the objectives logit_kd are not trained"):
+        run(DistillationTrainer, tmp_path, change=lambda cls: weighted(copied(cls)), **settings)
+
+
 @pytest.mark.parametrize("number", [4, 4.0, torch.tensor(4), None])
 def test_numbers_of_items_that_a_user_gives(tmp_path, number):
     found = []

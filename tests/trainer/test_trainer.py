@@ -103,8 +103,11 @@ def test_an_evaluation_inside_a_step_changes_nothing_of_it(tmp_path):
     objectives = [*KD, {"name": "jacobian", "estimator": "vjp"}]  # with random directions
     moved = []
     for callbacks in ([], [EvaluateInside()]):
-        runner = trainer(tmp_path, build("vit"), build("vit", seed=5), Images(32, "some"), objectives, max_steps=2,
-                         gradient_accumulation_steps=2, per_device_train_batch_size=4, callbacks=callbacks)  # fmt: skip
+        settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+        data = Images(32, "some")
+        runner = trainer(
+            tmp_path, build("vit"), build("vit", seed=5), data, objectives, callbacks=callbacks, **settings
+        )
         EvaluateInside.runner = runner
         runner.train()
         moved.append(weights(runner.model))
