@@ -176,7 +176,8 @@ def sharding_problems(trainer: Any) -> list[str]:
 
 def setting_problems(args: DistillationConfig, student: Any) -> list[str]:
     """Training arguments that are not supported with this student, each with what to type instead."""
-    found = [*_argument_problems(args), *_objective_problems(args), *_rule_problems(args), *adapter_problems(student)]
+    found = [*_argument_problems(args), *reentrant_problems(args, student)]
+    found += [*_objective_problems(args), *_rule_problems(args), *adapter_problems(student)]
     one_class = getattr(getattr(student, "config", None), "num_labels", None) == 1
     if one_class and not is_multi_label(student) and (reading := _class_readers(args)):
         found.append(
@@ -217,21 +218,10 @@ def _argument_problems(args: DistillationConfig) -> list[str]:
 def _objective_problems(args: DistillationConfig) -> list[str]:
     found, objectives, options = [], args.build_objectives(), args.rate_options
     derived = [key for key, objective in objectives.items() if isinstance(objective, DerivativeObjective)]
-    disturbed = [key for key, objective in objectives.items() if objective.needs_plan or key in derived]
-    if disturbed and reentrant(args):
-        found.append(
-            f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
-            f'silently; use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
-        )
     if options is not None and options.mode == "loss_weight" and not any(o.needs_plan for o in objectives.values()):
         found.append(
             "layer_rates: mode 'loss_weight' weights the losses of pairs of layers, and no objective has any. Add "
             'one, such as {"name": "attention_transfer"}, or take mode \'discrepancy\'.'
-        )
-    if args.auto_ratios() and reentrant(args):
-        found.append(
-            'the weight "auto" takes the gradient of each term apart, which reentrant checkpointing does not support; '
-            f'use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
         )
     if derived and args.ddp_static_graph:
         found.append(static_graph_problem(derived))
@@ -249,11 +239,6 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
     found = []
     if args.fp16:
         found.append("gradient_rule compares two gradients, and fp16 would scale them. Use bf16=True, or float32.")
-    if reentrant(args):
-        found.append(
-            "gradient_rule runs two backward passes, which reentrant checkpointing does not support; use "
-            f'{CHECKPOINTING}_kwargs={{"use_reentrant": false}}.'
-        )
     if any(word in str(args.optim).lower() for word in ("layerwise", "lomo")):
         found.append(
             f"optim {str(args.optim)!r} steps during the backward pass, and gradient_rule needs both gradients first. "
@@ -262,9 +247,41 @@ def _rule_problems(args: DistillationConfig) -> list[str]:
     return found
 
 
-def reentrant(args: DistillationConfig) -> bool:
-    kwargs: Any = getattr(args, f"{CHECKPOINTING}_kwargs")
-    return bool(getattr(args, CHECKPOINTING) and kwargs and kwargs.get("use_reentrant"))
+def reentrant_problems(args: DistillationConfig, student: Any) -> list[str]:
+    """What is not supported where blocks are recomputed in reentrant form, each with what to type instead."""
+    if not (cure := reentrant(args, student)):
+        return []
+    found = []
+    disturbed = [
+        key for key, o in args.build_objectives().items() if o.needs_plan or isinstance(o, DerivativeObjective)
+    ]
+    if disturbed:
+        found.append(
+            f"the objectives {', '.join(disturbed)} would get wrong gradients under reentrant checkpointing, "
+            f"silently; {cure}."
+        )
+    if args.auto_ratios():
+        found.append(
+            'the weight "auto" takes the gradient of each term apart, which reentrant checkpointing does not support; '
+            f"{cure}."
+        )
+    if args.gradient_rule is not None:
+        found.append(
+            f"gradient_rule runs two backward passes, which reentrant checkpointing does not support; {cure}."
+        )
+    return found
+
+
+def reentrant(args: DistillationConfig, student: Any) -> str:
+    """What to type where blocks are, or will be, recomputed in reentrant form; else empty. The arguments' form
+    replaces that of the model when training begins."""
+    kwargs: Any = getattr(args, f"{CHECKPOINTING}_kwargs") or {}
+    if getattr(args, CHECKPOINTING):
+        return f'use {CHECKPOINTING}_kwargs={{"use_reentrant": false}}' if kwargs.get("use_reentrant") else ""
+    recomputed = [m for m in student.modules() if getattr(m, "gradient_checkpointing", False)]
+    how = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in recomputed]
+    of_model = f'use student.{CHECKPOINTING}_enable({{"use_reentrant": False}})'
+    return of_model if any(one.get("use_reentrant") for one in how) else ""
 
 
 def static_graph_problem(keys: list[str]) -> str:

@@ -99,7 +99,7 @@ def check_rule(args: DistillationConfig, own_compute_loss: bool) -> None:
 
 
 def check_replaced_step(args: DistillationConfig) -> None:
-    """Raises ValueError where an overridden `training_step` did not call ours, and it has more to do than Trainer's."""
+    """Raises ValueError where an overridden `training_step` did not call ours, which does more than Trainer's."""
     options = args.rate_options
     lost = ["gradient_rule"] if args.gradient_rule is not None else []
     lost += ["layer_rates"] if options is not None and options.measured else []

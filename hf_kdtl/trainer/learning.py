@@ -18,7 +18,7 @@ from hf_kdtl.functional.divergences import labelled
 from hf_kdtl.functional.random import Draws
 from hf_kdtl.models.forward.classifier import check_outputs
 from hf_kdtl.models.teachers.chance import ChanceChecks
-from hf_kdtl.trainer.checks import reentrant
+from hf_kdtl.trainer.checks import reentrant, reentrant_problems
 from hf_kdtl.trainer.distiller import Distiller
 from hf_kdtl.trainer.sample import random_state, set_random_state, training_sample
 from hf_kdtl.utils.versions import CHECKPOINTING
@@ -33,7 +33,8 @@ def check_learning(trainer: Any) -> None:
 
     Raises:
         ValueError: when nothing of the student is trainable or gets a gradient, adapters get none under reentrant
-            checkpointing, the head is not the config's, or the student has a loss of its own that would not be used.
+            checkpointing or something set does not support it, the head is not the config's, or the student has a
+            loss of its own that would not be used.
     """
     student, notes = trainer.model, [*_half_precision(trainer.model), *_frozen_heads(trainer.model)]
     if trainer.args.learning_rate == 0 and trainer.optimizer is None:
@@ -43,6 +44,8 @@ def check_learning(trainer: Any) -> None:
             f"nothing of {type(student).__name__} is trainable: every parameter has requires_grad=False. Unfreeze "
             "what is to learn, such as student.requires_grad_(True)."
         )
+    if problems := reentrant_problems(trainer.args, student):  # set on the model since the trainer was made
+        raise ValueError(problems[0])
     inputs = None if trainer.sharded else _first_images(trainer)
     if inputs is not None:
         with untouched(trainer.distiller), trainer.accelerator.autocast():
@@ -174,10 +177,10 @@ def _by_gradient(trainer: Any, inputs: dict[str, Any]) -> list[str]:
     for name, gradient in found.items():
         groups.setdefault(_group(name), []).append(gradient)
     lost = [group for group, gradients in groups.items() if all(g is None for g in gradients)]
-    if reentrant(trainer.args) and lost:
+    if lost and (cure := reentrant(trainer.args, trainer.model)):
         raise ValueError(
             f"{_few(lost)} get no gradient: under reentrant checkpointing a block whose input needs none gives none "
-            f'to its own weights. Set {CHECKPOINTING}_kwargs={{"use_reentrant": False}}.'
+            f"to its own weights; {cure}."
         )
     if len(lost) == len(groups):
         raise ValueError(

@@ -107,7 +107,7 @@ class LossTrainer(EvaluatingTrainer):
         return loss
 
     def check_step(self) -> None:
-        """Before the optimizer's step. Raises ValueError where a `training_step` of the user's left out what is set."""
+        """Before the optimizer's step. Raises ValueError where a user's `training_step` left out what is set."""
         if not self._stepped:
             contracts.check_replaced_step(self.args)
         if not self._computed:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from hf_kdtl import DistillationTrainer
 from hf_kdtl.models.forward.capture import Needs, capture
+from hf_kdtl.utils.versions import CHECKPOINTING
 from tests.support.helpers import KD, Images, config, largest_difference, trainer, weights
 from tests.support.tiny import build
 
@@ -303,6 +304,30 @@ def test_reentrant_checkpointing_is_refused_where_it_would_be_wrong(tmp_path):
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="attention_map would get wrong gradients under reentrant checkpointing"):
         trainer(tmp_path, build("vit"), build("vit", seed=5), objectives=[{"name": "attention_map"}], **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objectives": [{"name": "task"}, {"name": "attention_map"}]},
+        {"objectives": [{"name": "task"}, {"name": "logit_kd", "weight": "auto"}]},
+        {"gradient_rule": {"name": "never_hurt"}},
+    ],
+    ids=["attention", "auto", "rule"],
+)
+def test_reentrant_checkpointing_that_the_model_has_is_refused_as_in_the_arguments(tmp_path, settings):
+    student, teacher, enable = build("vit"), build("vit", seed=5), f"{CHECKPOINTING}_enable"
+    getattr(student, enable)({"use_reentrant": True})
+    says = rf"reentrant checkpointing.*use student.{enable}\("
+    with pytest.raises(ValueError, match=says):
+        trainer(tmp_path, student, teacher, **settings)
+    runner = trainer(tmp_path, build("vit"), teacher, max_steps=1, **settings)
+    getattr(runner.model, enable)({"use_reentrant": True})  # later
+    with pytest.raises(ValueError, match=says):
+        runner.train()
+    trainer(tmp_path, student, teacher, objectives=KD, max_steps=1).train()
+    of_arguments = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    trainer(tmp_path, student, teacher, max_steps=1, **settings | of_arguments).train()  # which win
 
 
 def test_auto_find_batch_size_keeps_its_meaning(tmp_path):
