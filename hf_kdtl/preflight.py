@@ -26,6 +26,7 @@ from hf_kdtl.objectives.estimators import missing_derivative
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.build import build_distiller, match_teacher
 from hf_kdtl.trainer.checks import check_teacher_usage, setting_problems
+from hf_kdtl.trainer.contracts import check_config
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
 from hf_kdtl.utils.distributed import fsdp_requested
 
@@ -90,7 +91,11 @@ def preflight(
         processing_class: the student's image processor.
 
     Cost: a few forwards and backwards of one batch for each objective.
+
+    Raises:
+        TypeError: for a `config` that is no DistillationConfig.
     """
+    check_config(config)
     pixels = blank_pixels(student) if pixel_values is None else pixel_values
     objectives = config.build_objectives()
     report = Report(pairing="no teacher, no pairs.", warnings=_warnings(objectives, config))

@@ -65,7 +65,7 @@ def create_layerwise_optimizer(
             be measured.
     """
     check_optimizer_name(args)
-    if isinstance(layer_rates, Mapping):
+    if layer_rates is not None and not isinstance(layer_rates, LayerRates):
         layer_rates = LayerRates(layer_rates, model, blocks=blocks)
     if layer_rates is not None:
         blocks = layer_rates.blocks

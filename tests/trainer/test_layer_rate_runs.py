@@ -26,7 +26,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "m
 
 
 def multipliers(runner):
-    return {g["layer"]: g["lr_multiplier"] for g in runner.optimizer.param_groups}
+    return {g["layer"]: g["lr_multiplier"] for g in runner.optimizer.param_groups if "layer" in g}
 
 
 class Calls:
@@ -391,6 +391,42 @@ def test_rates_that_nobody_measures_reach_an_optimizer_that_the_user_made(tmp_pa
     assert multipliers(runner)[1] == pytest.approx(2 * multipliers(runner)[0]) and multipliers(runner)["head"] == 1
     with pytest.raises(ValueError, match="the optimizer is SGD, whose step does not know the layers' rates"):
         made(torch.optim.SGD, lr=0.1).train()
+
+
+def test_which_tensors_decay_is_what_an_override_says(tmp_path):
+    class OfHead(DistillationTrainer):
+        def get_decay_parameter_names(self, model):
+            return [name for name, _ in model.named_parameters() if name.startswith("classifier.")]
+
+    teacher = build("vit", seed=5, hidden_size=48, num_attention_heads=3)
+    arguments = config(tmp_path, [*KD, {"name": "hidden_states"}], layer_rates=ATTENTION, weight_decay=0.1, **SHORT)
+    runner = OfHead(build("vit"), arguments, teacher=teacher, train_dataset=Images())
+    runner.train()
+    names = {id(p): name for name, p in runner.distiller.named_parameters()}
+    groups = runner.optimizer.param_groups
+    decaying = {names[id(p)] for g in groups for p in g["params"] if g["weight_decay"]}
+    projectors = {name for name in names.values() if name.startswith("objectives.") and name.endswith("weight")}
+    assert decaying == {"student.classifier.weight", "student.classifier.bias"} | projectors and projectors
+
+
+def test_a_group_that_an_override_adds_has_the_rate_of_the_schedule(tmp_path):
+    extra = torch.nn.Parameter(torch.ones(1))
+
+    class Extra(DistillationTrainer):
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            optimizer.add_param_group({"params": [extra], "lr": 0.5})
+            return optimizer
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) + extra.sum()
+
+    settings = {"layer_rates": {"mode": "llrd"}, "optim": "sgd"} | SHORT
+    arguments = config(tmp_path, [{"name": "task"}], **settings | {"max_steps": 1})
+    runner = Extra(build("vit"), arguments, train_dataset=Images())
+    runner.train()
+    assert extra.item() == pytest.approx(0.5)
+    assert multipliers(runner)[1] > multipliers(runner)[0] and set(multipliers(runner)) >= {0, 1, "head"}
 
 
 def test_a_layerwise_optimizer_that_lacks_the_projectors_is_refused(tmp_path):
