@@ -24,6 +24,7 @@ from hf_kdtl.trainer.batch import as_indices
 from hf_kdtl.trainer.data_checks import evaluation_pixels_problem
 from hf_kdtl.trainer.data_errors import data_problem
 from hf_kdtl.trainer.distiller import Counts
+from hf_kdtl.trainer.non_finite import unmeasured_weights
 from hf_kdtl.trainer.publishing import PublishingTrainer
 
 logger = logging.get_logger(__name__)
@@ -69,7 +70,8 @@ class EvaluatingTrainer(PublishingTrainer):
         assert output.metrics is not None
         mean_loss.correct(output.metrics, f"{metric_key_prefix}_loss", self.accelerator.gather)
         if description == "Evaluation" and f"{metric_key_prefix}_loss" not in output.metrics:
-            why = data_problem(dataloader.dataset, False) or "no image has a label."
+            why = unmeasured_weights(self.distiller.weights) if is_headless(self.model) else ""
+            why = why or data_problem(dataloader.dataset, False) or "no image has a label."
             logger.warning(f"there is no {metric_key_prefix}_loss: {why}")
         if terms is not None:
             means = {f"{metric_key_prefix}_{key}": mean for key, mean in terms.means().items()}
@@ -118,15 +120,16 @@ class EvaluatingTrainer(PublishingTrainer):
         return result
 
     def _embedding_step(self, inputs: dict[str, Any], loss_only: bool) -> tuple[Any, Any, Any]:
-        """(loss, embeddings, labels) of a student without a head: `eval_loss` is the weighted sum of the terms, and
-        the predictions are embeddings."""
+        """(loss, embeddings, labels) of a student without a head: `eval_loss` is the weighted sum of the terms, where
+        their weights are known, and the predictions are embeddings."""
         with torch.no_grad():
             student, terms = self.distiller.terms(inputs, self._draws(inputs))
             if student.pooled is None and not loss_only:
                 student = capture(self.model, inputs["pixel_values"], Needs(pooled=True))
         weights = self.distiller.weights
         values = {key: per_image(self.distiller.objective(key), one.detach(), inputs) for key, one in terms.items()}
-        loss = torch.stack([weights[key] * value.mean() for key, value in values.items()]).sum()
+        total = torch.stack([weights[key] * value.mean() for key, value in values.items()]).sum()
+        loss = None if unmeasured_weights(weights) else total
         if self._eval_terms is not None:
             for key, value in values.items():
                 self._eval_terms.add(key, self.gather_function(value))

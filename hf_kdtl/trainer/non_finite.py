@@ -18,14 +18,20 @@ def check_finite(trainer: Any, result: dict[str, Any], pixel_values: Tensor) -> 
     if not math.isfinite(loss := result["loss"].item()):
         counted, weights = result["counted"], trainer.distiller.weights
         terms = {k: (weights[k] * s / counted[k].clamp(min=1)).item() for k, s in result["sums"].items()}
-        if unknown := [key for key, weight in weights.items() if math.isnan(weight)]:
-            raise ValueError(f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that.")
+        if unmeasured := unmeasured_weights(weights):
+            raise ValueError(unmeasured)
         step, folder = trainer.state.global_step, trainer.args.output_dir
         broken = int((~pixel_values.flatten(1).isfinite().all(1)).sum())
         cure = f"{broken} images of the batch have pixel_values that are nan or infinite: check what makes them."
         cure = cure if broken else _broken_model(trainer, pixel_values)
         cure = cure or "Lower the learning rate or that term's weight, or check the data."
         raise non_finite_loss_error(step, loss, terms, folder, cure)
+
+
+def unmeasured_weights(weights: dict[str, float]) -> str:
+    """Why a total cannot be had yet; empty where every weight is a number."""
+    unknown = [key for key, weight in weights.items() if math.isnan(weight)]
+    return f"the weight of {', '.join(unknown)} is auto, which train() measures first: call that." if unknown else ""
 
 
 @torch.no_grad()

@@ -35,6 +35,17 @@ def test_a_student_without_a_head_is_trained_saved_and_takes_one(tmp_path):
     assert logged[0]["feature_kd"] > 0 and logged[0]["similarity"] > 0
 
 
+def test_an_evaluation_before_weights_are_measured_has_no_loss_and_explains_it(tmp_path, caplog):
+    objectives = [FEATURES[0], {"name": "similarity", "weight": "auto"}]
+    runner = trainer(tmp_path, headless("vit"), headless("vit", seed=1), Unlabelled(), objectives, max_steps=1)
+    runner.compute_metrics = lambda prediction: {"width": prediction.predictions.shape[1]}
+    found = runner.evaluate(Images(4))
+    assert "eval_loss" not in found and found["eval_width"] == 32
+    assert "no eval_loss: the weight of similarity is auto, which train() measures first" in caplog.text
+    runner.train()
+    assert runner.evaluate(Images(4))["eval_loss"] > 0
+
+
 def test_resuming_is_bitwise_with_statistics_and_bank(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
     whole = _run(tmp_path / "a", **settings)
