@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def create_layerwise_optimizer(
     args: TrainingArguments,
     objectives: nn.Module | None = None,
     layer_rates: LayerRates | Mapping[str, Any] | None = None,
+    decaying: Collection[str] | None = None,
     *,
     spare_tokens: bool = False,
     blocks: Sequence[str] | None = None,
@@ -58,7 +59,7 @@ def create_layerwise_optimizer(
         args: read as Trainer reads it: `optim`, `learning_rate`, `weight_decay`, `adam_*`, `optim_args`.
         objectives: whose parameters are trained along.
         layer_rates: options of a mode that needs no measuring, or a `LayerRates`. None: every multiplier is 1.
-        spare_tokens, blocks: as in `layer_groups`.
+        decaying, spare_tokens, blocks: as in `layer_groups`.
 
     Raises:
         ValueError: as `layer_groups`; for an optimizer that cannot have rates per group; for options whose mode must
@@ -69,7 +70,9 @@ def create_layerwise_optimizer(
         layer_rates = LayerRates(layer_rates, model, blocks=blocks)
     if layer_rates is not None:
         blocks = layer_rates.blocks
-    groups = layer_groups(model, objectives, args.weight_decay, spare_tokens=spare_tokens, blocks=blocks)
+    groups = layer_groups(
+        model, objectives, args.weight_decay, spare_tokens=spare_tokens, blocks=blocks, decaying=decaying
+    )
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     own = {"params", "model", "optimizer_dict"} & options.keys()
     if own or not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):

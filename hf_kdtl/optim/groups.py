@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def layer_groups(
     *,
     spare_tokens: bool = False,
     blocks: Sequence[str] | None = None,
+    decaying: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Every trainable tensor in exactly one param group, in depth order: embeddings, blocks, norm, head, objectives.
 
@@ -49,6 +50,7 @@ def layer_groups(
         spare_tokens: also spare class, position and register tokens: tensors outside the blocks that a module keeps
             as they are, with a first axis of 1. Trainer lets them decay.
         blocks: names of the blocks in order, for a model whose blocks cannot be found.
+        decaying: names of the model's tensors that decay, in place of Trainer's choice.
 
     Cost: one forward of the model on one or two grey images.
 
@@ -59,7 +61,9 @@ def layer_groups(
     found = named_blocks(model, blocks)
     # Names as in the container that the trainer hands to Trainer, so that the same patterns meet the same names.
     joint: nn.Module = nn.ModuleDict({"student": model} | ({} if objectives is None else {"objectives": objectives}))
-    decaying = set(Trainer.get_decay_parameter_names(None, joint))  # type: ignore[arg-type]
+    decay = set(Trainer.get_decay_parameter_names(None, joint))  # type: ignore[arg-type]
+    if decaying is not None:
+        decay = {n for n in decay if not n.startswith("student.")} | {f"student.{name}" for name in decaying}
     layer_of = _layers(model, found)
     sorted_in: dict[tuple[Layer, bool], list[Tensor]] = {}
     for name, parameter in joint.named_parameters():
@@ -67,7 +71,7 @@ def layer_groups(
             root, _, rest = name.partition(".")
             layer = layer_of[rest] if root == "student" else "objectives"
             token = spare_tokens and isinstance(layer, str) and parameter.ndim > 1 and parameter.shape[0] == 1
-            sorted_in.setdefault((layer, name in decaying and not token), []).append(parameter)
+            sorted_in.setdefault((layer, name in decay and not token), []).append(parameter)
     if not sorted_in:
         raise ValueError(f"{type(model).__name__} has no trainable tensor: every parameter has requires_grad=False.")
     order: list[Layer] = ["embeddings", *range(len(found)), "norm", "head", "objectives"]

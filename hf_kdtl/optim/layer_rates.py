@@ -228,7 +228,8 @@ class LayerRates:
         """
         check_layerwise(optimizer)
         for group in optimizer.param_groups:
-            group["lr_multiplier"] = self.rates.of_layer(group["layer"])
+            if "layer" in group:
+                group["lr_multiplier"] = self.rates.of_layer(group["layer"])
 
     @property
     def loss_weights(self) -> list[float] | None:

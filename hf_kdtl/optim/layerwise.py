@@ -48,8 +48,9 @@ def is_layerwise(optimizer: Any) -> bool:
 
 
 def check_layerwise(optimizer: Any) -> None:
-    """Raises ValueError unless the optimizer applies multipliers of the param groups of `layer_groups`."""
-    if is_layerwise(optimizer) and all("layer" in group for group in optimizer.param_groups):
+    """Raises ValueError unless the optimizer applies multipliers and has the student's groups of `layer_groups`; what
+    a user adds besides, without a layer, has a multiplier of 1."""
+    if is_layerwise(optimizer) and any(g.get("layer", "objectives") != "objectives" for g in optimizer.param_groups):
         return
     kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
     raise ValueError(

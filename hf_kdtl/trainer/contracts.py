@@ -18,15 +18,20 @@ from hf_kdtl.trainer.distiller import Distiller
 logger = logging.get_logger(__name__)
 
 
-def check_arguments(args: DistillationConfig, model: Any, data: dict[str, Any], processing_class: Any) -> None:
-    """Raises TypeError or ValueError for a student, data ({argument: dataset}) or an image processor of a type that
-    Trainer fails on without saying so; and turns off Trainer's own saving on SIGTERM: two handlers would each put back
-    the other's."""
+def check_config(args: Any) -> None:
+    """Raises TypeError for what is no DistillationConfig."""
     if not isinstance(args, DistillationConfig):
         raise TypeError(
             f"args is {type(args).__name__}; expected DistillationConfig, which takes the same arguments and "
             "objectives: DistillationConfig(output_dir, ..., objectives=[...])."
         )
+
+
+def check_arguments(args: DistillationConfig, model: Any, data: dict[str, Any], processing_class: Any) -> None:
+    """Raises TypeError or ValueError for a student, data ({argument: dataset}) or an image processor of a type that
+    Trainer fails on without saying so; and turns off Trainer's own saving on SIGTERM: two handlers would each put back
+    the other's."""
+    check_config(args)
     if model is not None and not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         found = f"the text {model!r}" if isinstance(model, str) else found

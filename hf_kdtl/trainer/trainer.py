@@ -166,7 +166,8 @@ class DistillationTrainer(LossTrainer):
         """As Trainer's, of the student under its own names; the objectives' parameters are added as a group."""
         ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         if ours.rates is not None and not foreign:
-            self.optimizer = create_layerwise_optimizer(ours.student, self.args, ours.objectives, ours.rates)
+            names = self.get_decay_parameter_names(ours.student)
+            self.optimizer = create_layerwise_optimizer(ours.student, self.args, ours.objectives, ours.rates, names)
         optimizer = super().create_optimizer(ours.student if model is None else model)
         if not self._given_optimizer:
             contracts.add_objectives(optimizer, ours.objectives, self.args)

@@ -40,6 +40,15 @@ class Arm:
     unlabelled: bool = True  # whether images without labels are trained on, where there are any
 
 
+def check_labelled(options: DistillOptions, typed: Iterable[str] | None) -> None:
+    """Raises ValueError for images without labels beside none with labels that the user named."""
+    if options.unlabelled not in (None, "rest") and "dataset" not in (typed or ["dataset"]):
+        raise ValueError(
+            "--unlabelled adds images to labelled ones, and these objectives read labels or class outputs: type "
+            "--dataset <labelled images> (digits are built in), or --objectives feature_kd, which reads neither."
+        )
+
+
 class Experiment:
     """All runs of `distill`: for each seed the student with its teacher and (baseline) alone, weights the same.
 
@@ -66,11 +75,7 @@ class Experiment:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}, expected different ones.")
         self.notes: list[str] = []
-        if options.unlabelled not in (None, "rest") and "dataset" not in (typed or ["dataset"]):
-            raise ValueError(
-                "--unlabelled adds images to labelled ones, and these objectives read labels or class outputs: type "
-                "--dataset <labelled images> (digits are built in), or --objectives feature_kd, which reads neither."
-            )
+        check_labelled(options, typed)
         is_self = options.teacher == "self"
         check_teacher_usage(options.teacher, config)  # before any is read
         names = ("class_names", "templates", "teacher_dtype", "teacher_options")
