@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 import hf_kdtl
 
@@ -60,7 +60,7 @@ def verify_read(folder: str | Path) -> list[str]:
     try:
         files = read_manifest(folder)["files"].items()
         for name, _ in files:
-            if name.endswith(CONFIG_NAME):  # also an adapter's
+            if Path(name).name in (CONFIG_NAME, ADAPTER_CONFIG_NAME):
                 _read(folder / name)
     except (OSError, ValueError) as error:
         return [str(error)]
