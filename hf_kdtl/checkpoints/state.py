@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_kdtl.checkpoints.student import described_by_config, load_student
 from hf_kdtl.models.adapters import adapted
 from hf_kdtl.models.teachers.start import StartingPoint
 from hf_kdtl.utils.distributed import load_full_state_dict
@@ -148,7 +149,11 @@ class StartState:
                 f"{self.folder} is missing. The run saved its starting point there, which its objectives compare the "
                 "student with: restore the folder, or start a new run from the checkpoint's weights."
             )
-        start = StartingPoint.from_path(self.folder, student, self.trainer.processing_class)
+        if described_by_config(present := self.trainer.distiller.start.model):
+            start = StartingPoint.from_path(self.folder, student, self.trainer.processing_class)
+        else:  # the student itself, changed by hand
+            start = StartingPoint(present)
+            load_student(start.model, self.folder)
         start.kept = self.folder
         return start.to(self.trainer.accelerator.device)
 

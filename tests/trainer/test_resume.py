@@ -137,6 +137,19 @@ def test_a_student_that_was_changed_by_hand_resumes_bitwise_and_its_best_is_load
     assert largest_difference(weights(ends.model), weights(best)) == 0.0
 
 
+@pytest.mark.parametrize("how", ["another head", "a parameter more"])
+def test_the_start_of_a_student_that_was_changed_by_hand_is_kept(tmp_path, how):
+    objectives, student = [{"name": "task"}, {"name": "l2_sp", "weight": 0.1}], changed(how)
+    full = trainer(tmp_path, student, objectives=objectives, **RUN)
+    full.train()
+    other = changed(how)
+    torch.nn.init.zeros_(other.vit.embeddings.cls_token)
+    again = trainer(tmp_path, other, objectives=objectives, **RUN)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(again.distiller.start.model), weights(student)) == 0.0
+    assert largest_difference(weights(full.distiller), weights(again.distiller)) == 0.0
+
+
 @pytest.mark.parametrize(
     ("saved", "other", "message"),
     [
