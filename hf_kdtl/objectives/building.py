@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from torch import Tensor, nn
 
 from hf_kdtl.models.pairing import PairingPlan
 from hf_kdtl.models.run_context import RunContext
@@ -22,7 +23,8 @@ def prepare_objective(objective: Objective, context: RunContext) -> list[str]:
 
 def build_objective(objective: Objective, plan: PairingPlan | None, dtype: torch.dtype = torch.float32) -> None:
     """Give an objective its widths; where this pair of models cannot serve it, say what can. `dtype` is the student's:
-    projectors are float64 for float64, and float32 else.
+    projectors are float64 for float64, and float32 else, to which they cast what a student of half precision gives
+    them (as it is loaded, or for an evaluation under bf16_full_eval).
 
     Raises:
         ValueError: with the objectives that work for this pair.
@@ -37,6 +39,15 @@ def build_objective(objective: Objective, plan: PairingPlan | None, dtype: torch
         raise ValueError(f"{error} For this pair these work: {others}.") from error
     if dtype == torch.float64:
         objective.double()
+    for module in objective.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.register_forward_pre_hook(_in_own_dtype)
+
+
+def _in_own_dtype(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    (x,) = args
+    own = next(module.parameters()).dtype
+    return (x if torch.is_autocast_enabled(x.device.type) else x.to(own),)
 
 
 def pairs_layers(kind: type[Objective]) -> bool:
