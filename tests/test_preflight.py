@@ -1,6 +1,8 @@
 """Preflight says what pairs, what it costs and what will not run, and leaves the models as they were."""
 
+import pytest
 import torch
+from transformers import TrainingArguments
 
 from hf_kdtl import DistillationConfig
 from hf_kdtl.preflight import preflight
@@ -72,3 +74,8 @@ def test_an_operation_without_a_second_derivative_is_named_with_what_works(tmp_p
     fitting = {"name": "jacobian", "distance": "squared", "output": "all", "estimator": "finite_difference"}
     config = DistillationConfig(str(tmp_path), objectives=[fitting, {"name": "noisy_kd"}], use_cpu=True)
     assert not preflight(student, build("vit", seed=5), config, PIXELS).problems
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="args is TrainingArguments; expected DistillationConfig"):
+        preflight(build("vit"), None, TrainingArguments(str(tmp_path)))

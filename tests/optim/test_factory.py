@@ -355,3 +355,8 @@ def test_the_factory_knows_the_trainers_container(tmp_path):
         setattr(container, name, getattr(container, name, container[name]))
     optimizer = LayerwiseOptimizer()(container, args=arguments(tmp_path))
     assert [g["name"] for g in optimizer.param_groups] == [g["name"] for g in layer_groups(student, objectives)]
+
+
+def test_layer_rates_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="layer_rates is 'llrd'; expected a mapping such as"):
+        create_layerwise_optimizer(build("vit"), TrainingArguments(str(tmp_path)), layer_rates="llrd")
