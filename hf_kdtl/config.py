@@ -41,7 +41,8 @@ class DistillationConfig(TrainingArguments):
     that needs no model is checked here, before any work.
 
     In hyperparameter_search a value inside a setting has a dotted name: `objectives.logit_kd.temperature`,
-    `layer_rates.momentum`.
+    `layer_rates.momentum`; `setattr(args, name, value)` takes it too. Settings may be changed between two calls of
+    `train`, and the weights that are numbers at any step, such as by a callback: the next step uses them.
 
     Args:
         objectives: the terms of the loss, each `{"name": ..., "weight": 1.0, "key": <name>, "role": "task" |
@@ -96,10 +97,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        entries = _entries(self.objectives)
-        self.objectives = copy.deepcopy(DEFAULT_OBJECTIVES if entries is None else entries)
-        self.layer_rates = _from_json("layer_rates", self.layer_rates)
-        self.gradient_rule = _from_json("gradient_rule", self.gradient_rule)
+        self.objectives = copy.deepcopy(DEFAULT_OBJECTIVES if self.objectives is None else self.objectives)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if (size := getattr(self, name)) is None or size < 1:
                 raise ValueError(f"{name!r} is {size!r}; expected a whole number of at least 1.")
@@ -111,6 +109,13 @@ class DistillationConfig(TrainingArguments):
                 "state: optimizer, random states and a pickle of the arguments with paths of this machine. Use "
                 "'every_save' or 'end'; to continue on another machine, copy the checkpoint folder."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "." in name:  # a result of hyperparameter_search, which transformers' users set one by one
+            return vars(self).update(self.with_dotted({name: value}))
+        if name in ("objectives", "layer_rates", "gradient_rule"):
+            value = _entries(value) if name == "objectives" else _from_json(name, value)
+        super().__setattr__(name, value)
 
     def check(self) -> None:
         """Raises ValueError for an unknown name, key or value of objectives, layer_rates and gradient_rule."""

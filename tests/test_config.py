@@ -121,3 +121,20 @@ def test_the_role_of_an_entry_is_that_of_its_objective(tmp_path):
     entries = [{"name": "task"}, {"name": "logit_kd"}, {"name": "logit_kd", "key": "protected", "role": "task"}]
     objectives = DistillationConfig(str(tmp_path), objectives=entries).build_objectives()
     assert [objectives[key].role for key in ("task", "logit_kd", "protected")] == ["task", "transfer", "task"]
+
+
+def test_settings_may_be_assigned_as_they_are_given_to_the_constructor(tmp_path):
+    config = DistillationConfig(str(tmp_path))
+    config.objectives = ["task", "logit_kd"]
+    assert config.objectives == [{"name": "task"}, {"name": "logit_kd"}]
+    config.objectives, config.gradient_rule = '[{"name": "task"}, {"name": "logit_kd"}]', '{"name": "pcgrad"}'
+    assert list(config.build_objectives()) == ["task", "logit_kd"] and config.gradient_rule == {"name": "pcgrad"}
+    setattr(config, "objectives.logit_kd.temperature", 2.0)
+    assert config.objectives[1] == {"name": "logit_kd", "temperature": 2.0}
+    assert not any("." in name for name in vars(config))
+    for name, sentence in {
+        "objectives.logit_kd.temprature": "Did you mean 'temperature'",
+        "objectives.dist.temperature": "names no setting; expected objectives.<key>.<option>",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            setattr(config, name, 2.0)
