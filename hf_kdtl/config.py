@@ -13,13 +13,13 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_kdtl.gradient_rules import GRADIENT_RULES, GradientRule
-from hf_kdtl.objectives import OBJECTIVES, Objective
-from hf_kdtl.objectives.entries import auto_ratio, check_weights, entry_key, entry_weight
+from hf_kdtl.objectives import Objective
+from hf_kdtl.objectives.entries import auto_ratio, build_entry, check_weights, entry_key, entry_weight
 from hf_kdtl.objectives.paired import PairedObjective
 from hf_kdtl.objectives.task import Task
 from hf_kdtl.optim.factory import check_optimizer_name
 from hf_kdtl.optim.options import RateOptions
-from hf_kdtl.utils.options import check_known, check_option, read_json
+from hf_kdtl.utils.options import check_known, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -27,8 +27,6 @@ DEFAULT_OBJECTIVES: list[dict[str, Any]] = [
     {"name": "task", "weight": 0.1},
     {"name": "logit_kd", "weight": 0.9, "temperature": 4.0},
 ]
-# What any entry of `objectives` may hold in addition to the objective's own options.
-ENTRY_KEYS = ("name", "key", "weight", "role", "teacher")
 
 
 @dataclass
@@ -159,7 +157,7 @@ class DistillationConfig(TrainingArguments):
                     f"objectives: two entries have the key {key!r}; give each one of its own, such as "
                     f'{{"name": {entry["name"]!r}, "key": "{key}_2", ...}}.'
                 )
-            built[key] = _build_entry(entry)
+            built[key] = build_entry(entry)
             if isinstance(task := built[key], Task):
                 self._share_smoothing(task, key)
         check_weights(entries)
@@ -235,29 +233,6 @@ class DistillationConfig(TrainingArguments):
             vars(checked).update(found)
             checked.check()
         return found
-
-
-def _build_entry(entry: Mapping[str, Any]) -> Objective:
-    name = entry["name"]
-    check_known("objective", name, OBJECTIVES)
-    entry_weight(entry)
-    options = {k: v for k, v in entry.items() if k not in ENTRY_KEYS}
-    valid = [*inspect.signature(OBJECTIVES[name]).parameters, *ENTRY_KEYS]
-    for option in options:
-        check_known(f"option of objective {name!r}", option, valid)
-    objective = OBJECTIVES[name](**options)
-    if "role" in entry:
-        role = entry["role"]
-        check_option(f"objective {name!r}", "role", role, role in ("task", "transfer"), "'task' or 'transfer'")
-        objective.role = role
-    if "teacher" in entry:
-        teacher = entry["teacher"]
-        takes = objective.source == "teacher" and objective.needs_teacher
-        named = takes and isinstance(teacher, str) and teacher != "start"
-        expected = "the name of one of several teachers" if takes else "nothing: it takes no signals of a teacher"
-        check_option(f"objective {name!r}", "teacher", teacher, named, expected)
-        objective.source = teacher
-    return objective
 
 
 def check_roles(name: str, rule: GradientRule, objectives: Mapping[str, Objective]) -> None:

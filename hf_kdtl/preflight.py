@@ -25,9 +25,10 @@ from hf_kdtl.objectives import Objective
 from hf_kdtl.objectives.estimators import missing_derivative
 from hf_kdtl.optim import LayerRates
 from hf_kdtl.trainer.build import build_distiller, match_teacher
-from hf_kdtl.trainer.checks import check_teacher_usage, setting_problems
+from hf_kdtl.trainer.checks import setting_problems
 from hf_kdtl.trainer.contracts import check_config
 from hf_kdtl.trainer.distiller import Distiller, micro_batch_counts
+from hf_kdtl.trainer.teacher_checks import check_teacher_usage
 from hf_kdtl.utils.distributed import fsdp_requested
 
 TASK, ALONE = "task", "task alone"

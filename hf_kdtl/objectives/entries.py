@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 from torch import nn
 
 from hf_kdtl.objectives import OBJECTIVES
-from hf_kdtl.utils.options import check_option, is_number
+from hf_kdtl.objectives.base import Objective
+from hf_kdtl.utils.options import check_known, check_option, is_number
 
 AUTO = "auto"
+ENTRY_KEYS = ("name", "key", "weight", "role", "teacher")
+"""What any entry may hold in addition to the objective's own options."""
 LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos", "num_input_tokens_seen", "runtime",
           "samples_per_second", "steps_per_second", "model_preparation_time")  # fmt: skip
 """What Trainer logs under these names, also behind `eval_`."""
@@ -77,3 +81,27 @@ def check_weights(entries: Iterable[Mapping[str, Any]]) -> None:
             f"objectives: the weight of {', '.join(measured)} is auto, which is measured against the first entry that "
             'has a number above 0, and there is none. Give one, such as {"name": "task", "weight": 1.0}.'
         )
+
+
+def build_entry(entry: Mapping[str, Any]) -> Objective:
+    """The objective of an entry, without parameters yet. Raises ValueError for an unknown name, key or value."""
+    name = entry["name"]
+    check_known("objective", name, OBJECTIVES)
+    entry_weight(entry)
+    options = {k: v for k, v in entry.items() if k not in ENTRY_KEYS}
+    valid = [*inspect.signature(OBJECTIVES[name]).parameters, *ENTRY_KEYS]
+    for option in options:
+        check_known(f"option of objective {name!r}", option, valid)
+    objective = OBJECTIVES[name](**options)
+    if "role" in entry:
+        role = entry["role"]
+        check_option(f"objective {name!r}", "role", role, role in ("task", "transfer"), "'task' or 'transfer'")
+        objective.role = role
+    if "teacher" in entry:
+        teacher = entry["teacher"]
+        takes = objective.source == "teacher" and objective.needs_teacher
+        named = takes and isinstance(teacher, str) and teacher != "start"
+        expected = "the name of one of several teachers" if takes else "nothing: it takes no signals of a teacher"
+        check_option(f"objective {name!r}", "teacher", teacher, named, expected)
+        objective.source = teacher
+    return objective

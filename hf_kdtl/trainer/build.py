@@ -38,6 +38,7 @@ def build_distiller(
     processing_class: Any = None,
     images: Images = lambda number: None,
     start: StartingPoint | None = None,
+    kept: Mapping[str, Objective] | None = None,
     task_loss: Callable[..., Tensor] | None = None,
     sharded: bool = False,
     device: torch.device | None = None,
@@ -49,6 +50,7 @@ def build_distiller(
         processing_class: the student's image processor.
         images: the training data. Without any, blocks are paired on blank images.
         start: what the student started from; by default as the config says.
+        kept: objectives of an earlier container of the same models, by key, whose parameters and buffers are used on.
         task_loss: in place of `task`'s value.
         sharded: whether FSDP2 will shard the container.
         device: where everything goes; None leaves the models where they are.
@@ -90,9 +92,21 @@ def build_distiller(
         logger.info(note)
     if device is not None and place_student:
         distiller.to(device)
-    if any(objective.sample for objective in objectives.values()):
-        distiller.observe(images)
+    known = {key for key, earlier in (kept or {}).items() if _taken_over(distiller.objective(key), earlier)}
+    distiller.observe(images, known)
     return distiller
+
+
+def _taken_over(objective: Objective, earlier: Objective) -> bool:
+    """Give an objective the parameters and buffers of another, the tensors themselves, which an optimizer may hold;
+    whether they fit."""
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (objective, earlier)]
+    if shapes[0] != shapes[1]:
+        return False
+    for module, its in zip(objective.modules(), earlier.modules(), strict=True):
+        module._parameters.update(its._parameters)
+        module._buffers.update(its._buffers)
+    return True
 
 
 def match_teacher(

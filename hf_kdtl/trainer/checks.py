@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.models.adapters import adapted, adapter_problems
 from hf_kdtl.models.labels import MULTI_LABEL, adopt_class_names, class_problem, dataset_class_names, is_multi_label
-from hf_kdtl.models.teachers import check_names
 from hf_kdtl.objectives.derivatives import DerivativeObjective
 from hf_kdtl.optim.layerwise import check_layerwise
 from hf_kdtl.trainer.data_checks import evaluation_pixels_problem, training_data_problems
-from hf_kdtl.utils.options import suggestion
 from hf_kdtl.utils.versions import CHECKPOINTING
 
 logger = logging.get_logger(__name__)
@@ -26,65 +23,7 @@ DDP = "accelerate launch --multi_gpu --num_processes <number of GPUs> <script>"
 FSDP = "hf-kdtl configs copy fsdp2; accelerate launch --config_file fsdp2.yaml <script>"
 
 
-def check_teacher_usage(teacher: Any, config: DistillationConfig) -> None:
-    """Raises ValueError when a teacher or a start is given and unused, or a teacher is missing."""
-    objectives = config.build_objectives()
-    if config.start is not None and all(objective.source != "start" for objective in objectives.values()):
-        raise ValueError(
-            f"start is {config.start!r} and no objective holds the student to it. Add one, such as "
-            '{"name": "l2_sp", "weight": 0.01}, or leave start out (the student is chosen by model=...).'
-        )
-    needing = {key: objective.source for key, objective in objectives.items() if objective.needs_teacher}
-    options = config.rate_options
-    measured = options is not None and options.measured
-    if teacher is None and needing:
-        raise ValueError(
-            f"the objectives {', '.join(needing)} need a teacher and none was given. Pass teacher=<a model, Teacher, "
-            'or path>, or train without one: objectives=[{"name": "task"}].'
-        )
-    if teacher is None and options is not None and measured:
-        raise ValueError(
-            f"layer_rates: mode {options.mode!r} compares the student with a teacher and none was given. Pass "
-            "teacher=<a model, Teacher, or path>, or take mode 'llrd'."
-        )
-    if teacher is not None and not needing and not measured:
-        raise ValueError(
-            'a teacher was given and no objective uses it. Add one, such as {"name": "logit_kd", "weight": 0.9}, or '
-            "leave the teacher out."
-        )
-    if teacher is not None:
-        users = {f"objective {key!r}": name for key, name in needing.items()}
-        _check_teacher_names(teacher, users | ({"layer_rates": options.teacher_name} if options and measured else {}))
-
-
-def _check_teacher_names(teacher: Any, users: dict[str, str]) -> None:
-    """Raises ValueError unless every user names one of the teachers, and every teacher has a user.
-
-    Args:
-        users: {an objective or layer_rates: the name of its source}.
-    """
-    if isinstance(teacher, Mapping):
-        check_names(teacher)
-    members = teacher if isinstance(teacher, Mapping) else getattr(teacher, "members", dict)()
-    names = list(members) or ["teacher"]
-    for user, name in users.items():
-        if name in names:
-            continue
-        if names == ["teacher"]:
-            raise ValueError(
-                f"{user}: it takes its signals from teacher {name!r}, and there is one teacher, without a name. Leave "
-                f"its 'teacher' out, or pass several: teacher={{\"{name}\": <path>, ...}}."
-            )
-        found = "does not say which teacher" if name == "teacher" else f"takes its signals from {name!r}"
-        raise ValueError(f"{user}: it {found}; set its 'teacher' to one of {names}.{suggestion(name, names)}")
-    if names != ["teacher"] and (unused := [name for name in names if name not in users.values()]):
-        raise ValueError(
-            f'the teacher {unused[0]!r} is not used. Add an objective, such as {{"name": "logit_kd", "teacher": '
-            f'"{unused[0]}"}}, or leave that teacher out.'
-        )
-
-
-def check_setting(trainer: Trainer) -> None:
+def check_setting(trainer: Any) -> None:
     """Raises ValueError for settings that are not supported here, with an alternative."""
     args = trainer.args
     assert isinstance(args, DistillationConfig)
@@ -107,7 +46,7 @@ def check_setting(trainer: Trainer) -> None:
             "derivative objectives allow. Use bf16: accelerate launch --mixed_precision bf16."
         )
     problems += training_data_problems(trainer)
-    if args.layer_rates is not None and trainer.optimizer is not None:
+    if args.layer_rates is not None and trainer._given_optimizer:
         check_layerwise(trainer.optimizer)
     eval_sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     adopt_class_names(trainer.model, dataset_class_names(trainer.train_dataset))
@@ -163,7 +102,7 @@ def sharding_problems(trainer: Any) -> list[str]:
         "torch_compile": args.torch_compile,
         "activation checkpointing together with derivatives": getattr(args, CHECKPOINTING) and derived,
         "fp16": trainer.accelerator.scaler is not None,
-        "your own optimizer, which holds unsharded parameters (name it in optim=...)": trainer.optimizer is not None,
+        "your own optimizer, which holds unsharded parameters (name it in optim=...)": trainer._given_optimizer,
         "push_to_hub (push what save_model wrote, with hf-kdtl push)": args.push_to_hub,
         "students with adapters": adapted(student),
         "students that are not a PreTrainedModel": not isinstance(student, PreTrainedModel),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -160,10 +160,11 @@ class Distiller(AroundStudent):
             terms["task"] = self.own_loss(student, inputs, micro_batch_counts(inputs))
         return student, terms
 
-    def observe(self, images: Images) -> None:
-        """Let the objectives that learn from training images read them, before training; see `read_sample`."""
+    def observe(self, images: Images, known: Collection[str] = ()) -> None:
+        """Let the objectives that learn from training images read them, before training, but for those whose keys are
+        `known`; see `read_sample`."""
         for key in self.objectives:
-            if (objective := self.objective(key)).sample:
+            if (objective := self.objective(key)).sample and key not in known:
                 needs = objective.sample_needs(self.plans.get(objective.source))
                 read_sample(key, objective, self.sources[objective.source], needs, images)
 

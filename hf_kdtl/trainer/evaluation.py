@@ -34,6 +34,8 @@ class EvaluatingTrainer(PublishingTrainer):
     """A Trainer whose `eval_loss` is the task loss, and whose `eval_objectives` adds eval_<key> for every term."""
 
     _eval_terms: EvaluationTerms | None = None
+    _term_metrics: frozenset[str] = frozenset()
+    """The names of metrics that are terms."""
     _eval_loss: LabelledMean | None = None
     _micro_step = 0
     _computed = True
@@ -77,6 +79,7 @@ class EvaluatingTrainer(PublishingTrainer):
             means = {f"{metric_key_prefix}_{key}": mean for key, mean in terms.means().items()}
             if taken := sorted(means.keys() & output.metrics.keys()):
                 logger.warning(f"{taken} are of compute_metrics; give the objectives another key to see their terms.")
+            self._term_metrics = (self._term_metrics | means.keys()) - output.metrics.keys()
             output.metrics.update({**means, **output.metrics})
         return output
 

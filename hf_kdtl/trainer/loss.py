@@ -80,7 +80,9 @@ class LossTrainer(EvaluatingTrainer):
     def loss_is_scaled_for_ga(self) -> bool | None:
         """Ours is divided by all images of the accumulated batch, so Trainer must not divide it again. For the loss of
         a `compute_loss` that does not call ours Trainer's rule holds, or what a subclass sets."""
-        return self._scaled if self._scaled is not None else self._computed or self._trainers_rule
+        if self._scaled is not None:
+            return self._scaled
+        return self._computed or self._trainers_rule or self.compute_loss_func is not None
 
     @loss_is_scaled_for_ga.setter
     def loss_is_scaled_for_ga(self, value: bool | None) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from hf_kdtl.checkpoints.plain import plain_trainer_lacks
@@ -28,28 +27,24 @@ from hf_kdtl.checkpoints.state import (
 from hf_kdtl.checkpoints.student import load_student
 from hf_kdtl.config import DistillationConfig
 from hf_kdtl.data.indexed import IndexCollator, IndexedDataset
-from hf_kdtl.gradient_rules import GradientAccumulator
 from hf_kdtl.models.adapters import adapted, load_adapters
-from hf_kdtl.models.labels import adopt_class_names, dataset_class_names
-from hf_kdtl.models.teachers import as_source, shown
-from hf_kdtl.optim import LayerRates, create_layerwise_optimizer
+from hf_kdtl.optim import create_layerwise_optimizer
 from hf_kdtl.trainer import auto_weights, checks, contracts
-from hf_kdtl.trainer.build import build_distiller, match_teacher
 from hf_kdtl.trainer.callbacks import MeasureTaskStep, SetDatasetEpoch, StopOnSignal
+from hf_kdtl.trainer.changes import ChangeableTrainer
 from hf_kdtl.trainer.data_errors import explain_data_errors
 from hf_kdtl.trainer.distiller import Counts, Distiller
-from hf_kdtl.trainer.gradient_rule_step import build_accumulator
 from hf_kdtl.trainer.learning import check_learning
-from hf_kdtl.trainer.loss import LossTrainer
 from hf_kdtl.trainer.loss_meter import TermMeter
 from hf_kdtl.trainer.optimizer_check import check_optimizer
 from hf_kdtl.trainer.process_checks import check_ranks
-from hf_kdtl.trainer.sample import carries_rows, item_checks, training_sample, without_unused_columns
+from hf_kdtl.trainer.sample import carries_rows, item_checks, without_unused_columns
+from hf_kdtl.trainer.teacher_checks import check_teacher_usage
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(LossTrainer):
+class DistillationTrainer(ChangeableTrainer):
     """transformers' Trainer, whose loss is made of objectives between a student and a teacher.
 
     Every argument of Trainer keeps its meaning and place. `model` is the student; only the student is saved,
@@ -96,11 +91,11 @@ class DistillationTrainer(LossTrainer):
         args = DistillationConfig("tmp_trainer") if args is None else args
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         contracts.check_arguments(args, model, data, processing_class)
-        checks.check_teacher_usage(teacher, args)
-        self.teacher = None if teacher is None else shown(as_source(teacher), args.teacher_pixels)
+        check_teacher_usage(teacher, args)
+        self.args = args  # which the teacher's setter reads
+        self.teacher = teacher
         self._distiller: Distiller | None = None
         self.auto_weights = auto_weights.AutoWeights(self)
-        self._built_from: tuple[Any, ...] = ()
         self._counted: tuple[Tensor | None, Counts] = None, {}
         self._term_losses, self._gradients = {}, None
         self._meter, self._stop = TermMeter(), StopOnSignal()
@@ -109,66 +104,32 @@ class DistillationTrainer(LossTrainer):
             compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
         )  # fmt: skip
         self._given_optimizer = self.optimizer is not None
-        checks.check_setting(self)
-        contracts.check(self, self._own_compute_loss)
+        self._check()
         # Trainer reads it off forward's signature, and a student whose forward takes no labels would lose them.
         self.label_names = ["labels"]
-        self._trainers_rule = self.model_accepts_loss_kwargs or compute_loss_func is not None
+        self._trainers_rule = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says, before transformers 5.19
         self.add_callback(SetDatasetEpoch())
         self.add_callback(self._stop)
         self.add_callback(MeasureTaskStep(self))
-        if self.teacher is not None:
-            self._match_teacher()
+        self._match_teacher()
+
+    def _check(self) -> None:
+        """Refuse what does not fit: at construction, and before each training, as attributes may be assigned to."""
+        checks.check_setting(self)
+        contracts.check(self, self._own_compute_loss)
 
     # ---- What is trained ----
 
-    @property
-    def distiller(self) -> Distiller:
-        """Student and objectives as one module, built at the first access: `model_init` makes the student late."""
-        if self._distiller is not None and self.model is self._distiller:  # inside _prepare_for_training
-            return self._distiller
-        stale = self._distiller is None or self._distiller.student is not self.model
-        if stale or self._built_from != self._settings():
-            self._built_from = copy.deepcopy(self._settings())  # a list that is edited in place must show
-            if self.teacher is not None:
-                self._match_teacher()
-            self._distiller = build_distiller(
-                self.model,
-                self.teacher,
-                self.args,
-                processing_class=self.processing_class,
-                images=partial(training_sample, self),
-                task_loss=self.compute_loss_func,
-                sharded=self.sharded,
-                device=self.accelerator.device,
-                place_student=self.place_model_on_device,
-            )
-            self._gradients = build_accumulator(self.args.build_rule(), self._distiller)
-        assert self._distiller is not None
-        return self._distiller
-
-    def _settings(self) -> tuple[Any, ...]:
-        return self.args.objectives, self.args.layer_rates, self.args.gradient_rule, self.args.start
-
-    @property
-    def layer_rates(self) -> LayerRates | None:
-        """The learning rates of the student's layers and their history; None where `args.layer_rates` is."""
-        return self.distiller.rates
-
-    @property
-    def gradient_rule(self) -> GradientAccumulator | None:
-        """The gradients of task and transfer and the history of their conflicts; None without a rule."""
-        _ = self.distiller
-        return self._gradients
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, of the student under its own names; the objectives' parameters are added as a group."""
-        ours, foreign = self.distiller, self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        ours, making = self.distiller, self.optimizer is None
+        foreign = not making or self.optimizer_cls_and_kwargs is not None
         if ours.rates is not None and not foreign:
             names = self.get_decay_parameter_names(ours.student)
             self.optimizer = create_layerwise_optimizer(ours.student, self.args, ours.objectives, ours.rates, names)
         optimizer = super().create_optimizer(ours.student if model is None else model)
+        self._made_optimizer = optimizer if making else self._made_optimizer
         if not self._given_optimizer:
             contracts.add_objectives(optimizer, ours.objectives, self.args)
         return optimizer
@@ -176,6 +137,9 @@ class DistillationTrainer(LossTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._meter = TermMeter()
         student = self.model
+        self._check()
+        for source in self.teacher.members().values() if self.teacher and self.train_dataset is not None else ():
+            source.check_data(self.train_dataset)
         with explain_data_errors(self):
             check_learning(self)
         if self.sharded:
@@ -189,6 +153,7 @@ class DistillationTrainer(LossTrainer):
         self.callback_handler.model = student
         check_optimizer(self.optimizer, self.distiller, self.args)
         self.auto_weights.settle(resumed=resume_from_checkpoint is not None)
+        self._stepping = True
         return prepared
 
     def _wrap_model(self, model, training=True, dataloader=None):
@@ -221,17 +186,6 @@ class DistillationTrainer(LossTrainer):
         """Whether training batches carry the row of each image."""
         return carries_rows(self)
 
-    # ---- Checks ----
-
-    def _match_teacher(self) -> None:
-        assert self.teacher is not None
-        adopt_class_names(self.model, dataset_class_names(self.train_dataset))  # model_init makes new ones
-        objectives = self.args.build_objectives().values()
-        for name in match_teacher(self.teacher, self.model, self.processing_class, objectives, self.train_dataset):
-            adopt_class_names(self.model, self.teacher.members()[name].provenance().class_names)
-        for note in self.teacher.notes if self.is_world_process_zero() else ():
-            logger.warning_once(note)
-
     # ---- Logs ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -243,14 +197,19 @@ class DistillationTrainer(LossTrainer):
 
     # ---- Hyperparameter search: values inside objectives, layer_rates and gradient_rule, by dotted names ----
 
-    def hyperparameter_search(self, hp_space=None, *args, **kwargs):
-        """As Trainer's. A name such as `objectives.logit_kd.temperature` reaches into a setting."""
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As Trainer's. A name such as `objectives.logit_kd.temperature` reaches into a setting; the terms that
+        `eval_objectives` reports are no part of the default `compute_objective`."""
 
         def space(trial: Any) -> dict[str, Any]:
             values = hp_space(trial)
             return values if trial is None else self.args.with_dotted(values)  # None: a backend asks for the space
 
-        return super().hyperparameter_search(None if hp_space is None else space, *args, **kwargs)
+        def objective(metrics: dict[str, float]) -> float:
+            return default_compute_objective({k: v for k, v in metrics.items() if k not in self._term_metrics})
+
+        space_of_settings = None if hp_space is None else space
+        return super().hyperparameter_search(space_of_settings, compute_objective or objective, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(self.args.with_dotted(trial) if isinstance(trial, dict) else trial)
@@ -259,8 +218,11 @@ class DistillationTrainer(LossTrainer):
 
     def train(self, *args, **kwargs):
         check_ranks(self)
-        with self._stop.listening():
-            output = super().train(*args, **kwargs)
+        try:
+            with self._stop.listening():
+                output = super().train(*args, **kwargs)
+        finally:
+            self._stepping = False
         self._stop.raise_if_late(self.args)
         return output
 

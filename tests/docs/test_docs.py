@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_kdtl.config import ENTRY_KEYS
 from hf_kdtl.gradient_rules import GRADIENT_RULES
 from hf_kdtl.objectives import OBJECTIVES
+from hf_kdtl.objectives.entries import ENTRY_KEYS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]

@@ -153,6 +153,45 @@ def test_hyperparameter_search_reaches_nested_values(tmp_path):
     assert best.hyperparameters["t"] == 2.5
 
 
+def _searching(tmp_path, **settings):
+    return DistillationTrainer(
+        None,
+        config(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, **settings),
+        model_init=lambda: build("vit"),
+        teacher=build("vit", seed=5),
+        train_dataset=Images(),
+        eval_dataset=Images(8),
+    )
+
+
+def test_the_best_run_can_be_set_name_by_name(tmp_path):
+    """As the documentation of transformers does."""
+    key, runner = "objectives.logit_kd.temperature", _searching(tmp_path)
+    best = runner.hyperparameter_search(
+        lambda trial: {key: trial.suggest_categorical(key, [2.5])}, n_trials=1, backend="optuna"
+    )
+    runner.args.objectives[1]["temperature"] = 1.0
+    for name, value in best.hyperparameters.items():
+        setattr(runner.args, name, value)
+    runner.train()
+    assert runner.distiller.objective("logit_kd").temperature == 2.5
+
+
+def test_a_search_optimizes_the_same_with_and_without_reported_terms(tmp_path):
+    def space(trial):
+        return {"learning_rate": trial.suggest_categorical("learning_rate", [1e-3])}
+
+    runner = _searching(tmp_path, eval_objectives=True)
+    best = runner.hyperparameter_search(space, n_trials=1, backend="optuna")
+    line = next(line for line in runner.state.log_history if "eval_loss" in line)
+    assert best.objective == line["eval_loss"] and line["eval_logit_kd"] > 0
+    runner.compute_metrics = lambda prediction: {"task": 3.0, "own": 4.0}  # eval_task is the metric's
+    best = runner.hyperparameter_search(space, n_trials=1, backend="optuna")
+    assert best.objective == 7.0
+    best = runner.hyperparameter_search(space, lambda metrics: metrics["eval_logit_kd"], n_trials=1, backend="optuna")
+    assert best.objective == line["eval_logit_kd"]
+
+
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 2

@@ -9,6 +9,7 @@ from packaging.version import Version
 from transformers import Trainer, TrainingArguments, __version__
 
 from hf_kdtl import DistillationConfig, DistillationTrainer
+from hf_kdtl.trainer.changes import ChangeableTrainer
 from hf_kdtl.trainer.checkpointing import CheckpointingTrainer
 from hf_kdtl.trainer.evaluation import EvaluatingTrainer
 from hf_kdtl.trainer.loss import LossTrainer
@@ -159,7 +160,8 @@ def test_trainer_still_has_the_hook(name):
 
 def test_every_override_is_listed():
     kinds = (
-        CheckpointingTrainer, PublishingTrainer, ShardingTrainer, EvaluatingTrainer, LossTrainer, DistillationTrainer,
+        CheckpointingTrainer, PublishingTrainer, ShardingTrainer, EvaluatingTrainer, LossTrainer, ChangeableTrainer,
+        DistillationTrainer,
     )  # fmt: skip
     members = {name: value for kind in kinds for name, value in vars(kind).items()}
     ours = {n for n, v in members.items() if inspect.isfunction(v) and hasattr(Trainer, n)}
@@ -185,7 +187,7 @@ def test_a_checkpoint_has_every_step_of_trainers():
 def test_inheritance_is_one_line():
     names = [kind.__name__ for kind in DistillationTrainer.__mro__]
     above = ["LossTrainer", "EvaluatingTrainer", "PublishingTrainer", "ShardingTrainer", "CheckpointingTrainer"]
-    assert names == ["DistillationTrainer", *above, "StreamingTrainer", "Trainer", "object"]
+    assert names == ["DistillationTrainer", "ChangeableTrainer", *above, "StreamingTrainer", "Trainer", "object"]
     assert all(len(kind.__bases__) == 1 for kind in DistillationTrainer.__mro__[:-1])
 
 

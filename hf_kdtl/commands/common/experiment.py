@@ -23,7 +23,7 @@ from hf_kdtl.commands.common.students import new_student, student_processor, stu
 from hf_kdtl.commands.common.teachers import loading_options, name_classes, open_teachers, scorable
 from hf_kdtl.models import Needs, Teacher
 from hf_kdtl.models.teachers.source import called
-from hf_kdtl.trainer.checks import check_teacher_usage
+from hf_kdtl.trainer.teacher_checks import check_teacher_usage
 
 
 def in_words(name: str) -> str:
