@@ -102,8 +102,7 @@ class Recovered:
     def __init__(self, dataset: str, teacher: str, folder: Path, cut: str):
         self.cut, self.teacher = CUTS[cut], Teacher.from_pretrained(teacher).classifier()
         config = make_student(self.teacher, **self.cut).config.to_dict()
-        # The store reads the blocks and widths alone; the size of a head is a field that make_student adds.
-        student = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "head_dim")}
+        student = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
         stored = [*TASK, {"name": "logit_kd"}, TERMS["kd_hidden_states"]]
         self.set = StoredSet(folder, dataset, teacher, student, stored, each=1000, views=2, on_the_way=5)
 

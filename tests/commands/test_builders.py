@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import ViTImageProcessor
 
+from hf_kdtl import make_student
 from hf_kdtl.commands import cut, export, fit_representation
 from hf_kdtl.commands.common import builders, candidates
 from hf_kdtl.commands.common.builders import DataOptions
@@ -159,3 +160,14 @@ def test_settings_of_training_images_are_refused_where_nothing_is_trained(main, 
     given = flags if setting in " ".join(flags) else [*flags, "--views", "2"]
     with pytest.raises(ValueError, match=f"^{setting} is about training images, and nothing is trained here"):
         main([model, "nowhere", *output, *given])
+
+
+def test_the_config_of_a_student_cut_by_heads_makes_one_of_its_shape():
+    teacher = build("vit", num_attention_heads=4)
+    cut = make_student(teacher, heads=1)
+    own = ("id2label", "label2id", "architectures", "transformers_version", "dtype")
+    settings = {name: value for name, value in cut.config.to_dict().items() if name not in own}
+    made = builders.from_config(settings, NAMES, "student_config")
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in cut.named_parameters()}
+    with pytest.raises(ValueError, match="unknown field of student_config: 'head_dim'"):
+        builders.from_config({"model_type": "swin", "head_dim": 8}, NAMES, "student_config")

@@ -25,6 +25,7 @@ from hf_kdtl.data.digests import digests
 from hf_kdtl.evaluation.cost import parameters
 from hf_kdtl.evaluation.results import read_results, same_value
 from hf_kdtl.models.blocks import vision_config
+from hf_kdtl.models.cutting.families import family_of
 from hf_kdtl.models.labels import MULTI_LABEL, class_names, is_multi_label, match_labels, same_classes, set_class_names
 from hf_kdtl.models.teachers.processor_files import open_processor
 from hf_kdtl.models.teachers.resolve import locate, open_classifier, open_config, renew_head
@@ -134,7 +135,9 @@ def from_config(settings: dict[str, Any], names: Sequence[str], what: str) -> An
     if own := [name for name in ("num_labels", "id2label", "label2id") if name in settings]:
         raise ValueError(f"{what} has {', '.join(own)}; leave them out: the classes are those of the data.")
     check_known(f"model_type in {what}", kind, list(CONFIG_MAPPING))
-    _check_fields(settings, CONFIG_MAPPING[kind]().to_dict(), what)
+    valid, family = CONFIG_MAPPING[kind]().to_dict(), family_of(CONFIG_MAPPING[kind]())
+    further = {"head_dim": None} if family is not None and family.heads == "any" else {}  # of a student cut by heads
+    _check_fields(settings, valid | further, what)
     return AutoModelForImageClassification.from_config(AutoConfig.for_model(kind, **settings, **labels_of(names)))
 
 
