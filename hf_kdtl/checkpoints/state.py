@@ -149,11 +149,10 @@ class StartState:
                 f"{self.folder} is missing. The run saved its starting point there, which its objectives compare the "
                 "student with: restore the folder, or start a new run from the checkpoint's weights."
             )
-        if described_by_config(present := self.trainer.distiller.start.model):
+        if described_by_config(student):
             start = StartingPoint.from_path(self.folder, student, self.trainer.processing_class)
-        else:  # the student itself, changed by hand
-            start = StartingPoint(present)
-            load_student(start.model, self.folder)
+        else:  # changed by hand, and so is its start
+            start = self.trainer.distiller.start.in_its_shape(lambda model: load_student(model, self.folder))
         start.kept = self.folder
         return start.to(self.trainer.accelerator.device)
 

@@ -119,7 +119,7 @@ def environment_of_fsdp(monkeypatch, **changed):
 
 
 NOT_SHARDED = [
-    ({"gradient_rule": "pcgrad"}, "gradient_rule, which compares full gradients"),
+    ({"gradient_rule": {"name": "pcgrad"}}, "gradient_rule, which compares full gradients"),
     ({"layer_rates": {"mode": "discrepancy"}}, "measured layer_rates"),
     ({"torch_compile": True}, "torch_compile"),
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ class StartingPoint(Teacher):
             start._pixels = start._match_pixels(processing_class)
         weight_pairs(student, start.model)  # refuses another architecture now
         return start
+
+    def in_its_shape(self, load: Callable[[Any], None]) -> StartingPoint:
+        """Another one of this one's architecture, into which `load` puts weights."""
+        other = StartingPoint(self.model)
+        load(other.model)
+        return other
 
     def eval_context(self) -> Any:
         """A context in which the model answers as it did at the start."""
