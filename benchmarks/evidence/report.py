@@ -217,7 +217,8 @@ NOTES = {
     "auto_weight": "Differences are paired by seed, with a 95 % t interval.",
     "probe_reliability": "Three seeds, 95 % intervals; the foretold one is for the best of the distilled arms. "
     "Measured while the second term was weighed against a tenth of the cross-entropy; since then against logit_kd.",
-    "cut_and_recover": "Ten seeds on the digits; three on cifar10 (`depth_half`): nothing is claimed from these.",
+    "cut_and_recover": "Ten seeds on the digits; three on cifar10 (`depth_half`, `heads_and_mlp_half`): nothing is "
+    "claimed from these.",
     "backbone_transfer": "Five seeds, as planned. The weight is a learning rate, or the C of a probe; `alone` and "
     "`kd_labelled` are lines of few_labels_many_images.jsonl.",
 }
