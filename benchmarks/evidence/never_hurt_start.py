@@ -2,7 +2,7 @@
 
     python -m benchmarks.evidence.never_hurt_start --dataset <cifar10> --teacher <ResNet> --work <folder>
 
-A run is under half a CPU minute; the teacher makes the images' file of table 1 where there is none, and teaches nobody.
+A run is under half a CPU minute. The teacher is read where the file of table 1's images has to be made.
 Stopped and started again it goes on where it was.
 """
 
